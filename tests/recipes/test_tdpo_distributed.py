@@ -1,0 +1,173 @@
+"""The commands that users type, in subprocesses, away from the repository."""
+
+import json
+import os
+import re
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+from safetensors.torch import load_file
+
+TUNE = str(Path(sys.executable).parent / "tune")
+TDPO = ["recipes/tdpo_distributed", "--config", "tiny/tdpo"]
+
+
+def tune(folder, *words, ok=True):
+    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
+    done = subprocess.run(
+        [TUNE, "run", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=300
+    )
+    if ok:
+        assert done.returncode == 0, done.stdout + done.stderr
+    return done
+
+
+def logged(folder, run):
+    """Metrics of each logged line of a DiskLogger, in order."""
+    (file,) = (folder / run / "logs").glob("*.txt")
+    lines = [line for line in file.read_text().splitlines() if line.startswith("Step")]
+    return [
+        {
+            "step": int(re.match(r"Step (\d+)", line)[1]),
+            **{k: float(v) for k, v in re.findall(r"(\S+):(\S+)", line)},
+        }
+        for line in lines
+    ]
+
+
+def weights(folder, run, epoch=0):
+    return load_file(folder / run / f"epoch_{epoch}" / "model-00001-of-00001.safetensors")
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory):
+    return tmp_path_factory.mktemp("elsewhere")
+
+
+@pytest.fixture(scope="module")
+def single(folder):
+    tune(folder, *TDPO, "output_dir=one")
+    return folder
+
+
+def test_one_process_trains_logs_and_exports(single):
+    metrics = logged(single, "one")
+    training = [m for m in metrics if "loss" in m]
+    assert [m["step"] for m in training] == list(range(1, 9))  # 64 pairs, 8 a step
+    assert training[0]["loss"] == pytest.approx(0.6931472, abs=1e-6)  # the policy starts at the reference
+    assert training[0]["rewards/accuracies"] == 0.0
+    assert training[-1]["loss"] < 0.69
+    names = """rewards/chosen rewards/rejected rewards/margins rewards/train_margins logps/chosen logps/rejected
+        grad_norm learning_rate num_tokens tokens_per_second kl_ref_policy/chosen kl_ref_policy/rejected
+        kl_ref_policy/margin"""
+    assert set(names.split()) <= set(training[-1])
+    assert [m["step"] for m in metrics if "eval_loss" in m] == [4, 8]
+    exported = single / "one" / "epoch_0"
+    assert {"config.json", "tokenizer.json"} <= {p.name for p in exported.iterdir()}
+
+
+def test_two_processes_give_the_same_curve_and_weights(single):
+    tune(single, "--nproc_per_node", "2", *TDPO, "output_dir=two", "batch_size=4")
+    one = [m for m in logged(single, "one") if "loss" in m]
+    two = [m for m in logged(single, "two") if "loss" in m]
+    for a, b in zip(one, two, strict=True):
+        assert a["num_tokens"] == b["num_tokens"]
+        assert a["loss"] == pytest.approx(b["loss"], abs=2e-5)
+    for name, tensor in weights(single, "one").items():
+        assert (tensor - weights(single, "two")[name]).abs().max() < 2e-3, name
+
+
+def test_continued_run_ends_at_the_same_bits(single):
+    run = [*TDPO, "output_dir=stopped", "epochs=2"]
+    tune(single, *TDPO, "output_dir=whole", "epochs=2")
+    # Stop after the first epoch by making the second one's checkpoint the last thing wanted: train it, then go back.
+    tune(single, *run, "save_every_n_steps=5", "keep_last=1")
+    left = sorted(p.name for p in (single / "stopped" / "checkpoints").iterdir())
+    assert left == ["step_15"]
+    before = weights(single, "stopped", 1)
+    tune(single, *run, "save_every_n_steps=5", "resume_from_checkpoint=true")
+    for name, tensor in weights(single, "whole", 1).items():
+        assert tensor.equal(before[name]), name
+        assert tensor.equal(weights(single, "stopped", 1)[name]), name
+
+
+def test_users_copy_and_users_loss_run_in_both_launch_modes(single):
+    (single / "my_loss.py").write_text(
+        "from tokenpref.losses import DPOLoss\n\n\n"
+        "class MyLoss(DPOLoss):\n    def forward(self, pair):\n        print('my loss at work')\n"
+        "        return super().forward(pair)\n"
+    )
+    for source, target in (("recipes/tdpo_distributed", "my_tdpo.py"), ("tiny/tdpo", "my.yaml")):
+        subprocess.run([TUNE, "cp", source, target], cwd=single, check=True, capture_output=True)
+    recipe = (single / "my_tdpo.py").read_text()
+    assert "trainer.setup()" in recipe
+    (single / "my_tdpo.py").write_text(recipe.replace("trainer.setup()", "print('my copy'); trainer.setup()"))
+    mine = ["my_tdpo.py", "--config", "my.yaml", "loss._component_=my_loss.MyLoss", "max_steps_per_epoch=1"]
+    for launch, output in (([], "mine_one"), (["--nproc_per_node", "2"], "mine_two")):
+        done = tune(single, *launch, *mine, f"output_dir={output}")
+        said = done.stdout + done.stderr
+        assert "my copy" in said and "my loss at work" in said
+        assert "loss.variant: the config's value was for another component" in said
+        assert weights(single, output)
+
+
+@pytest.mark.parametrize(
+    ("overrides", "words"),
+    [
+        (
+            ["loss.betta=0.3", "batchsize=2"],
+            ["2 faults", "did you mean 'beta'?", "did you mean 'batch_size'?"],
+        ),
+        (["dataset.source=nowhere.jsonl"], ["nowhere.jsonl"]),
+        (["checkpointer.checkpoint_dir=nowhere"], ["no folder at"]),
+        (["loss._component_=tokenpref.losses.TISDPOLoss"], ["needs 'weights'"]),
+        (["model.num_layers=3"], ["another architecture", "no tensor 'layers.2"]),
+    ],
+)
+def test_bad_input_is_one_error_and_leaves_nothing(folder, overrides, words):
+    done = tune(folder, *TDPO, "output_dir=bad", *overrides, ok=False)
+    assert done.returncode == 2
+    assert "Traceback" not in done.stderr
+    error = done.stderr[done.stderr.index("error: ") :]
+    for word in words:
+        assert word in error
+    assert not (folder / "bad").exists()
+
+
+def test_the_folder_of_another_run_is_refused(single):
+    done = tune(single, *TDPO, "output_dir=one", "loss.beta=0.3", ok=False)
+    assert done.returncode == 2 and "holds another run" in done.stderr
+    assert weights(single, "one")
+
+
+def test_more_processes_than_pairs_is_refused(folder):
+    done = tune(folder, "--nproc_per_node", "2", *TDPO, "output_dir=few", "dataset.max_rows=1", ok=False)
+    assert done.returncode != 0
+    assert "1 pairs for 2 processes" in done.stderr
+    assert not (folder / "few").exists()
+
+
+def test_evaluation_of_the_trained_model(single):
+    trained = [
+        "checkpointer.checkpoint_dir=one/epoch_0",
+        "checkpointer.checkpoint_files=[model-00001-of-00001.safetensors]",
+    ]
+    evaluate = ["recipes/evaluate_distributed", "--config", "tiny/evaluate"]
+    tune(single, *evaluate, "output_dir=before")
+    tune(single, *evaluate, "output_dir=after", *trained, "sampling.compare_to=before/samples.jsonl")
+    tune(single, "--nproc_per_node", "2", *evaluate, "output_dir=after_two", *trained)
+    before, after, two = (
+        json.loads((single / name / "evaluation.json").read_text())
+        for name in ("before", "after", "after_two")
+    )
+    assert before["rewards/accuracies"] == 0.0 and before["kl_ref_policy/chosen"] == 0.0
+    assert after["num_pairs"] == 16 and after["num_samples"] == 16
+    assert after["kl_ref_policy/chosen"] > 0 and after["loss"] != before["loss"]
+    low, high = after["reward_gain_interval"]
+    assert low <= after["reward_gain"] <= high
+    assert after["loss"] == pytest.approx(two["loss"], abs=1e-5)
+    assert (single / "after" / "samples.jsonl").read_text() == (
+        single / "after_two" / "samples.jsonl"
+    ).read_text()

@@ -1,0 +1,78 @@
+"""Small random decoders and pair batches."""
+
+from __future__ import annotations
+
+import torch
+
+from tokenpref._torchtune import TransformerDecoder, llama3_2
+from tokenpref.data import PairBatch
+from tokenpref.models.reference import FrozenReference
+from tokenpref.models.scoring import ScoringModel
+
+VOCAB = 61
+
+
+def decoder(seed: int = 0, *, tied: bool = True, dtype: torch.dtype = torch.float64) -> TransformerDecoder:
+    """Two layers of width 32, with weights large enough for logits that differ."""
+    generator = torch.Generator().manual_seed(seed)
+    model = llama3_2(
+        vocab_size=VOCAB,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=32,
+        max_seq_len=64,
+        intermediate_dim=48,
+        tie_word_embeddings=tied,
+    )
+    for parameter in model.parameters():
+        if parameter.dim() == 2:
+            parameter.data.normal_(0, 0.15, generator=generator)
+    return model.to(dtype)
+
+
+def scorer(seed: int = 0, *, tied: bool = True, frozen: bool = False, **kwargs: object) -> ScoringModel:
+    """A scoring model over :func:`decoder`."""
+    model = decoder(seed, tied=tied, **kwargs)  # type: ignore[arg-type]
+    model.requires_grad_(not frozen)
+    return ScoringModel(model, head_chunk_size=5)
+
+
+def reference(seed: int = 1, **kwargs: object) -> FrozenReference:
+    """A frozen reference with weights of its own."""
+    return FrozenReference(scorer(seed, frozen=True, **kwargs))  # type: ignore[arg-type]
+
+
+def batch(rows: list[int], *, length: int = 12, filler: bool = False) -> PairBatch:
+    """Pairs that depend on their row numbers alone, of uneven lengths; or one filler pair."""
+    if filler:
+        return PairBatch(
+            tokens=torch.zeros(2, 2, dtype=torch.long),
+            labels=torch.full((2, 2), -100),
+            real=torch.tensor([False]),
+            rows=[-1],
+            num_pairs=0,
+            num_tokens=0,
+        )
+    sides: list[list[torch.Tensor]] = [[], []]
+    labels: list[list[torch.Tensor]] = [[], []]
+    count = 0
+    for row in rows:
+        generator = torch.Generator().manual_seed(1000 + row)
+        prompt = torch.randint(1, VOCAB, (3 + row % 2,), generator=generator)
+        for side in range(2):
+            answer = torch.randint(1, VOCAB, (2 + (row * 3 + side * 2) % 6,), generator=generator)
+            ids = torch.cat([prompt, answer])
+            count += len(ids)
+            pad = length - len(ids)
+            sides[side].append(torch.nn.functional.pad(ids, (0, pad)))
+            masked = torch.cat([torch.full_like(prompt, -100), answer])
+            labels[side].append(torch.nn.functional.pad(masked, (0, pad), value=-100))
+    return PairBatch(
+        tokens=torch.stack(sides[0] + sides[1]),
+        labels=torch.stack(labels[0] + labels[1]),
+        real=torch.ones(len(rows), dtype=torch.bool),
+        rows=list(rows),
+        num_pairs=len(rows),
+        num_tokens=count,
+    )

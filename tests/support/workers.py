@@ -1,0 +1,135 @@
+"""Functions that spawned ranks run; they must be importable by name."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from support import small
+from tokenpref.distributed import World, full_state_dict, load_sharded, save_sharded, shard
+from tokenpref.errors import TokenprefError
+from tokenpref.models.reference import FrozenReference
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.step import train_step
+
+
+def one_step(
+    world: World, loss: Any, split: list[list[list[int]]], tied: bool, reshard: bool = True, steps: int = 1
+) -> dict[str, Any]:
+    """Train on this rank's share and return the whole weights, the norm and the reduced metrics.
+
+    Args:
+        world: the rank's world.
+        loss: a loss module.
+        split: ``split[rank][micro]`` lists the rows of a micro-batch; an empty list is a filler.
+        tied: tied embeddings.
+        reshard: FSDP2's ``reshard_after_forward``.
+        steps: number of optimizer steps on the same rows.
+    """
+    policy, frozen = small.decoder(0, tied=tied), small.decoder(1, tied=tied)
+    frozen.requires_grad_(False)
+    for model in (policy, frozen):
+        shard(model, world, reshard_after_forward=reshard)
+    scorer = ScoringModel(policy, head_chunk_size=4)
+    reference = FrozenReference(ScoringModel(frozen, head_chunk_size=4))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    batches = [small.batch(rows, filler=not rows) for rows in split[world.rank]]
+    for step in range(steps):
+        result = train_step(
+            scorer,
+            reference,
+            loss,
+            optimizer,
+            batches,
+            world,
+            step=step + 1,
+            needs=loss.needs,
+            weigh=lambda batch: None,
+            clip_grad_norm=1.0,
+        )
+    metrics = result.sums.reduce(world)
+    state = full_state_dict(policy, world)
+    return {
+        "state": {name: tensor.numpy() for name, tensor in state.items()},
+        "norm": result.grad_norm,
+        "metrics": metrics,
+        "pairs": result.pairs,
+        "tokens": result.tokens,
+    }
+
+
+def collectives(world: World) -> dict[str, Any]:
+    """What each collective of a world gives on this rank."""
+    values = {
+        "sum": world.sum(torch.tensor([1.0, float(world.rank)])).tolist(),
+        "any": world.any(world.rank == 1),
+        "none": world.any(False),
+        "max": world.max(10 * world.rank),
+        "broadcast": world.broadcast_object({"from": world.rank}),
+        "gather": world.gather_objects(world.rank * 2),
+    }
+    try:
+        world.together(lambda: 1 / (1 - world.rank))
+    except ZeroDivisionError:
+        values["together"] = "own error"
+    except TokenprefError as error:
+        values["together"] = str(error)
+    return values
+
+
+def nan_on_one_rank(world: World, loss: Any) -> str:
+    """The error that each rank raises when rank 1 alone has a bad pair, and whether weights moved."""
+    policy, frozen = small.decoder(0), small.decoder(1)
+    frozen.requires_grad_(False)
+    for model in (policy, frozen):
+        shard(model, world)
+    scorer = ScoringModel(policy)
+    reference = FrozenReference(ScoringModel(frozen))
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+
+    def spoiled(pair: Any) -> Any:
+        output = loss(pair)
+        return replace(output, losses=output.losses * (float("nan") if world.rank == 1 else 1.0))
+
+    before = {name: tensor.clone() for name, tensor in full_state_dict(policy, world).items()}
+    try:
+        train_step(
+            scorer,
+            reference,
+            spoiled,
+            optimizer,
+            [small.batch([world.rank])],
+            world,
+            step=7,
+            needs=loss.needs,
+            weigh=lambda batch: None,
+        )
+    except TokenprefError as error:
+        after = full_state_dict(policy, world)
+        moved = any(not torch.equal(before[name], after[name]) for name in before)
+        return f"{'moved' if moved else 'unmoved'}: {error}"
+    return "no error"
+
+
+def save_and_load(world: World, folder: str, load: bool) -> dict[str, Any]:
+    """Write (or read) model and AdamW state in ``folder``; returns the whole weights after one more step."""
+    model = small.decoder(0 if not load else 5)
+    shard(model, world)
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
+    tokens = small.batch([0, 1]).tokens
+
+    def step() -> None:
+        model(tokens)[..., :7].square().mean().backward()
+        optimizer.step()
+        optimizer.zero_grad()
+
+    if not load:
+        step()
+        save_sharded(Path(folder), model, optimizer)
+    else:
+        load_sharded(Path(folder), model, optimizer)
+    step()
+    return {name: tensor.numpy() for name, tensor in full_state_dict(model, world).items()}

@@ -1,0 +1,137 @@
+"""The directions in which modules may import each other, read from the source without running it."""
+
+from __future__ import annotations
+
+import ast
+import importlib.metadata
+import re
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+
+ROOT = Path(__file__).parents[1]
+PACKAGE = sorted((ROOT / "tokenpref").rglob("*.py"))
+RECIPES = sorted((ROOT / "recipes").glob("*.py"))
+
+# Lowest first. A part (file or folder of tokenpref/) may import itself and the parts of the lines above its own.
+LAYERS = (
+    {"__init__", "errors", "_checks", "_paths", "_torchtune"},
+    {"stats"},
+    {"components", "_registry", "ops", "losses", "weights", "rewards"},
+    {"distributed"},
+    {"data"},
+    {"models"},
+    {"training", "insight"},
+    {"cli"},
+)
+LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+# Mathematics: functions of tensors, which know neither configs nor files nor the model library.
+MATHEMATICS = {"stats", "ops", "losses", "weights"}
+MATHEMATICS_MAY_IMPORT = {"stats", "errors", "_checks"}
+LIGHT = ("tokenpref", "tokenpref.errors", "tokenpref._paths", "tokenpref._registry", "tokenpref.cli")
+# Installed under another name than the one that is imported.
+DISTRIBUTION_OF = {"yaml": "pyyaml"}
+
+
+def part_of(file: Path) -> str:
+    return file.relative_to(ROOT / "tokenpref").parts[0].removesuffix(".py")
+
+
+def imports(source: str) -> Iterator[str]:
+    """Dotted names that a source text imports, anywhere in it, ``from a import b`` as ``a.b``."""
+    for node in ast.walk(ast.parse(source)):
+        if isinstance(node, ast.Import):
+            yield from (alias.name for alias in node.names)
+        elif isinstance(node, ast.ImportFrom):
+            assert node.level == 0, f"line {node.lineno}: write imports from the package's root"
+            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+
+
+def uses(source: str, name: str) -> bool:
+    """True when a source text imports ``name`` or something below it, or reaches it as an attribute."""
+    if any(f"{found}.".startswith(f"{name}.") for found in imports(source)):
+        return True
+    attributes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
+    return "." in name and any(ast.unparse(node) == name for node in attributes)
+
+
+def parts_imported(file: Path) -> set[str]:
+    """Parts of tokenpref that a file imports. ``from tokenpref import __version__`` is its ``__init__``."""
+    names = (name.split(".") for name in imports(file.read_text()) if name.split(".")[0] == "tokenpref")
+    return {path[1] if len(path) > 1 and path[1] in LEVEL else "__init__" for path in names}
+
+
+def shown(files: list[Path]) -> list[str]:
+    return [str(file.relative_to(ROOT)) for file in files]
+
+
+@pytest.mark.parametrize(
+    ("source", "name", "used"),
+    [
+        ("import torch.distributed as dist", "torch.distributed", True),
+        ("from torch import distributed", "torch.distributed", True),
+        ("def f():\n    from torch.distributed.fsdp import FSDPModule", "torch.distributed", True),
+        ("import torch\ntorch.distributed.barrier()", "torch.distributed", True),
+        ("import torch\nfrom torch.distributions import Normal", "torch.distributed", False),
+        ("from tokenpref import _torchtune", "torchtune", False),
+        ("from torchtune import training", "torchtune", True),
+    ],
+)
+def test_the_reader_sees_every_way_to_import(source, name, used):
+    assert uses(source, name) is used
+
+
+def test_every_part_has_its_place():
+    assert PACKAGE
+    assert RECIPES
+    unknown = {part_of(file) for file in PACKAGE} - set(LEVEL)
+    assert not unknown, f"give {unknown} a line in LAYERS and a line in CONTRIBUTING.md"
+
+
+@pytest.mark.parametrize("file", PACKAGE, ids=shown(PACKAGE))
+def test_imports_run_one_way(file):
+    part = part_of(file)
+    above = {other for other in parts_imported(file) - {part} if LEVEL[other] >= LEVEL[part]}
+    assert not above, f"{part} may not import {above}"
+    if part in MATHEMATICS:
+        further = parts_imported(file) - MATHEMATICS_MAY_IMPORT - {part}
+        assert not further, f"{part} works on tensors alone and may not import {further}"
+
+
+@pytest.mark.parametrize(
+    ("library", "owner"), [("torch.distributed", "distributed"), ("torchtune", "_torchtune")]
+)
+def test_one_owner_for_each_library_behind_a_wall(library, owner):
+    users = [file for file in PACKAGE + RECIPES if uses(file.read_text(), library)]
+    assert any(file in PACKAGE and part_of(file) == owner for file in users)
+    others = [file for file in users if file in RECIPES or part_of(file) != owner]
+    assert not others, f"only tokenpref/{owner} imports {library}, not {shown(others)}"
+
+
+@pytest.mark.parametrize("file", RECIPES, ids=shown(RECIPES))
+def test_recipes_are_thin(file):
+    source = file.read_text()
+    assert len(source.splitlines()) < 100
+    assert not uses(source, "torch"), "arithmetic belongs into tokenpref/"
+    assert ast.get_docstring(ast.parse(source)), "say what it trains and show a command"
+
+
+def test_every_library_is_a_declared_dependency():
+    declared = {
+        re.split(r"[^\w-]", line)[0].lower().replace("_", "-")
+        for line in importlib.metadata.requires("tokenpref") or []
+        if not re.search(r"extra == .(dev|lint|test).", line)
+    }
+    found = {name.split(".")[0] for file in PACKAGE + RECIPES for name in imports(file.read_text())}
+    third_party = found - set(sys.stdlib_module_names) - {"tokenpref"}
+    missing = {n for n in third_party if DISTRIBUTION_OF.get(n, n).lower().replace("_", "-") not in declared}
+    assert "torch" in third_party
+    assert not missing, f"{missing} must stand in pyproject.toml"
+
+
+def test_light_modules_do_not_load_torch():
+    code = f"import sys, {', '.join(LIGHT)}; sys.exit('torch' in sys.modules)"
+    assert subprocess.run([sys.executable, "-c", code], cwd=ROOT).returncode == 0

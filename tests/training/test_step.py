@@ -1,0 +1,134 @@
+from dataclasses import replace
+
+import numpy as np
+import pytest
+import torch
+from support import small, workers
+
+from tokenpref.distributed import single_process_world
+from tokenpref.distributed.testing import run_distributed
+from tokenpref.errors import TrainingDiverged
+from tokenpref.losses import DPOLoss, TokenDPOLoss
+from tokenpref.training.step import train_step
+
+ROWS = [0, 1, 2, 3, 4]
+
+
+def alone(loss, split, **kwargs):
+    return workers.one_step(single_process_world(), loss, [split], **kwargs)
+
+
+def assert_same(one, other, tolerance=1e-12):
+    assert one["pairs"] == other["pairs"] and one["tokens"] == other["tokens"]
+    assert one["norm"] == pytest.approx(other["norm"], rel=1e-12)
+    for name, value in one["metrics"].items():
+        assert other["metrics"][name] == pytest.approx(value, rel=1e-12, abs=1e-12), name
+    for name, tensor in one["state"].items():
+        np.testing.assert_allclose(other["state"][name], tensor, rtol=0, atol=tolerance, err_msg=name)
+
+
+@pytest.mark.parametrize("tied", [True, False])
+def test_micro_batches_equal_one_batch(tied):
+    loss = TokenDPOLoss()
+    assert_same(alone(loss, [ROWS], tied=tied), alone(loss, [[0, 1], [2], [3, 4]], tied=tied))
+
+
+def test_a_filler_micro_batch_adds_exactly_nothing():
+    loss = TokenDPOLoss()
+    whole, padded = alone(loss, [ROWS], tied=True), alone(loss, [ROWS, []], tied=True)
+    assert whole["metrics"] == padded["metrics"]
+    for name in whole["state"]:
+        np.testing.assert_array_equal(whole["state"][name], padded["state"][name])
+
+
+@pytest.mark.parametrize(
+    ("loss", "tied", "reshard", "split"),
+    [
+        (TokenDPOLoss(), True, True, [[[0, 1, 2]], [[3, 4]]]),  # unequal pairs
+        (
+            TokenDPOLoss(variant="tdpo1"),
+            False,
+            True,
+            [[[0, 1], [2]], [[3, 4], []]],
+        ),  # a rank without pairs, two micros
+        (DPOLoss(), True, False, [[ROWS], [[]]]),  # a rank without any pair; the reference scores itself
+    ],
+)
+def test_two_ranks_equal_one_process(loss, tied, reshard, split):
+    one = alone(loss, [ROWS], tied=tied)
+    two = run_distributed(workers.one_step, loss, split, tied, reshard)[0]
+    assert_same(one, two)
+
+
+def test_weights_change_and_only_the_policys():
+    scorer, frozen = small.scorer(0), small.reference(1)
+    before = [p.clone() for p in frozen.scorer.model.parameters()]
+    start = [p.clone() for p in scorer.model.parameters()]
+    optimizer = torch.optim.SGD(scorer.model.parameters(), lr=0.1)
+    world = single_process_world()
+    loss = TokenDPOLoss()
+    train_step(
+        scorer,
+        frozen,
+        loss,
+        optimizer,
+        [small.batch(ROWS)],
+        world,
+        step=1,
+        needs=loss.needs,
+        weigh=lambda b: None,
+    )
+    assert all(torch.equal(a, b) for a, b in zip(before, frozen.scorer.model.parameters(), strict=True))
+    assert not any(torch.equal(a, b) for a, b in zip(start, scorer.model.parameters(), strict=True))
+
+
+def test_starting_at_the_reference_gives_log_two_and_no_reward_to_the_bit():
+    scorer, frozen = small.scorer(0), small.reference(0)
+    for loss in (DPOLoss(), TokenDPOLoss(), TokenDPOLoss(variant="tdpo1")):
+        optimizer = torch.optim.SGD(scorer.model.parameters(), lr=0.0)
+        result = train_step(
+            scorer,
+            frozen,
+            loss,
+            optimizer,
+            [small.batch(ROWS)],
+            single_process_world(),
+            step=1,
+            needs=loss.needs,
+            weigh=lambda b: None,
+        )
+        metrics = result.sums.reduce(single_process_world())
+        assert metrics["loss"] == float(torch.tensor(2.0, dtype=torch.float64).log())
+        assert metrics["rewards/margins"] == 0.0 and metrics["rewards/accuracies"] == 0.0
+
+
+def test_non_finite_loss_stops_before_the_update_and_names_the_row():
+    scorer, frozen = small.scorer(0), small.reference(1)
+    start = [p.clone() for p in scorer.model.parameters()]
+    loss = DPOLoss()
+
+    def spoiled(pair):
+        output = loss(pair)
+        return replace(output, losses=output.losses + torch.tensor([0.0, float("inf"), 0.0]))
+
+    with pytest.raises(
+        TrainingDiverged, match=r"step 3: the loss of rows \[8\] is not finite.*Rows.*\[7, 8, 9\]"
+    ):
+        train_step(
+            scorer,
+            frozen,
+            spoiled,
+            torch.optim.SGD(scorer.model.parameters(), lr=0.1),
+            [small.batch([7, 8, 9])],
+            single_process_world(),
+            step=3,
+            needs=loss.needs,
+            weigh=lambda b: None,
+        )
+    assert all(torch.equal(a, b) for a, b in zip(start, scorer.model.parameters(), strict=True))
+
+
+def test_nan_on_one_rank_stops_both():
+    messages = run_distributed(workers.nan_on_one_rank, DPOLoss())
+    for message in messages:
+        assert message.startswith("unmoved: step 7: the loss of rows [1] is not finite")

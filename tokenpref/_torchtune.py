@@ -1,0 +1,50 @@
+"""Everything that we take from torchtune 0.6.1, in one place.
+
+torchtune is no longer developed: this list is what a move away from it would have to replace. No other module
+of the package imports torchtune (a test reads the imports). Components named in configs by dotted path
+(models, checkpointers, schedulers, loggers, the profiler) come on top; they are the user's choice.
+"""
+
+from __future__ import annotations
+
+from torchtune.config import instantiate, parse
+from torchtune.config._errors import InstantiationError
+from torchtune.config._utils import _get_component_from_path as component_from_path
+from torchtune.data import Message
+from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules.common_utils import disable_kv_cache, local_kv_cache
+from torchtune.training import (
+    compile_model,
+    disable_dropout,
+    get_lr,
+    get_shard_conditions,
+    set_activation_checkpointing,
+    set_default_dtype,
+    shard_model,
+    validate_no_params_on_meta_device,
+)
+
+__all__ = [
+    "InstantiationError",
+    "Message",
+    "TiedLinear",
+    "TransformerDecoder",
+    "TransformerSelfAttentionLayer",
+    "compile_model",
+    "component_from_path",
+    "disable_dropout",
+    "disable_kv_cache",
+    "get_lr",
+    "get_shard_conditions",
+    "instantiate",
+    "llama3_2",
+    "local_kv_cache",
+    "parse",
+    "set_activation_checkpointing",
+    "set_default_dtype",
+    "shard_model",
+    "tune_to_hf",
+    "validate_no_params_on_meta_device",
+]

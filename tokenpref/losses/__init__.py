@@ -1,0 +1,15 @@
+"""Losses on token statistics: :class:`~tokenpref.stats.PairStats` in, :class:`~tokenpref.stats.LossOutput` out.
+
+A loss of your own needs no base class: an ``nn.Module`` with ``needs`` (a frozenset of names, see
+:data:`tokenpref.stats.NEEDS`) and ``forward(pair) -> LossOutput``. :class:`PreferenceLoss` saves writing the rest.
+"""
+
+from __future__ import annotations
+
+from tokenpref.losses._base import INVARIANTS, Centring, PreferenceLoss
+from tokenpref.losses.dpo import DPOLoss
+from tokenpref.losses.sft import NLLLoss
+from tokenpref.losses.tdpo import TokenDPOLoss
+from tokenpref.losses.tis_dpo import TISDPOLoss
+
+__all__ = ["INVARIANTS", "Centring", "DPOLoss", "NLLLoss", "PreferenceLoss", "TISDPOLoss", "TokenDPOLoss"]

@@ -1,0 +1,55 @@
+"""Negative log-likelihood of one side: the supervised half of a contrastive pair."""
+
+from __future__ import annotations
+
+import torch
+from torch import nn
+
+from tokenpref._checks import check_choice
+from tokenpref.losses._base import answer_metrics
+from tokenpref.stats import LossOutput, PairStats
+
+__all__ = ["NLLLoss"]
+
+
+class NLLLoss(nn.Module):
+    """Mean over an answer's tokens of -log pi_theta(y_t | x, y_<t), for one side of each pair.
+
+    loss = -(1 / n) sum_t log pi_theta(y_t | x, y_<t),  n = tokens of the answer
+
+    Trains pi+ on the chosen answers or pi- on the rejected ones (TIS-DPO's supervised pair, arXiv 2410.04350). Each
+    answer counts alike, whatever its length; an answer without tokens has loss 0 and no gradient.
+
+    A likelihood has no reference, hence no implicit reward: both rewards are 0, and so are accuracy and margin in the
+    log. There is no ``rewards/train_margins``, because nothing is trained on a margin.
+
+    Args:
+        side: "chosen" or "rejected".
+
+    Raises:
+        ValueError: for another side.
+    """
+
+    def __init__(self, side: str = "chosen") -> None:
+        super().__init__()
+        self.side = check_choice("side", side, ("chosen", "rejected"))
+        self.needs: frozenset[str] = frozenset()
+        self.invariants: frozenset[str] = frozenset()
+
+    def forward(self, pair: PairStats) -> LossOutput:
+        """Loss and metrics of each pair; see the class.
+
+        Args:
+            pair: statistics of both answers.
+
+        Returns:
+            ``[B]`` losses with gradient to the trained side only, rewards of 0, and metrics.
+        """
+        stats = pair.chosen if self.side == "chosen" else pair.rejected
+        losses = -stats.policy_logps.sum(-1) / stats.lengths.clamp(min=1)
+        no_reward = torch.zeros_like(losses)
+        return LossOutput(losses, no_reward, no_reward, answer_metrics(pair))
+
+    def extra_repr(self) -> str:
+        """Settings, for ``print(loss)``."""
+        return f"side={self.side!r}"

@@ -1,0 +1,72 @@
+"""What the policy is compared with: an interface, and its first form, a second frozen copy of the model."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from contextlib import AbstractContextManager, contextmanager
+from dataclasses import dataclass
+from typing import Protocol
+
+import torch
+from torch import Tensor
+
+from tokenpref.data import PairBatch
+from tokenpref.distributed import unsharded
+from tokenpref.models.scoring import ScoringModel
+
+__all__ = ["KL_STATISTICS", "FrozenReference", "Reference", "ReferenceOutput"]
+
+KL_STATISTICS = frozenset({"kl_ref_policy", "kl_policy_ref"})
+
+
+@dataclass(frozen=True)
+class ReferenceOutput:
+    """The reference's side of a micro-batch: its own log-probabilities, or what the KL terms are made from.
+
+    Args:
+        logps: per-token log-probabilities ``[2B, T]``.
+        hidden: last hidden states ``[2B, L, D]``.
+        head_weight: LM head ``[V, D]``, whole for as long as the context is open.
+    """
+
+    logps: Tensor | None = None
+    hidden: Tensor | None = None
+    head_weight: Tensor | None = None
+
+
+class Reference(Protocol):
+    """Anything that can stand for pi_ref: a frozen copy, a switched-off adapter, a cache."""
+
+    provides: frozenset[str]
+    """Statistics that it can serve, of ``ref``, ``kl_ref_policy``, ``kl_policy_ref``."""
+
+    def outputs(self, batch: PairBatch, needs: frozenset[str]) -> AbstractContextManager[ReferenceOutput]:
+        """The reference's side of ``batch``; the policy's forward and backward run inside the context."""
+        ...
+
+
+class FrozenReference:
+    """A second model that never trains.
+
+    Args:
+        scorer: the frozen model.
+    """
+
+    provides = KL_STATISTICS | {"ref"}
+
+    def __init__(self, scorer: ScoringModel) -> None:
+        self.scorer = scorer
+
+    @contextmanager
+    def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
+        """Hidden states and head while a KL is needed, log-probabilities when they suffice."""
+        if not needs & self.provides:
+            yield ReferenceOutput()
+        elif not needs & KL_STATISTICS:
+            yield ReferenceOutput(logps=self.scorer.logps(batch.tokens, batch.labels))
+        else:
+            with torch.no_grad():
+                hidden = self.scorer.hidden(batch.tokens)
+            # The backward recomputes the reference's logits from this weight: it stays whole until the context ends.
+            with unsharded(self.scorer.model):
+                yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head.weight.detach())

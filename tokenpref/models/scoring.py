@@ -1,0 +1,189 @@
+"""Token statistics out of a torchtune decoder, with the LM head inside the root's forward.
+
+FSDP2 hands a module its whole weights only inside that module's forward. The head therefore runs where the decoder
+calls its output layer: :class:`StatsHead` takes that place and turns the last hidden states into per-token
+statistics, so that ``[B, L, V]`` logits never exist and FSDP2 reduces the head's gradient like any other.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import fields
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenpref._torchtune import TiedLinear, TransformerDecoder
+from tokenpref.ops import linear_token_stats
+from tokenpref.stats import TokenStats
+
+__all__ = ["ScoringModel", "StatsHead", "install_head", "logits_of", "next_token_logits"]
+
+HeadJob = Callable[[Tensor, Tensor], Any]
+"""What to make of the last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``."""
+
+DEFAULT_HEAD_CHUNK = 512
+
+
+class StatsHead:
+    """Stands in for the decoder's output layer; returns logits unless a job is set.
+
+    A plain object, not an ``nn.Module``: the names in the model's state dict stay as they are.
+
+    Args:
+        inner: the decoder's own output layer: ``nn.Linear`` without bias, or torchtune's ``TiedLinear``.
+
+    Raises:
+        TypeError: for any other output layer (soft-capped logits, adapters), whose numbers would differ.
+    """
+
+    def __init__(self, inner: nn.Linear | TiedLinear) -> None:
+        if not isinstance(inner, (nn.Linear, TiedLinear)) or getattr(inner, "bias", None) is not None:
+            raise TypeError(
+                f"the model's output layer is {type(inner).__name__}; token statistics need a plain linear head "
+                "without bias (nn.Linear or torchtune's TiedLinear)"
+            )
+        self.inner = inner
+        self.job: HeadJob | None = None
+
+    @property
+    def weight(self) -> Tensor:
+        """The head's weight ``[V, D]``; whole only while the root's parameters are gathered."""
+        return self.inner.tied_module.weight if isinstance(self.inner, TiedLinear) else self.inner.weight
+
+    def __call__(self, hidden: Tensor) -> Any:
+        """Logits ``[B, L, V]``, or what the current job makes of ``hidden``."""
+        if self.job is None:
+            return F.linear(hidden, self.weight)
+        return self.job(hidden, self.weight)
+
+
+def install_head(model: TransformerDecoder) -> StatsHead:
+    """Put a :class:`StatsHead` in the place of ``model.output`` (once; later calls return the same head).
+
+    Raises:
+        TypeError: see :class:`StatsHead`.
+    """
+    head = model.__dict__.get("_stats_head")
+    if head is not None:
+        return head
+    head = StatsHead(model.output)
+    if isinstance(model.output, nn.Module):
+        # The layer stays registered, so that "output.weight" stays in the state dict; only its forward changes.
+        model.output.forward = head.__call__
+    else:
+        model.output = head
+    model.set_num_output_chunks(1)  # the decoder then returns [output(h)] without an upcast to float32
+    model.__dict__["_stats_head"] = head
+    return head
+
+
+def logits_of(model: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
+    """Logits ``[B, L, V]`` of a decoder in its own dtype, whether or not a head is installed.
+
+    Args:
+        model: a torchtune decoder.
+        tokens: token ids ``[B, L]``.
+        kwargs: handed to the decoder (``mask``, ``input_pos``).
+    """
+    output = model(tokens, **kwargs)
+    return output[0] if isinstance(output, list) else output
+
+
+def next_token_logits(model: TransformerDecoder, tokens: Tensor, **kwargs: Any) -> Tensor:
+    """Logits ``[B, V]`` of the token after the last one; the head sees that position alone.
+
+    Args:
+        model: a torchtune decoder.
+        tokens: token ids ``[B, L]``, left padded where they differ in length.
+        kwargs: handed to the decoder (``mask``, ``input_pos``).
+    """
+    head = install_head(model)
+    head.job = lambda hidden, weight: F.linear(hidden[:, -1], weight)
+    try:
+        logits: Tensor = model(tokens, **kwargs)[0]
+    finally:
+        head.job = None
+    return logits
+
+
+class ScoringModel:
+    """A decoder and its head: hidden states, log-probabilities and token statistics of batches.
+
+    Args:
+        model: a torchtune decoder, sharded or not.
+        head_chunk_size: answer tokens scored at a time; the head's memory is this times the vocabulary.
+    """
+
+    def __init__(self, model: TransformerDecoder, *, head_chunk_size: int = DEFAULT_HEAD_CHUNK) -> None:
+        self.model = model
+        self.head = install_head(model)
+        self.head_chunk_size = head_chunk_size
+
+    @contextmanager
+    def _job(self, job: HeadJob) -> Iterator[None]:
+        self.head.job = job
+        try:
+            yield
+        finally:
+            self.head.job = None
+
+    def _run(self, tokens: Tensor, job: HeadJob) -> Any:
+        with self._job(job):
+            return self.model(tokens)[0]
+
+    def hidden(self, tokens: Tensor) -> Tensor:
+        """Last hidden states ``[B, L, D]``, after the final norm."""
+        hidden: Tensor = self._run(tokens, lambda hidden, _weight: hidden)
+        return hidden
+
+    def token_stats(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        needs: frozenset[str],
+        ref_logps: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_head_weight: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> TokenStats:
+        """Statistics of the labelled tokens; see :func:`tokenpref.ops.linear_token_stats`.
+
+        Args:
+            tokens: ``[B, L]`` ids, right padded.
+            labels: ``[B, L]`` ids, -100 where no token is scored.
+            needs: names of the statistics wanted beside the log-probabilities.
+            ref_logps: the reference's per-token log-probabilities ``[B, L-1]``, if it scored itself.
+            ref_hidden: the reference's last hidden states ``[B, L, D']``, for the KL terms.
+            ref_head_weight: the reference's head ``[V, D']``.
+            weights: token weights ``[B, L-1]``.
+
+        Returns:
+            Token statistics with ``T = L - 1`` columns; gradients flow to the model.
+        """
+
+        def job(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+            stats = linear_token_stats(
+                hidden,
+                weight,
+                ref_hidden,
+                ref_head_weight,
+                labels,
+                ref_logps=ref_logps,
+                weights=weights,
+                needs=needs,
+                chunk_size=self.head_chunk_size,
+            )
+            # A dict of tensors: FSDP2 looks for the tensors in a forward's output to hook its backward.
+            return {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
+
+        return TokenStats(**self._run(tokens, job))
+
+    @torch.no_grad()
+    def logps(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Log-probabilities ``[B, L-1]`` of the labelled tokens, without gradient; 0 elsewhere."""
+        return self.token_stats(tokens, labels, needs=frozenset()).policy_logps

@@ -1,0 +1,29 @@
+"""A model small enough for a test: two layers, its weights and tokenizer lie in ``data/tiny/model``."""
+
+from __future__ import annotations
+
+from tokenpref._torchtune import TransformerDecoder, llama3_2
+
+__all__ = ["TINY_SIZES", "tiny_llama"]
+
+TINY_SIZES = {
+    "vocab_size": 384,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 32,
+    "intermediate_dim": 64,
+    "rope_base": 10000,
+    "norm_eps": 1e-5,
+}
+
+
+def tiny_llama(num_layers: int = TINY_SIZES["num_layers"], max_seq_len: int = 256) -> TransformerDecoder:  # type: ignore[assignment]
+    """A Llama of 31 k parameters with tied embeddings, for the ``tiny/*`` configs.
+
+    Args:
+        num_layers: the weights that come with the package have 2.
+        max_seq_len: tokens that the rotary cache covers.
+    """
+    sizes = {**TINY_SIZES, "num_layers": num_layers}
+    return llama3_2(**sizes, max_seq_len=max_seq_len, scale_factor=1, tie_word_embeddings=True)

@@ -1,0 +1,8 @@
+"""From logits, or from hidden states and the LM head, to token statistics."""
+
+from __future__ import annotations
+
+from tokenpref.ops.linear import linear_token_stats, score_tokens
+from tokenpref.ops.logits import token_stats_from_logits
+
+__all__ = ["linear_token_stats", "score_tokens", "token_stats_from_logits"]

@@ -1,0 +1,167 @@
+"""The configs of the recipes. Keys are named as in torchtune's."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from pathlib import Path
+
+from tokenpref._paths import resolve_path
+from tokenpref.errors import ConfigError
+from tokenpref.training.schema import Component, component, flag, integer, number, section, text, texts
+
+__all__ = ["EvaluateConfig", "ModelConfig", "SamplingConfig", "TrainConfig", "loss_faults"]
+
+STATISTICS = ("ref", "kl_ref_policy", "kl_policy_ref", "entropy")
+FP16_HINT = " (fp16 has too small a range for log-probabilities; use bf16 or fp32)"
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig:
+    """What every recipe that runs a model needs."""
+
+    output_dir: str = text()
+    """Folder of everything that the run writes."""
+    tokenizer: Component = component()
+    model: Component = component()
+    checkpointer: Component = component()
+    """Reads the policy's starting weights and writes trained ones (a torchtune checkpointer)."""
+    ref_checkpointer: Component | None = component(optional=True)
+    """Reads the reference's weights; null: those that ``checkpointer`` starts from."""
+    seed: int = integer(0, low=0)
+    device: str = text("cpu")
+    dtype: str = text("fp32", choices=("fp32", "bf16"), hint=FP16_HINT)
+    batch_size: int = integer()
+    """Pairs per process and micro-batch."""
+    compile: bool = flag(False)
+    """Compile every decoder layer."""
+    fsdp_reshard_after_forward: bool = flag(True)
+    head_chunk_size: int = integer(512)
+    """Answer tokens whose logits exist at a time."""
+    log_stats: tuple[str, ...] = texts(choices=STATISTICS)
+    """Statistics to compute for the log beyond what the loss needs."""
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        return checkpoint_faults(self.checkpointer, self.model) + checkpoint_faults(
+            self.ref_checkpointer, self.model
+        )
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """A preference training run; keys are named as in torchtune's recipes."""
+
+    dataset: Component = component(positional=1)
+    dataset_val: Component | None = component(positional=1, optional=True)
+    loss: Component = component()
+    optimizer: Component = component(positional=1)
+    lr_scheduler: Component | None = component(
+        positional=1, provided=("num_training_steps", "last_epoch"), optional=True
+    )
+    """Null: a constant learning rate."""
+    metric_logger: Component = component()
+    profiler: Component | None = component(optional=True)
+    batch_size_val: int | None = integer(None)
+    """Null: ``batch_size``."""
+    run_val_every_n_steps: int | None = integer(None)
+    gradient_accumulation_steps: int = integer(1)
+    epochs: int = integer(1)
+    max_steps_per_epoch: int | None = integer(None)
+    shuffle: bool = flag(True)
+    clip_grad_norm: float | None = number(None)
+    enable_activation_checkpointing: bool = flag(False)
+    resume_from_checkpoint: bool = flag(False)
+    """Continue from the newest checkpoint of ``output_dir``."""
+    save_every_n_steps: int | None = integer(None)
+    """Steps between resumable checkpoints; null: one at each epoch's end."""
+    keep_last: int = integer(1)
+    """Resumable checkpoints to keep."""
+    log_every_n_steps: int = integer(1)
+    log_peak_memory_stats: bool = flag(False)
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        faults = super().faults()
+        if self.run_val_every_n_steps and self.dataset_val is None:
+            faults.append("run_val_every_n_steps: set without dataset_val; add a dataset_val or remove it")
+        return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingConfig:
+    """Sampling from the policy, and the reward of what it says."""
+
+    prompts: str = text()
+    """Text file, one opening a line."""
+    reward: Component = component()
+    """Callable ``(prompts, completions) -> list[float]``, or a class whose instance is one."""
+    num_samples: int = integer(8)
+    """Samples per opening."""
+    max_new_tokens: int = integer(40)
+    temperature: float = number(1.0)
+    top_k: int | None = integer(None)
+    top_p: float | None = number(None)
+    batch_size: int = integer(32)
+    compare_to: str | None = text(None)
+    """``samples.jsonl`` of another model's evaluation with the same openings and seed: gains are paired with it."""
+
+
+@dataclass(frozen=True, kw_only=True)
+class EvaluateConfig(ModelConfig):
+    """Held-out loss, accuracy, margins and KL, and samples with their reward."""
+
+    dataset: Component | None = component(positional=1, optional=True)
+    loss: Component | None = component(optional=True)
+    sampling: SamplingConfig | None = section(SamplingConfig)
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        faults = super().faults()
+        if self.dataset is not None and self.loss is None:
+            faults.append("loss: needed to evaluate a dataset; name the loss that the model was trained with")
+        if self.sampling is not None:
+            for key in ("prompts", "compare_to"):
+                path = getattr(self.sampling, key)
+                if path is not None and not resolve_path(path).is_file():
+                    faults.append(f"sampling.{key}: no file at {resolve_path(path)}")
+        return faults
+
+
+def checkpoint_faults(checkpointer: Component | None, model: Component | None) -> list[str]:
+    """Missing folder or files of a checkpointer, with the command that prepares the model when it has one."""
+    if checkpointer is None or "checkpoint_dir" not in checkpointer.kwargs:
+        return []
+    folder = Path(checkpointer.kwargs["checkpoint_dir"])
+    if not folder.is_dir():
+        command = getattr(model.target(), "prepare_command", None) if model is not None else None
+        mend = f"prepare the model with `{command}`" if command else "download it, e.g. with `tune download`"
+        return [
+            f"{checkpointer.key}.checkpoint_dir: no folder at {folder.absolute()}; {mend}, or set another path"
+        ]
+    files = checkpointer.kwargs.get("checkpoint_files")
+    missing = [name for name in files if not (folder / name).is_file()] if isinstance(files, list) else []
+    if missing:
+        return [f"{checkpointer.key}.checkpoint_files: {missing[0]!r} is not in {folder.absolute()}"]
+    return []
+
+
+def loss_faults(loss: Component | None, provides: frozenset[str], recipe: str) -> list[str]:
+    """A loss that refuses its settings, or that needs a statistic which the recipe does not provide."""
+    if loss is None:
+        return []
+    try:
+        built = loss.build()
+    except ConfigError as error:
+        return error.faults
+    needs = getattr(built, "needs", None)
+    if not isinstance(needs, frozenset):
+        return [
+            f"{loss.key} ({loss.path}): a loss must say what it needs as a frozenset `needs`, found {needs!r}"
+        ]
+    missing = sorted(needs - provides)
+    if missing:
+        return [
+            f"{loss.key} ({loss.path}): needs {', '.join(map(repr, missing))}, which {recipe} does not provide "
+            f"(it provides {', '.join(sorted(provides))}); use another loss or another recipe"
+        ]
+    return []

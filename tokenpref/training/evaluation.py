@@ -1,0 +1,169 @@
+"""Held-out numbers: loss, accuracy, margins, KL, and the reward of samples."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+from tqdm import tqdm
+
+from tokenpref._paths import resolve_path
+from tokenpref.data import PreferenceDataset, Tokenizer
+from tokenpref.distributed import World
+from tokenpref.errors import ConfigError, DataError
+from tokenpref.models.reference import Reference
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.config import SamplingConfig
+from tokenpref.training.generation import sample
+from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval
+from tokenpref.training.setup import pair_batches
+from tokenpref.training.step import BatchWeights, score_pairs
+
+__all__ = ["evaluate_pairs", "paired_gain", "sample_rewards"]
+
+
+@torch.no_grad()
+def evaluate_pairs(
+    policy: ScoringModel,
+    reference: Reference,
+    loss: nn.Module,
+    dataset: PreferenceDataset,
+    world: World,
+    *,
+    batch_size: int,
+    pad_id: int,
+    needs: frozenset[str],
+    weigh: BatchWeights = lambda batch: None,
+    progress: str | None = None,
+) -> dict[str, float]:
+    """Means over all pairs of a data set, whatever the number of ranks.
+
+    Args:
+        policy: model under evaluation; its training mode is restored afterwards.
+        reference: what it is compared with.
+        loss: the loss whose value and rewards are reported.
+        dataset: the pairs.
+        world: the run's processes.
+        batch_size: pairs per process and forward.
+        pad_id: padding token.
+        needs: statistics to compute.
+        weigh: token weights of a batch, for a loss that takes them.
+        progress: label of a progress bar on the main process; None for none.
+
+    Returns:
+        Metrics under the trainer's names, without prefix.
+    """
+    training = policy.model.training
+    policy.model.eval()
+    sums = MetricSums()
+    steps = math.ceil(len(dataset) / (batch_size * world.size))
+    for step in tqdm(range(steps), desc=progress, disable=progress is None or not world.is_main, leave=False):
+        for batch in pair_batches(dataset, world, pad_id=pad_id, step=step, batch_size=batch_size):
+            output = score_pairs(policy, reference, batch, needs, weigh(batch), loss)
+            sums.add(loss_metrics(output), batch.real)
+    policy.model.train(training)
+    return sums.reduce(world)
+
+
+def sample_rewards(
+    policy: ScoringModel, tokenizer: Tokenizer, config: SamplingConfig, world: World, *, seed: int
+) -> list[dict[str, Any]]:
+    """Sample from the policy on given openings and score what it says.
+
+    The noise of a sample depends on (seed, opening, sample number) alone, so that two models are compared on the
+    same noise and the number of ranks changes nothing.
+
+    Args:
+        policy: model to sample from.
+        tokenizer: its tokenizer.
+        config: openings, number and form of the samples, and the reward.
+        world: the run's processes.
+        seed: of the noise.
+
+    Returns:
+        On every rank, one dict for each opening and sample: ``prompt``, ``sample``, ``completion``, ``reward``,
+        ``tokens`` (their number).
+
+    Raises:
+        DataError: if the openings file is empty, or an opening has no token.
+        ConfigError: if the reward returns something else than one number for each sample.
+    """
+    path = resolve_path(config.prompts)
+    openings = [line.rstrip("\n") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not openings:
+        raise DataError(f"{path}: no openings; write one a line")
+    jobs = [(row, number) for row in range(len(openings)) for number in range(config.num_samples)]
+    mine = jobs[world.rank :: world.size]
+    ids = [tokenizer.encode_with_offsets(opening)[0] for opening in openings]
+    for row, tokens in enumerate(ids):
+        if not tokens:
+            raise DataError(f"{path}: opening {row + 1} ({openings[row]!r}) has no token")
+    outputs = sample(
+        policy.model,
+        [ids[row] for row, _ in mine],
+        seeds=[_sample_seed(seed, row, number) for row, number in mine],
+        max_new_tokens=config.max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        temperature=config.temperature,
+        top_k=config.top_k,
+        top_p=config.top_p,
+        batch_size=config.batch_size,
+        world=world,
+    )
+    texts = [tokenizer.decode([t for t in out if t != tokenizer.eos_id]) for out in outputs]
+    records = [
+        {"row": row, "sample": number, "prompt": openings[row], "completion": text, "tokens": len(out)}
+        for (row, number), text, out in zip(mine, texts, outputs, strict=True)
+    ]
+    gathered = [record for part in world.gather_objects(records) for record in part]
+    gathered.sort(key=lambda record: (record["row"], record["sample"]))
+    return _with_rewards(gathered, config)
+
+
+def _sample_seed(seed: int, row: int, number: int) -> int:
+    return (seed * 1_000_003 + row) * 1_000_003 + number
+
+
+def _with_rewards(records: list[dict[str, Any]], config: SamplingConfig) -> list[dict[str, Any]]:
+    reward: Callable[[list[str], list[str]], list[float]] = config.reward.target()
+    if isinstance(reward, type):
+        reward = config.reward.build()
+    rewards = reward([r["prompt"] for r in records], [r["completion"] for r in records])
+    if len(rewards) != len(records) or not all(math.isfinite(value) for value in rewards):
+        raise ConfigError(
+            f"sampling.reward ({config.reward.path}): expected {len(records)} finite numbers, got {len(rewards)} "
+            f"({sum(not math.isfinite(v) for v in rewards)} of them not finite)"
+        )
+    return [{**record, "reward": float(value)} for record, value in zip(records, rewards, strict=True)]
+
+
+def paired_gain(records: list[dict[str, Any]], baseline: Path) -> tuple[float, float, float]:
+    """Mean gain in reward over a baseline's samples of the same openings, with its 95 % interval.
+
+    Differences are taken sample by sample (same opening, same noise) and averaged within an opening's samples
+    only through the common mean: the interval is the normal one over all differences.
+
+    Args:
+        records: what :func:`sample_rewards` returned.
+        baseline: ``samples.jsonl`` of the other model.
+
+    Returns:
+        Mean difference, lower and upper bound.
+
+    Raises:
+        DataError: if the baseline holds other openings or another number of samples.
+    """
+    other = [json.loads(line) for line in baseline.read_text(encoding="utf-8").splitlines()]
+    keys = [(r["prompt"], r["sample"]) for r in records]
+    if keys != [(r["prompt"], r["sample"]) for r in other]:
+        raise DataError(
+            f"{baseline}: holds {len(other)} samples of other openings than the {len(records)} drawn here; "
+            "compare evaluations with the same sampling.prompts and sampling.num_samples"
+        )
+    return mean_interval([r["reward"] - o["reward"] for r, o in zip(records, other, strict=True)])

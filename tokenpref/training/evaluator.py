@@ -1,0 +1,133 @@
+"""Evaluation of a trained model, as ``recipes/evaluate_distributed`` runs it."""
+
+from __future__ import annotations
+
+import json
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import DictConfig
+
+from tokenpref._paths import resolve_path
+from tokenpref.data import PreferenceDataset, adapt_tokenizer
+from tokenpref.distributed import init_world
+from tokenpref.models.reference import KL_STATISTICS, FrozenReference
+from tokenpref.training.config import EvaluateConfig, loss_faults
+from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
+from tokenpref.training.metrics import mean_interval, wilson_interval
+from tokenpref.training.schema import read_config
+from tokenpref.training.setup import build_scorer, check_data_fits, read_weights
+
+__all__ = ["Evaluator"]
+
+log = logging.getLogger("tokenpref")
+
+
+class Evaluator:
+    """Held-out loss, accuracy, margins and KL of a model, and samples from it with their reward.
+
+    Writes ``evaluation.json`` and, with sampling, ``samples.jsonl`` to ``output_dir``.
+
+    Args:
+        cfg: config as torchtune's parser delivers it.
+
+    Raises:
+        ConfigError: with every fault of the config.
+    """
+
+    recipe: ClassVar[str] = "recipes/evaluate_distributed"
+    provides: ClassVar[frozenset[str]] = KL_STATISTICS | {"ref"}
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.config = read_config(EvaluateConfig, cfg, self._faults)
+
+    def _faults(self, config: EvaluateConfig) -> list[str]:
+        faults = loss_faults(config.loss, self.provides, self.recipe)
+        if config.dataset is None and config.sampling is None:
+            faults.append(
+                "dataset, sampling: both are null, so there is nothing to evaluate; set at least one"
+            )
+        return faults
+
+    def run(self) -> dict[str, Any]:
+        """Evaluate and write the results.
+
+        Returns:
+            What ``evaluation.json`` holds: metrics under the trainer's names, ``rewards/accuracies_interval``
+            (Wilson, 95 %), ``num_pairs``, and from samples ``reward``, ``reward_interval`` (normal, 95 %),
+            ``num_samples``, ``reward_gain`` and ``reward_gain_interval`` (paired with ``sampling.compare_to``).
+        """
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.world = init_world(config.device)
+        self.tokenizer = adapt_tokenizer(config.tokenizer.build())
+        dataset: PreferenceDataset | None = None
+        if config.dataset is not None:
+            component = config.dataset
+            dataset = self.world.together(lambda: component.build(self.tokenizer))
+        weights = read_weights(config.checkpointer.build(), "checkpointer", self.world)
+        self.policy = build_scorer(config, weights, self.world)
+        results: dict[str, Any] = {}
+        if dataset is not None:
+            check_data_fits(dataset, component, self.policy.model)
+            results |= self._evaluate(dataset)
+        if config.sampling is not None:
+            results |= self._sample()
+        if self.world.is_main:
+            text = json.dumps(results, indent=1, sort_keys=True)
+            self._write("evaluation.json", text + "\n")
+            log.info(text)
+        return results
+
+    def _evaluate(self, dataset: PreferenceDataset) -> dict[str, Any]:
+        config = self.config
+        assert config.loss is not None  # the config was refused otherwise
+        loss = config.loss.build()
+        checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
+        reference = FrozenReference(
+            build_scorer(config, read_weights(checkpointer.build(), key, self.world), self.world, key=key)
+        )
+        metrics = evaluate_pairs(
+            self.policy,
+            reference,
+            loss,
+            dataset,
+            self.world,
+            batch_size=config.batch_size,
+            pad_id=self.tokenizer.pad_id,
+            needs=frozenset(loss.needs) | frozenset(config.log_stats),
+            progress="held-out pairs",
+        )
+        interval = wilson_interval(metrics["rewards/accuracies"], len(dataset))
+        return {**metrics, "rewards/accuracies_interval": list(interval), "num_pairs": len(dataset)}
+
+    def _sample(self) -> dict[str, Any]:
+        sampling = self.config.sampling
+        assert sampling is not None  # the caller looked
+        records = sample_rewards(self.policy, self.tokenizer, sampling, self.world, seed=self.config.seed)
+        mean, low, high = mean_interval([r["reward"] for r in records])
+        results: dict[str, Any] = {
+            "reward": mean,
+            "reward_interval": [low, high],
+            "num_samples": len(records),
+        }
+        if sampling.compare_to is not None:
+            gain, low, high = paired_gain(records, resolve_path(sampling.compare_to))
+            results |= {"reward_gain": gain, "reward_gain_interval": [low, high]}
+        if self.world.is_main:
+            self._write("samples.jsonl", "".join(json.dumps(r, ensure_ascii=False) + "\n" for r in records))
+        return results
+
+    def _write(self, name: str, text: str) -> None:
+        folder = Path(self.config.output_dir).expanduser()
+        folder.mkdir(parents=True, exist_ok=True)
+        temporary = folder / f"{name}.tmp"
+        temporary.write_text(text, encoding="utf-8")
+        temporary.replace(folder / name)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if hasattr(self, "world"):
+            self.world.close()

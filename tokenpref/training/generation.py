@@ -1,0 +1,206 @@
+"""Sampling from a decoder with a KV cache: batched, reproducible row by row, and safe under FSDP2."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import torch
+from torch import Tensor
+
+from tokenpref._torchtune import TransformerDecoder, local_kv_cache
+from tokenpref.distributed import World
+from tokenpref.models.scoring import next_token_logits
+
+__all__ = ["sample", "sampling_probabilities"]
+
+
+@torch.no_grad()
+def sample(
+    model: TransformerDecoder,
+    prompts: Sequence[Sequence[int]],
+    *,
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    eos_id: int,
+    pad_id: int,
+    world: World,
+    temperature: float = 1.0,
+    top_k: int | None = None,
+    top_p: float | None = None,
+    batch_size: int = 32,
+) -> list[list[int]]:
+    """Continue prompts with tokens sampled from the model.
+
+    A row's randomness is one uniform number a token from a generator of its own seed, turned into a token by the
+    inverse of the cumulative distribution: it depends on neither the other rows, the batch size, nor the number of
+    ranks. Every rank runs the same number of forwards, whatever its prompts and wherever they end.
+
+    Args:
+        model: a torchtune decoder, sharded or not; its mode is restored and its caches are removed afterwards.
+        prompts: this rank's token ids, each with at least one token; ranks may hold different numbers.
+        seeds: one for each prompt.
+        max_new_tokens: tokens to sample at most.
+        eos_id: ends a row; it is kept as the row's last token.
+        pad_id: any valid token id; fills the left of shorter prompts, unseen by attention.
+        world: the run's processes.
+        temperature: divides the logits; 0 takes the likeliest token.
+        top_k: sample among the k likeliest tokens only.
+        top_p: sample among the fewest likeliest tokens that hold this much probability.
+        batch_size: rows in one forward.
+
+    Returns:
+        The new tokens of each prompt.
+
+    Raises:
+        ValueError: for an empty prompt, a number out of range, or a prompt that with ``max_new_tokens`` exceeds
+            the model's context.
+    """
+    _check(model, prompts, seeds, max_new_tokens, temperature, top_k, top_p, batch_size)
+    training = model.training
+    model.eval()
+    outputs: list[list[int]] = []
+    try:
+        for index in range(world.max(-(-len(prompts) // batch_size))):
+            part = slice(index * batch_size, (index + 1) * batch_size)
+            rows, row_seeds = list(prompts[part]), list(seeds[part])
+            uniforms = _uniforms(row_seeds or [0], max_new_tokens)
+            # A rank that has run out of prompts continues a padding token, so that the others' forwards find it.
+            tokens = _sample_batch(
+                model, rows or [[pad_id]], uniforms, eos_id, pad_id, world, temperature, top_k, top_p
+            )
+            outputs += tokens[: len(rows)]
+    finally:
+        model.train(training)
+    return outputs
+
+
+def sampling_probabilities(
+    logits: Tensor, *, temperature: float = 1.0, top_k: int | None = None, top_p: float | None = None
+) -> Tensor:
+    """Probabilities ``[B, V]`` (float64) that sampling draws from, after temperature, top-k and top-p.
+
+    Args:
+        logits: ``[B, V]``.
+        temperature: above 0.
+        top_k: keep the k likeliest tokens.
+        top_p: of those, keep the fewest likeliest whose probabilities sum to at least this.
+    """
+    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    if top_k is not None and top_k < logits.shape[-1]:
+        smallest = probabilities.topk(top_k, dim=-1).values[:, -1:]
+        probabilities = torch.where(probabilities >= smallest, probabilities, 0)
+    if top_p is not None and top_p < 1:
+        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered = ordered / ordered.sum(-1, keepdim=True)
+        # A token is kept when the likelier ones before it do not reach top_p yet: at least one always is.
+        ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
+        probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
+    return probabilities / probabilities.sum(-1, keepdim=True)
+
+
+def _sample_batch(
+    model: TransformerDecoder,
+    prompts: list[Sequence[int]],
+    uniforms: Tensor,
+    eos_id: int,
+    pad_id: int,
+    world: World,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+) -> list[list[int]]:
+    rows, longest, steps = len(prompts), max(map(len, prompts)), uniforms.shape[1]
+    device = world.device
+    tokens = torch.full((rows, longest), pad_id, dtype=torch.int64)
+    for row, prompt in enumerate(prompts):
+        tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
+    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    mask, positions = _left_padded(padding, longest + steps)
+    tokens, mask, positions, uniforms = (t.to(device) for t in (tokens, mask, positions, uniforms))
+    drawn = torch.full((rows, steps), eos_id, dtype=torch.int64, device=device)
+    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    dtype = next(model.parameters()).dtype
+    with local_kv_cache(
+        model, batch_size=rows, device=device, dtype=dtype, decoder_max_seq_len=longest + steps
+    ):
+        seen, start = tokens, 0
+        for step in range(steps):
+            end = longest + step
+            logits = next_token_logits(
+                model, seen, mask=mask[:, start:end], input_pos=positions[:, start:end]
+            )
+            if temperature == 0:
+                chosen = logits.argmax(-1)
+            else:
+                chosen = _inverse_cdf(
+                    sampling_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p),
+                    uniforms[:, step],
+                )
+            drawn[:, step] = torch.where(alive, chosen, eos_id)
+            alive = alive & (chosen != eos_id)
+            if not world.any(bool(alive.any())):
+                break
+            seen, start = drawn[:, step : step + 1], end
+    return [_until_eos(row, eos_id) for row in drawn.tolist()]
+
+
+def _left_padded(padding: Tensor, length: int) -> tuple[Tensor, Tensor]:
+    """Attention mask ``[B, length, length]`` and positions ``[B, length]`` of left-padded rows."""
+    columns = torch.arange(length)
+    real = columns >= padding[:, None]
+    causal = columns[:, None] >= columns
+    # Padding sees itself: a row of the mask without any True would give nan, which spreads through the cache.
+    mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool)
+    return mask, (columns - padding[:, None]).clamp(min=0)
+
+
+def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
+    """The token whose interval of the cumulative distribution holds the uniform number, ``[B]``."""
+    cumulative = probabilities.cumsum(-1)
+    target = uniforms[:, None] * cumulative[:, -1:]
+    return (
+        torch.searchsorted(cumulative, target, right=True).squeeze(-1).clamp(max=probabilities.shape[-1] - 1)
+    )
+
+
+def _uniforms(seeds: list[int], count: int) -> Tensor:
+    """``[B, count]`` numbers in [0, 1), each row from its seed alone."""
+    return torch.stack(
+        [
+            torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
+            for seed in seeds
+        ]
+    )
+
+
+def _until_eos(tokens: list[int], eos_id: int) -> list[int]:
+    return tokens[: tokens.index(eos_id) + 1] if eos_id in tokens else tokens
+
+
+def _check(
+    model: TransformerDecoder,
+    prompts: Sequence[Sequence[int]],
+    seeds: Sequence[int],
+    max_new_tokens: int,
+    temperature: float,
+    top_k: int | None,
+    top_p: float | None,
+    batch_size: int,
+) -> None:
+    if len(seeds) != len(prompts):
+        raise ValueError(f"one seed a prompt: got {len(seeds)} seeds for {len(prompts)} prompts")
+    if any(len(prompt) == 0 for prompt in prompts):
+        raise ValueError("a prompt is empty; give each at least one token, such as BOS")
+    if max_new_tokens < 1 or batch_size < 1:
+        raise ValueError(
+            f"max_new_tokens and batch_size must be at least 1, got {max_new_tokens} and {batch_size}"
+        )
+    if temperature < 0 or (top_k is not None and top_k < 1) or (top_p is not None and not 0 < top_p <= 1):
+        raise ValueError(
+            f"temperature must be at least 0, top_k at least 1 and top_p in (0, 1]; got {temperature}, {top_k}, {top_p}"
+        )
+    longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
+    if longest > model.max_seq_len:
+        raise ValueError(
+            f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {model.max_seq_len}"
+        )

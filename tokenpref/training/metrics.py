@@ -1,0 +1,132 @@
+"""Means over pairs, across micro-batches and ranks: numerators and denominators are summed, and divided last."""
+
+from __future__ import annotations
+
+import math
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+
+import torch
+from torch import Tensor
+
+from tokenpref.distributed import World
+from tokenpref.stats import LossOutput
+
+__all__ = ["LogInterval", "MetricSums", "loss_metrics", "mean_interval", "wilson_interval"]
+
+
+class MetricSums:
+    """Running sums of per-pair metrics."""
+
+    def __init__(self) -> None:
+        self._sums: dict[str, Tensor] = {}
+        self._counts: dict[str, Tensor] = {}
+
+    def add(self, values: Mapping[str, Tensor], real: Tensor) -> None:
+        """Add a micro-batch.
+
+        Args:
+            values: name to ``[B]`` values, the same names on every rank.
+            real: ``[B]``, False for the filler pair of a rank that had none.
+        """
+        count = real.sum()
+        for name, value in values.items():
+            total = torch.where(real, value.detach(), 0).sum().double()
+            self._sums[name] = self._sums.get(name, 0) + total
+            self._counts[name] = self._counts.get(name, 0) + count
+
+    def merge(self, other: MetricSums) -> None:
+        """Add another's sums to these."""
+        for name, total in other._sums.items():
+            self._sums[name] = self._sums.get(name, 0) + total
+            self._counts[name] = self._counts.get(name, 0) + other._counts[name]
+
+    def reduce(self, world: World) -> dict[str, float]:
+        """Means over all pairs of all ranks. Every rank must call it."""
+        if not self._sums:
+            return {}
+        names = sorted(self._sums)
+        table = torch.stack([torch.stack([self._sums[n], self._counts[n].double()]) for n in names])
+        sums, counts = world.sum(table).unbind(1)
+        return {
+            name: float(s / c) if c > 0 else math.nan for name, s, c in zip(names, sums, counts, strict=True)
+        }
+
+
+class LogInterval:
+    """What happened since the last line of the log, and how fast."""
+
+    def __init__(self) -> None:
+        self._restart()
+
+    def _restart(self) -> None:
+        self._sums, self._tokens, self._paused = MetricSums(), 0, 0.0
+        self._start = time.perf_counter()
+
+    def add(self, sums: MetricSums, tokens: int) -> None:
+        """Add a step's sums and its tokens (of all ranks)."""
+        self._sums.merge(sums)
+        self._tokens += tokens
+
+    @contextmanager
+    def pause(self) -> Iterator[None]:
+        """Time inside does not count for the speed: evaluation and saving are not training."""
+        start = time.perf_counter()
+        yield
+        self._paused += time.perf_counter() - start
+
+    def close(self, world: World) -> dict[str, float]:
+        """Means over the interval's pairs and ``tokens_per_second``; starts the next interval. On every rank."""
+        metrics = self._sums.reduce(world)
+        metrics["tokens_per_second"] = self._tokens / (time.perf_counter() - self._start - self._paused)
+        self._restart()
+        return metrics
+
+
+def loss_metrics(output: LossOutput) -> dict[str, Tensor]:
+    """Per-pair metrics under TRL's names: loss, rewards, accuracy (strict), margin, and the loss's own."""
+    chosen, rejected = output.chosen_rewards, output.rejected_rewards
+    return {
+        "loss": output.losses,
+        "rewards/chosen": chosen,
+        "rewards/rejected": rejected,
+        "rewards/margins": chosen - rejected,
+        "rewards/accuracies": (chosen > rejected).to(chosen.dtype),
+        **output.metrics,
+    }
+
+
+def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
+    """Wilson's score interval of a proportion (95 % for the default ``z``).
+
+    Args:
+        share: observed proportion.
+        count: number of observations, at least 1.
+        z: normal quantile.
+
+    Returns:
+        Lower and upper bound.
+    """
+    centre = share + z * z / (2 * count)
+    half = z * math.sqrt(share * (1 - share) / count + z * z / (4 * count * count))
+    scale = 1 + z * z / count
+    return (centre - half) / scale, (centre + half) / scale
+
+
+def mean_interval(values: list[float], z: float = 1.96) -> tuple[float, float, float]:
+    """Mean and its normal interval (95 % for the default ``z``).
+
+    Args:
+        values: at least two observations.
+        z: normal quantile.
+
+    Returns:
+        Mean, lower and upper bound.
+    """
+    n = len(values)
+    if n < 2:
+        raise ValueError(f"an interval needs at least two values, got {n}")
+    mean = sum(values) / n
+    half = z * math.sqrt(sum((v - mean) ** 2 for v in values) / (n - 1) / n)
+    return mean, mean - half, mean + half

@@ -1,0 +1,238 @@
+"""Typed configs: fields that read and check their own value, and the reader that collects every fault.
+
+A schema is a frozen dataclass whose fields are made by the functions here. :func:`read_config` fills it from a recipe's
+YAML; misspelt or missing keys, values of the wrong type and components that cannot be imported or called are all
+reported together, before anything is built.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import re
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any, TypeVar
+
+from omegaconf import DictConfig, OmegaConf
+from omegaconf.errors import OmegaConfBaseException
+
+from tokenpref._paths import PACKAGE_SCHEME, resolve_path
+from tokenpref.components import COMPONENT, find_component, nearest, signature_faults
+from tokenpref.errors import ConfigError
+
+__all__ = [
+    "Component",
+    "component",
+    "flag",
+    "integer",
+    "number",
+    "read_config",
+    "section",
+    "text",
+    "texts",
+]
+
+S = TypeVar("S")
+
+
+@dataclass(frozen=True)
+class Component:
+    """A node with ``_component_``: what to call and with which keywords.
+
+    Args:
+        key: where it stands in the config.
+        path: dotted path.
+        kwargs: its keywords, ``package://`` paths resolved.
+    """
+
+    key: str
+    path: str
+    kwargs: Mapping[str, Any]
+
+    def target(self) -> Any:
+        """The class or function at the path."""
+        return find_component(self.path)
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Call it.
+
+        Raises:
+            ConfigError: if it refuses its arguments with a ``ValueError`` or ``TypeError`` of its own.
+        """
+        try:
+            return self.target()(*args, **{**self.kwargs, **kwargs})
+        except (ValueError, TypeError) as error:
+            if isinstance(error, ValueError) and type(error) is not ValueError:
+                raise  # a ConfigError or DataError says where it comes from
+            raise ConfigError(f"{self.key} ({self.path}): {error}") from error
+
+
+# --- fields -----------------------------------------------------------------------------------------------------
+
+
+def component(*, positional: int = 0, provided: tuple[str, ...] = (), optional: bool = False) -> Any:
+    """A component node; ``positional`` and ``provided`` are the arguments that the recipe passes when it builds it."""
+
+    def read(key: str, value: Any) -> Component:
+        if not isinstance(value, Mapping) or COMPONENT not in value:
+            raise ConfigError(f"{key}: expected a mapping with {COMPONENT}, found {value!r}")
+        kwargs = {k: v for k, v in value.items() if k != COMPONENT}
+        try:
+            target = find_component(str(value[COMPONENT]))
+        except ValueError as error:
+            raise ConfigError(f"{key}.{COMPONENT}: {error}") from error
+        faults = signature_faults(target, kwargs, provided, positional)
+        if faults:
+            raise ConfigError([f"{key}.{fault}" for fault in faults])
+        return Component(key, str(value[COMPONENT]), kwargs)
+
+    return _field(read, default=None if optional else dataclasses.MISSING)
+
+
+def integer(default: Any = dataclasses.MISSING, *, low: int = 1) -> Any:
+    """A whole number of at least ``low``."""
+
+    def read(key: str, value: Any) -> int:
+        if isinstance(value, bool) or not isinstance(value, int) or value < low:
+            raise ConfigError(f"{key}: expected a whole number of at least {low}, found {value!r}")
+        return value
+
+    return _field(read, default)
+
+
+def number(default: Any = dataclasses.MISSING, *, low: float = 0.0) -> Any:
+    """A number above ``low``."""
+
+    def read(key: str, value: Any) -> float:
+        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > low:
+            raise ConfigError(f"{key}: expected a number above {low:g}, found {value!r}")
+        return float(value)
+
+    return _field(read, default)
+
+
+def flag(default: Any = dataclasses.MISSING) -> Any:
+    """True or false."""
+
+    def read(key: str, value: Any) -> bool:
+        if not isinstance(value, bool):
+            raise ConfigError(f"{key}: expected true or false, found {value!r}")
+        return value
+
+    return _field(read, default)
+
+
+def text(default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), hint: str = "") -> Any:
+    """Non-empty text, perhaps one of ``choices``."""
+
+    def read(key: str, value: Any) -> str:
+        if not isinstance(value, str) or not value:
+            raise ConfigError(f"{key}: expected text, found {value!r}")
+        if choices and value not in choices:
+            raise ConfigError(f"{key}: expected one of {', '.join(choices)}, found {value!r}{hint}")
+        return value
+
+    return _field(read, default)
+
+
+def texts(*, choices: tuple[str, ...]) -> Any:
+    """A list of ``choices``; empty by default."""
+
+    def read(key: str, value: Any) -> tuple[str, ...]:
+        if not isinstance(value, list):
+            raise ConfigError(f"{key}: expected a list of {', '.join(choices)}, found {value!r}")
+        unknown = [v for v in value if v not in choices]
+        if unknown:
+            known = ", ".join(choices)
+            raise ConfigError(
+                f"{key}: unknown {unknown[0]!r}{nearest(str(unknown[0]), choices)} (known: {known})"
+            )
+        return tuple(value)
+
+    return _field(read, ())
+
+
+def section(schema: type) -> Any:
+    """A nested schema; absent by default."""
+
+    def read(key: str, value: Any) -> Any:
+        section, faults = _read_mapping(schema, value, prefix=f"{key}.")
+        if faults:
+            raise ConfigError(faults)
+        return section
+
+    return _field(read, None)
+
+
+def _field(read: Callable[[str, Any], Any], default: Any) -> Any:
+    return dataclasses.field(default=default, metadata={"read": read})
+
+
+# --- reading -----------------------------------------------------------------------------------------------------
+
+
+def read_config(schema: type[S], cfg: DictConfig, extra_faults: Callable[[S], list[str]] | None = None) -> S:
+    """Turn a recipe's config into its typed form.
+
+    Args:
+        schema: a dataclass of this module, or one derived from it.
+        cfg: config as torchtune's parser delivers it.
+        extra_faults: further checks of the recipe's own; keys that could not be read are None for them.
+
+    Returns:
+        The checked config; nothing has been built for the run, and nothing written.
+
+    Raises:
+        ConfigError: with every fault found.
+    """
+    try:
+        data = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
+    # A key of the user's own that other keys refer to as ${key} is a variable, not a misspelling.
+    variables = set(re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg, resolve=False)))
+    config, faults = _read_mapping(schema, data, ignore=variables)
+    faults += config.faults()
+    if extra_faults is not None:
+        faults += extra_faults(config)
+    if faults:
+        raise ConfigError(faults)
+    return config
+
+
+def _read_mapping(
+    schema: Any, data: Any, prefix: str = "", ignore: set[str] | None = None
+) -> tuple[Any, list[str]]:
+    """An instance of ``schema`` (None where a value is missing or wrong) and what was wrong."""
+    if not isinstance(data, Mapping):
+        raise ConfigError(f"{prefix.rstrip('.')}: expected a mapping, found {data!r}")
+    known = {f.name: f for f in dataclasses.fields(schema)}
+    faults = [
+        f"{prefix}{key}: unknown key{nearest(str(key), known)}"
+        for key in data
+        if key not in known and key not in (ignore or ())
+    ]
+    config = object.__new__(schema)
+    for name, spec in known.items():
+        value = _resolve_package_paths(data.get(name))
+        result = None if spec.default is dataclasses.MISSING else spec.default
+        if value is not None:
+            try:
+                result = spec.metadata["read"](f"{prefix}{name}", value)
+            except ConfigError as error:
+                result = None
+                faults.extend(error.faults)
+        elif spec.default is dataclasses.MISSING:
+            faults.append(f"{prefix}{name}: missing; the recipe needs it")
+        object.__setattr__(config, name, result)
+    return config, faults
+
+
+def _resolve_package_paths(value: Any) -> Any:
+    if isinstance(value, str) and value.startswith(PACKAGE_SCHEME):
+        return str(resolve_path(value))
+    if isinstance(value, dict):
+        return {k: _resolve_package_paths(v) for k, v in value.items()}
+    if isinstance(value, list):
+        return [_resolve_package_paths(v) for v in value]
+    return value

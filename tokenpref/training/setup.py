@@ -1,0 +1,187 @@
+"""Models, data and micro-batches as a run needs them, built from its config."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from tokenpref._torchtune import (
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+    compile_model,
+    set_activation_checkpointing,
+    set_default_dtype,
+    validate_no_params_on_meta_device,
+)
+from tokenpref.data import PairBatch, PreferenceDataset, collate_pairs, epoch_order, step_micro_batches
+from tokenpref.distributed import World, load_full_state_dict, shard
+from tokenpref.errors import ConfigError
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.config import ModelConfig
+from tokenpref.training.schema import Component
+
+__all__ = ["DTYPES", "build_scorer", "check_data_fits", "check_state_fits", "pair_batches", "read_weights"]
+
+DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
+
+
+def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]:
+    """The model state dict that a torchtune checkpointer reads; only the main process reads, others get ``{}``.
+
+    Raises:
+        ConfigError: if the files cannot be turned into torchtune's names (usually a wrong ``model_type``).
+    """
+
+    def read() -> dict[str, Tensor]:
+        if not world.is_main:
+            return {}
+        try:
+            state: dict[str, Tensor] = checkpointer.load_checkpoint()["model"]
+        except Exception as error:
+            raise ConfigError(
+                f"{key}: the checkpoint cannot be read ({type(error).__name__}: {error}); check checkpoint_dir, "
+                "checkpoint_files and model_type"
+            ) from error
+        return state
+
+    return world.together(read)
+
+
+def check_state_fits(state: dict[str, Tensor], model: TransformerDecoder, key: str) -> None:
+    """Compare names and shapes of a checkpoint with the model's.
+
+    Raises:
+        ConfigError: naming the first differences.
+    """
+    own = model.state_dict()
+    faults = [f"no tensor {name!r}" for name in own if name not in state]
+    faults += [f"unexpected tensor {name!r}" for name in state if name not in own]
+    faults += [
+        f"{name!r} has shape {list(tensor.shape)} and the model wants {list(own[name].shape)}"
+        for name, tensor in state.items()
+        if name in own and tensor.shape != own[name].shape
+    ]
+    if faults:
+        more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
+        raise ConfigError(
+            f"{key}: the checkpoint is of another architecture than the model: {'; '.join(faults[:3])}{more}. "
+            "Set model and checkpointer to the same architecture."
+        )
+
+
+def build_scorer(
+    config: ModelConfig,
+    state: dict[str, Tensor],
+    world: World,
+    *,
+    key: str = "checkpointer",
+    trainable: bool = False,
+    activation_checkpointing: bool = False,
+) -> ScoringModel:
+    """Build the config's model on the meta device, shard it, and fill it with weights.
+
+    Args:
+        config: names the model, its dtype and how it is sharded.
+        state: whole weights on the main process (see :func:`read_weights`).
+        world: the run's processes.
+        key: config key of the checkpointer, for errors.
+        trainable: False freezes the parameters and sets evaluation mode.
+        activation_checkpointing: recompute every layer's activations in the backward.
+
+    Returns:
+        The model with its head installed.
+
+    Raises:
+        ConfigError: if the weights do not fit the model, or the model has no plain linear head.
+    """
+    dtype = DTYPES[config.dtype]
+    with set_default_dtype(dtype), torch.device("meta"):
+        model: TransformerDecoder = config.model.build()
+
+    def check() -> None:
+        if world.is_main:
+            check_state_fits(state, model, key)
+
+    world.together(check)
+    if config.compile:
+        compile_model(model, verbose=False)
+    if activation_checkpointing:
+        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
+    model.requires_grad_(trainable)
+    shard(model, world, reshard_after_forward=config.fsdp_reshard_after_forward)
+    model.to_empty(device=world.device)
+    with torch.device(world.device):
+        for module in model.modules():
+            # Rotary caches are not in checkpoints; they are float32 whatever the model's dtype.
+            if hasattr(module, "rope_init"):
+                module.rope_init()
+    load_full_state_dict(model, state, world)
+    validate_no_params_on_meta_device(model)
+    model.train(trainable)
+    try:
+        return ScoringModel(model, head_chunk_size=config.head_chunk_size)
+    except TypeError as error:
+        raise ConfigError(f"model ({config.model.path}): {error}") from error
+
+
+def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:
+    """Check that every sequence and token id of a data set can be fed to the model.
+
+    Raises:
+        ConfigError: if a sequence is longer than the model's context, or an id lies outside its vocabulary.
+    """
+    longest = max(max(len(e.chosen_ids), len(e.rejected_ids)) for e in _examples(dataset))
+    if longest > model.max_seq_len:
+        raise ConfigError(
+            f"{component.key}: the longest sequence has {longest} tokens and the model's context is "
+            f"{model.max_seq_len}; set {component.key}.max_seq_len={model.max_seq_len} or raise the model's"
+        )
+    highest = max(max(*e.chosen_ids, *e.rejected_ids) for e in _examples(dataset))
+    vocabulary = model.tok_embeddings.num_embeddings
+    if highest >= vocabulary:
+        raise ConfigError(
+            f"tokenizer: it makes token id {highest} and the model embeds {vocabulary} tokens; "
+            "set the tokenizer that belongs to the model"
+        )
+
+
+def _examples(dataset: PreferenceDataset) -> Iterator[Any]:
+    return (dataset[i] for i in range(len(dataset)))
+
+
+@lru_cache(maxsize=2)
+def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
+    return epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
+
+
+def pair_batches(
+    dataset: PreferenceDataset,
+    world: World,
+    *,
+    pad_id: int,
+    step: int,
+    batch_size: int,
+    accumulation: int = 1,
+    seed: int = 0,
+    epoch: int = 0,
+    shuffle: bool = False,
+) -> list[PairBatch]:
+    """This rank's micro-batches of a step of an epoch; filler ones where it has no pair."""
+    order = _epoch_order(len(dataset), seed, epoch, shuffle)
+    rows = step_micro_batches(
+        order,
+        step=step,
+        batch_size=batch_size,
+        accumulation=accumulation,
+        rank=world.rank,
+        world_size=world.size,
+    )
+    return [
+        collate_pairs([dataset[i] for i in indices], pad_id, filler=not indices).to(world.device)
+        for indices in rows
+    ]

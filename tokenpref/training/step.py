@@ -1,0 +1,152 @@
+"""One optimizer step: all micro-batches drawn, pairs counted once, then forward and backward for each."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass, fields, replace
+
+import torch
+from torch import Tensor, nn
+from torch.optim import Optimizer
+
+from tokenpref.data import PairBatch
+from tokenpref.distributed import World, gradient_sync
+from tokenpref.errors import TrainingDiverged
+from tokenpref.models.reference import Reference
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.stats import LossOutput, PairStats, TokenStats
+from tokenpref.training.metrics import MetricSums, loss_metrics
+
+__all__ = ["BatchWeights", "StepResult", "score_pairs", "split_pair", "train_step"]
+
+BatchWeights = Callable[[PairBatch], "Tensor | None"]
+"""Token weights ``[2B, T]`` of a micro-batch, or None where the loss takes none."""
+
+
+@dataclass(frozen=True)
+class StepResult:
+    """What a step did, before any reduction over ranks.
+
+    Args:
+        sums: per-pair metrics of this rank.
+        pairs: pairs of all ranks.
+        tokens: non-padding tokens of all ranks, the prompt counted in both answers.
+        grad_norm: global gradient norm before clipping.
+    """
+
+    sums: MetricSums
+    pairs: int
+    tokens: int
+    grad_norm: float
+
+
+def split_pair(stats: TokenStats, num_pairs: int) -> PairStats:
+    """Chosen rows ``[:B]`` and rejected rows ``[B:]`` of a joint forward."""
+
+    def rows(part: slice) -> TokenStats:
+        present = {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
+        return replace(stats, **{name: value[part] for name, value in present.items()})
+
+    return PairStats(chosen=rows(slice(None, num_pairs)), rejected=rows(slice(num_pairs, None)))
+
+
+def score_pairs(
+    policy: ScoringModel,
+    reference: Reference,
+    batch: PairBatch,
+    needs: frozenset[str],
+    weights: Tensor | None,
+    use: Callable[[PairStats], LossOutput],
+) -> LossOutput:
+    """Statistics of a micro-batch, handed to ``use`` while the reference's side is at hand.
+
+    Args:
+        policy: the model whose statistics carry gradient.
+        reference: the model compared with.
+        batch: chosen and rejected rows together.
+        needs: statistics wanted.
+        weights: token weights ``[2B, T]``, if the loss takes any.
+        use: computes the loss (and its backward) from the statistics.
+
+    Returns:
+        What ``use`` returned.
+    """
+    with reference.outputs(batch, needs) as ref:
+        stats = policy.token_stats(
+            batch.tokens,
+            batch.labels,
+            needs=needs,
+            ref_logps=ref.logps,
+            ref_hidden=ref.hidden,
+            ref_head_weight=ref.head_weight,
+            weights=weights,
+        )
+        return use(split_pair(stats, len(batch.rows)))
+
+
+def train_step(
+    policy: ScoringModel,
+    reference: Reference,
+    loss: nn.Module,
+    optimizer: Optimizer,
+    micro_batches: Sequence[PairBatch],
+    world: World,
+    *,
+    step: int,
+    needs: frozenset[str],
+    weigh: BatchWeights,
+    clip_grad_norm: float | None = None,
+) -> StepResult:
+    """Optimise the mean loss over all pairs of all ranks and micro-batches.
+
+    Every rank passes the same number of micro-batches; a rank without pairs passes filler ones, which run the same
+    forwards (FSDP2 would hang otherwise) and add exactly nothing.
+
+    Raises:
+        TrainingDiverged: on every rank, before the update, if a loss or the gradient is not finite on any.
+    """
+    counts = torch.tensor([[b.num_pairs, b.num_tokens] for b in micro_batches], device=world.device).sum(0)
+    pairs, tokens = (int(n) for n in world.sum(counts))
+    # FSDP2 averages gradients over ranks; the loss below is a sum over ranks divided by the pairs of all.
+    scale = (world.size if world.is_distributed else 1) / pairs
+    sums = MetricSums()
+    losses: list[Tensor] = []
+    for index, batch in enumerate(micro_batches):
+        gradient_sync(policy.model, index == len(micro_batches) - 1)
+
+        def optimise(pair: PairStats, real: Tensor = batch.real) -> LossOutput:
+            output: LossOutput = loss(pair)
+            (torch.where(real, output.losses, 0).sum() * scale).backward()
+            return output
+
+        output = score_pairs(policy, reference, batch, needs, weigh(batch), optimise)
+        sums.add(loss_metrics(output), batch.real)
+        losses.append(output.losses.detach()[batch.real])
+    grads = [p.grad for p in policy.model.parameters() if p.grad is not None]
+    norm = nn.utils.get_total_norm(grads)
+    norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
+    _stop_unless_finite(torch.cat(losses), norm_value, micro_batches, world, step)
+    if clip_grad_norm is not None:
+        nn.utils.clip_grads_with_norm_(policy.model.parameters(), clip_grad_norm, norm)
+    optimizer.step()
+    optimizer.zero_grad(set_to_none=True)
+    return StepResult(sums, pairs, tokens, norm_value)
+
+
+def _stop_unless_finite(
+    losses: Tensor, norm: float, micro_batches: Sequence[PairBatch], world: World, step: int
+) -> None:
+    finite = losses.isfinite()
+    norm_finite = norm == norm and abs(norm) != float("inf")
+    if not world.any(not (bool(finite.all()) and norm_finite)):
+        return
+    rows = [row for batch in micro_batches for row in batch.rows if row >= 0]
+    bad = [row for row, good in zip(rows, finite.tolist(), strict=True) if not good]
+    everyone = world.gather_objects((rows, bad))
+    named = sorted({row for _, bad_rows in everyone for row in bad_rows})
+    batch_rows = sorted({row for all_rows, _ in everyone for row in all_rows})
+    cause = f"the loss of rows {named} is not finite" if named else f"the gradient norm is {norm}"
+    raise TrainingDiverged(
+        f"step {step}: {cause}; no update was made. Rows of this step: {batch_rows}. "
+        "Lower the learning rate, set clip_grad_norm, or inspect these rows."
+    )
