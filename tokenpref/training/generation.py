@@ -2,16 +2,20 @@
 
 from __future__ import annotations
 
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
+from functools import partial
 
 import torch
 from torch import Tensor
 
 from tokenpref._torchtune import TransformerDecoder, local_kv_cache
 from tokenpref.distributed import World
+from tokenpref.errors import TokenprefError
 from tokenpref.models.scoring import next_token_logits
 
 __all__ = ["sample", "sampling_probabilities"]
+
+_ENDED, _RUNNING, _NOT_FINITE = range(3)  # what a rank tells the others after a token; the largest counts
 
 
 @torch.no_grad()
@@ -36,7 +40,8 @@ def sample(
     ranks. Every rank runs the same number of forwards, whatever its prompts and wherever they end.
 
     Args:
-        model: a torchtune decoder, sharded or not; its mode is restored and its caches are removed afterwards.
+        model: a torchtune decoder, sharded or not. Its modules' modes are restored and its caches are removed
+            afterwards; the head of :func:`tokenpref.models.scoring.install_head` stays.
         prompts: this rank's token ids, each with at least one token; ranks may hold different numbers.
         seeds: one for each prompt.
         max_new_tokens: tokens to sample at most.
@@ -54,23 +59,23 @@ def sample(
     Raises:
         ValueError: for an empty prompt, a number out of range, or a prompt that with ``max_new_tokens`` exceeds
             the model's context.
+        TokenprefError: if the model's logits are nan or infinite, or another rank's arguments were refused.
     """
-    _check(model, prompts, seeds, max_new_tokens, temperature, top_k, top_p, batch_size)
-    training = model.training
+    world.together(
+        lambda: _check(model, prompts, seeds, max_new_tokens, temperature, top_k, top_p, batch_size)
+    )
+    choose = partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
+    modes = [(module, module.training) for module in model.modules()]
     model.eval()
     outputs: list[list[int]] = []
     try:
         for index in range(world.max(-(-len(prompts) // batch_size))):
             part = slice(index * batch_size, (index + 1) * batch_size)
-            rows, row_seeds = list(prompts[part]), list(seeds[part])
-            uniforms = _uniforms(row_seeds or [0], max_new_tokens)
-            # A rank that has run out of prompts continues a padding token, so that the others' forwards find it.
-            tokens = _sample_batch(
-                model, rows or [[pad_id]], uniforms, eos_id, pad_id, world, temperature, top_k, top_p
-            )
-            outputs += tokens[: len(rows)]
+            uniforms = _uniforms(seeds[part], max_new_tokens)
+            outputs += _sample_batch(model, prompts[part], uniforms, choose, eos_id, pad_id, world)
     finally:
-        model.train(training)
+        for module, mode in modes:
+            module.training = mode
     return outputs
 
 
@@ -84,13 +89,19 @@ def sampling_probabilities(
         temperature: above 0.
         top_k: keep the k likeliest tokens.
         top_p: of those, keep the fewest likeliest whose probabilities sum to at least this.
+
+    Of equally likely tokens those with the lower ids are kept, as argmax does; bfloat16 logits often tie.
     """
-    probabilities = torch.softmax(logits.double() / temperature, dim=-1)
+    logits = logits.double()
+    # Shifted before the division: a temperature near 0 would make inf - inf out of two large logits.
+    probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = probabilities.topk(top_k, dim=-1).values[:, -1:]
-        probabilities = torch.where(probabilities >= smallest, probabilities, 0)
+        above, level = probabilities > smallest, probabilities == smallest
+        room = top_k - above.sum(-1, keepdim=True)
+        probabilities = torch.where(above | (level & (level.cumsum(-1) <= room)), probabilities, 0)
     if top_p is not None and top_p < 1:
-        ordered, order = probabilities.sort(dim=-1, descending=True)
+        ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         ordered = ordered / ordered.sum(-1, keepdim=True)
         # A token is kept when the likelier ones before it do not reach top_p yet: at least one always is.
         ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
@@ -100,25 +111,25 @@ def sampling_probabilities(
 
 def _sample_batch(
     model: TransformerDecoder,
-    prompts: list[Sequence[int]],
+    prompts: Sequence[Sequence[int]],
     uniforms: Tensor,
+    choose: Callable[[Tensor, Tensor], Tensor],
     eos_id: int,
     pad_id: int,
     world: World,
-    temperature: float,
-    top_k: int | None,
-    top_p: float | None,
 ) -> list[list[int]]:
-    rows, longest, steps = len(prompts), max(map(len, prompts)), uniforms.shape[1]
+    # A rank that has run out of prompts continues a padding token, so that the others' forwards find it.
+    padded = list(prompts) or [[pad_id]]
+    rows, longest, steps = len(padded), max(map(len, padded)), uniforms.shape[1]
     device = world.device
     tokens = torch.full((rows, longest), pad_id, dtype=torch.int64)
-    for row, prompt in enumerate(prompts):
+    for row, prompt in enumerate(padded):
         tokens[row, longest - len(prompt) :] = torch.tensor(prompt)
-    padding = torch.tensor([longest - len(prompt) for prompt in prompts])
+    padding = torch.tensor([longest - len(prompt) for prompt in padded])
     mask, positions = _left_padded(padding, longest + steps)
     tokens, mask, positions, uniforms = (t.to(device) for t in (tokens, mask, positions, uniforms))
     drawn = torch.full((rows, steps), eos_id, dtype=torch.int64, device=device)
-    alive = torch.ones(rows, dtype=torch.bool, device=device)
+    alive = torch.full((rows,), len(prompts) > 0, dtype=torch.bool, device=device)
     dtype = next(model.parameters()).dtype
     with local_kv_cache(
         model, batch_size=rows, device=device, dtype=dtype, decoder_max_seq_len=longest + steps
@@ -129,19 +140,35 @@ def _sample_batch(
             logits = next_token_logits(
                 model, seen, mask=mask[:, start:end], input_pos=positions[:, start:end]
             )
-            if temperature == 0:
-                chosen = logits.argmax(-1)
-            else:
-                chosen = _inverse_cdf(
-                    sampling_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p),
-                    uniforms[:, step],
-                )
+            chosen = choose(logits, uniforms[:, step])
             drawn[:, step] = torch.where(alive, chosen, eos_id)
             alive = alive & (chosen != eos_id)
-            if not world.any(bool(alive.any())):
+            if not _goes_on(logits, alive, world, step):
                 break
             seen, start = drawn[:, step : step + 1], end
-    return [_until_eos(row, eos_id) for row in drawn.tolist()]
+    return [_until_eos(row, eos_id) for row in drawn.tolist()[: len(prompts)]]
+
+
+def _goes_on(logits: Tensor, alive: Tensor, world: World, step: int) -> bool:
+    """Whether a row of any rank wants another token; the same on every rank, and so is the error."""
+    finite = bool(logits.amax(-1).isfinite().all())
+    state = world.max(_NOT_FINITE if not finite else _RUNNING if bool(alive.any()) else _ENDED)
+    if state == _NOT_FINITE:
+        raise TokenprefError(
+            f"the model's logits for new token {step + 1} are nan or infinite, so there is nothing to sample from; "
+            "check the checkpoint, or set dtype=fp32"
+        )
+    return state == _RUNNING
+
+
+def _choose(
+    logits: Tensor, uniforms: Tensor, *, temperature: float, top_k: int | None, top_p: float | None
+) -> Tensor:
+    """Next tokens ``[B]`` from logits ``[B, V]`` and one uniform number for each row."""
+    if temperature == 0:
+        return logits.argmax(-1)
+    probabilities = sampling_probabilities(logits, temperature=temperature, top_k=top_k, top_p=top_p)
+    return _inverse_cdf(probabilities, uniforms)
 
 
 def _left_padded(padding: Tensor, length: int) -> tuple[Tensor, Tensor]:
@@ -163,12 +190,12 @@ def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
     )
 
 
-def _uniforms(seeds: list[int], count: int) -> Tensor:
-    """``[B, count]`` numbers in [0, 1), each row from its seed alone."""
+def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
+    """``[B, count]`` numbers in [0, 1), each row from its seed alone; one row, which nobody uses, without seeds."""
     return torch.stack(
         [
             torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
-            for seed in seeds
+            for seed in seeds or [0]
         ]
     )
 

@@ -1,0 +1,260 @@
+"""Sample preference pairs from a model and score them: how ``data/sentiment`` was made, for any model and reward.
+
+Of each group of samples of one opening, the best and the worst become chosen and rejected, if their rewards differ
+enough. Needs the prepared model and vaderSentiment (``pip install "tokenpref[smollm2]"``) unless told otherwise.
+
+python scripts/make_sentiment_pairs.py --openings my_openings.txt --output pairs.jsonl
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import random
+import sys
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import nn
+
+from tokenpref._paths import resolve_path
+from tokenpref.components import find_component
+from tokenpref.data import Tokenizer, tokenizer_json
+from tokenpref.distributed import World, single_process_world
+from tokenpref.errors import ConfigError, DataError, TokenprefError
+from tokenpref.rewards import Reward, ValenceReward
+from tokenpref.training.generation import sample
+from tokenpref.training.setup import check_state_fits, read_weights
+
+
+@dataclass(frozen=True)
+class Sample:
+    """A continuation of an opening, with its reward.
+
+    Args:
+        text: without the end-of-text token.
+        reward: what the scorer gave.
+        ended: whether the model ended it; False when the limit cut it.
+    """
+
+    text: str
+    reward: float
+    ended: bool
+
+
+def load_model(component: str, folder: Path, model_type: str, world: World) -> nn.Module:
+    """A model named by dotted path, with the weights of an HF checkpoint folder.
+
+    Raises:
+        ConfigError: if there is no such model, or the weights are missing or another model's.
+    """
+    files = sorted(file.name for file in folder.glob("*.safetensors"))
+    builder = find_component(component)
+    if not files:
+        prepare = getattr(builder, "prepare_command", None)
+        hint = f"run `{prepare}`" if prepare else "name a Hugging Face checkpoint folder"
+        raise ConfigError(f"--checkpoint: no *.safetensors in {folder}; {hint}")
+    with tempfile.TemporaryDirectory() as unused:
+        checkpointer = find_component("torchtune.training.FullModelHFCheckpointer")(
+            checkpoint_dir=str(folder), checkpoint_files=files, model_type=model_type, output_dir=unused
+        )
+        state = read_weights(checkpointer, "--checkpoint", world)
+    model: Any = builder()
+    check_state_fits(state, model, "--checkpoint")
+    model.load_state_dict(state)
+    return model.to(world.device)
+
+
+def sample_groups(
+    model: Any,
+    tokenizer: Tokenizer,
+    reward: Reward,
+    openings: Sequence[str],
+    *,
+    samples: int,
+    max_new_tokens: int,
+    temperature: float,
+    batch_size: int,
+    seed: int,
+    world: World,
+) -> list[list[Sample]]:
+    """``samples`` scored continuations of each opening; the noise depends on (seed, opening, number) alone.
+
+    Raises:
+        DataError: if an opening has no token.
+        ValueError: if the reward returns another number of values than it got texts.
+    """
+    ids = [tokenizer.encode_with_offsets(opening)[0] for opening in openings]
+    if empty := [opening for opening, tokens in zip(openings, ids, strict=True) if not tokens]:
+        raise DataError(f"--openings: {empty[0]!r} has no token")
+    jobs = [(row, number) for row in range(len(openings)) for number in range(samples)]
+    outputs = sample(
+        model,
+        [ids[row] for row, _ in jobs],
+        seeds=[(seed * 1_000_003 + row) * 1_000_003 + number for row, number in jobs],
+        max_new_tokens=max_new_tokens,
+        eos_id=tokenizer.eos_id,
+        pad_id=tokenizer.pad_id,
+        temperature=temperature,
+        batch_size=batch_size,
+        world=world,
+    )
+    ended = [output[-1] == tokenizer.eos_id for output in outputs]
+    texts = [
+        tokenizer.decode(output[:-1] if end else output) for output, end in zip(outputs, ended, strict=True)
+    ]
+    values = reward([openings[row] for row, _ in jobs], texts)
+    scored = [Sample(text, float(v), end) for text, v, end in zip(texts, values, ended, strict=True)]
+    return [scored[start : start + samples] for start in range(0, len(scored), samples)]
+
+
+def pairs_of(
+    opening: str,
+    samples: Sequence[Sample],
+    *,
+    group: int,
+    min_gap: float,
+    reward: Reward,
+    drop: frozenset[str] = frozenset(),
+) -> list[dict[str, Any]]:
+    """Rows from the best and the worst of each whole group of samples of one opening.
+
+    Args:
+        opening: the prompt.
+        samples: its samples.
+        group: samples that compete for one pair.
+        min_gap: smallest difference in reward, above 0.
+        reward: marks the words that count, if it can.
+        drop: lower-case words that no pair may contain.
+
+    Returns:
+        Rows with the fields of ``data/sentiment``: texts, rewards and, from a reward that has them, valences; and
+        ``chosen_complete``, ``rejected_complete``, by which ``append_eos: auto`` knows the answers that have an end.
+        Of equal samples the first one counts. A pair with an empty answer is left out.
+    """
+    rows = []
+    for start in range(0, len(samples) - group + 1, group):
+        competing = samples[start : start + group]
+        best, worst = max(competing, key=lambda s: s.reward), min(competing, key=lambda s: s.reward)
+        words = f"{best.text} {worst.text}".lower().split()
+        if (
+            best.reward - worst.reward < min_gap
+            or not best.text.strip()
+            or not worst.text.strip()
+            or not drop.isdisjoint(word.strip(".,;:!?\"'()") for word in words)
+        ):
+            continue
+        row: dict[str, Any] = {"prompt": opening, "chosen": best.text, "rejected": worst.text}
+        row |= {"chosen_reward": best.reward, "rejected_reward": worst.reward}
+        row |= {"chosen_complete": best.ended, "rejected_complete": worst.ended}
+        if isinstance(reward, ValenceReward):
+            row |= {
+                "chosen_valence": reward.valence(best.text),
+                "rejected_valence": reward.valence(worst.text),
+            }
+        rows.append(row)
+    return rows
+
+
+def lines_of(path: Path, option: str) -> list[str]:
+    """Lines of a file that hold something.
+
+    Raises:
+        DataError: if there is no such file or it is empty.
+    """
+    if not path.is_file():
+        raise DataError(f"{option}: no file {path}")
+    lines = [line for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
+    if not lines:
+        raise DataError(f"{option}: {path} is empty; write one entry a line")
+    return lines
+
+
+def parser() -> argparse.ArgumentParser:
+    made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    made.add_argument("--openings", required=True, help="file with one opening a line")
+    made.add_argument("--output", type=Path, required=True, help="file to write (.jsonl)")
+    made.add_argument("--model", default="tokenpref.models.smollm2_135m", help="dotted path of the builder")
+    made.add_argument("--checkpoint", default="models/smollm2-135m-instruct", help="HF checkpoint folder")
+    made.add_argument("--model-type", default="LLAMA3_2", help="torchtune's name of the architecture")
+    made.add_argument("--reward", default="tokenpref.rewards.VaderReward", help="dotted path of the reward")
+    made.add_argument("--reward-args", type=json.loads, default={}, help="its arguments, as JSON")
+    made.add_argument("--samples", type=int, default=64, help="of each opening (default: %(default)s)")
+    made.add_argument("--group", type=int, default=4, help="samples per pair (default: %(default)s)")
+    made.add_argument("--min-gap", type=float, default=0.3, help="in reward (default: %(default)s)")
+    made.add_argument("--drop-words", help="file with words, one a line; pairs that contain one are left out")
+    made.add_argument("--max-new-tokens", type=int, default=40, help="(default: %(default)s)")
+    made.add_argument("--temperature", type=float, default=1.0, help="(default: %(default)s)")
+    made.add_argument("--batch-size", type=int, default=64, help="(default: %(default)s)")
+    made.add_argument("--device", default="cpu", help="cpu or cuda (default: %(default)s)")
+    made.add_argument("--seed", type=int, default=0, help="of the samples and the order of rows")
+    return made
+
+
+def make(arguments: argparse.Namespace) -> str:
+    """Write the pairs; returns a line about them.
+
+    Raises:
+        TokenprefError: for arguments that cannot work.
+    """
+    if arguments.group < 2 or arguments.samples < arguments.group or arguments.min_gap <= 0:
+        raise ConfigError(
+            f"--group {arguments.group} --samples {arguments.samples} --min-gap {arguments.min_gap}: a pair needs a "
+            "group of at least 2, as many samples, and a gap above 0"
+        )
+    openings = lines_of(resolve_path(arguments.openings), "--openings")
+    drop = lines_of(resolve_path(arguments.drop_words), "--drop-words") if arguments.drop_words else []
+    reward = find_component(arguments.reward)
+    if isinstance(reward, type):
+        reward = reward(**arguments.reward_args)
+    world = single_process_world(torch.device(arguments.device))
+    folder = resolve_path(arguments.checkpoint)
+    model = load_model(arguments.model, folder, arguments.model_type, world)
+    groups = sample_groups(
+        model,
+        tokenizer_json(folder),
+        reward,
+        openings,
+        samples=arguments.samples,
+        max_new_tokens=arguments.max_new_tokens,
+        temperature=arguments.temperature,
+        batch_size=arguments.batch_size,
+        seed=arguments.seed,
+        world=world,
+    )
+    words = frozenset(word.strip().lower() for word in drop)
+    rows = [
+        row
+        for opening, samples in zip(openings, groups, strict=True)
+        for row in pairs_of(
+            opening, samples, group=arguments.group, min_gap=arguments.min_gap, reward=reward, drop=words
+        )
+    ]
+    random.Random(arguments.seed).shuffle(rows)
+    arguments.output.parent.mkdir(parents=True, exist_ok=True)
+    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
+    arguments.output.write_text(text, encoding="utf-8")
+    every = [s for samples in groups for s in samples]
+    mean = sum(s.reward for s in every) / len(every)
+    num_groups = len(openings) * (arguments.samples // arguments.group)
+    return (
+        f"{arguments.output}: {len(rows)} pairs of {num_groups} groups; mean reward of all "
+        f"{len(every)} samples {mean:+.3f}; {sum(s.ended for s in every)} of them ended before the limit"
+    )
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    try:
+        print(make(parser().parse_args(argv)))
+    except TokenprefError as error:
+        print(f"error: {error}", file=sys.stderr)
+        return 2
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,47 @@
+from __future__ import annotations
+
+import pytest
+import torch
+
+from tokenpref.data import PairExample, collate_pairs
+
+
+def example(row: int, chosen: list[int], chosen_start: int, rejected: list[int], rejected_start: int) -> PairExample:
+    return PairExample(row, chosen, chosen_start, rejected, rejected_start, [], [], False, False, "")
+
+
+def test_padding_labels_and_counts():
+    batch = collate_pairs([example(7, [5, 6, 7], 2, [5, 6, 8, 9], 2), example(3, [5, 1], 1, [4, 0, 3], 2)], pad_id=0)
+    assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 1, 0, 0], [5, 6, 8, 9], [4, 0, 3, 0]]
+    n = -100
+    assert batch.labels.tolist() == [[n, n, 7, n], [n, 1, n, n], [n, n, 8, 9], [n, n, 3, n]]
+    assert batch.tokens.dtype == batch.labels.dtype == torch.int64
+    assert batch.real.tolist() == [True, True] and batch.rows == [7, 3]
+    assert (batch.num_pairs, batch.num_tokens) == (2, 3 + 4 + 2 + 3)
+
+
+def test_an_answer_token_equal_to_the_padding_id_is_scored():
+    batch = collate_pairs([example(0, [5, 0], 1, [5, 1, 1], 1)], pad_id=0)
+    assert batch.labels.tolist() == [[-100, 0, -100], [-100, 1, 1]]
+
+
+def test_filler_scores_nothing():
+    batch = collate_pairs([], pad_id=9, filler=True)
+    assert batch.tokens.tolist() == [[9, 9], [9, 9]]
+    assert bool((batch.labels == -100).all())
+    assert batch.real.tolist() == [False] and batch.rows == [-1] and (batch.num_pairs, batch.num_tokens) == (0, 0)
+
+
+def test_filler_adds_nothing_to_real_pairs():
+    pairs = [example(0, [1, 2], 1, [1, 3], 1)]
+    assert collate_pairs(pairs, 0, filler=True).rows == [0]
+
+
+def test_no_pairs_without_filler():
+    with pytest.raises(ValueError, match="filler=True"):
+        collate_pairs([], pad_id=0)
+
+
+def test_to_keeps_everything():
+    batch = collate_pairs([example(0, [1, 2], 1, [1, 3], 1)], 0).to("cpu")
+    assert batch.tokens.tolist() == [[1, 2], [1, 3]] and batch.rows == [0] and batch.num_tokens == 4

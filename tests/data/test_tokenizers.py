@@ -1,0 +1,100 @@
+from __future__ import annotations
+
+import json
+
+import pytest
+from tokenizers import Tokenizer as HFTokenizer
+from tokenizers import models, normalizers
+
+from tokenpref.data import Tokenizer, adapt_tokenizer, tokenizer_json
+from tokenpref.errors import ConfigError
+
+
+def test_ids_and_spans_with_emoji_and_accents(tokenizer, vocab):
+    text = "hello the é😀"
+    ids, spans = tokenizer.encode_with_offsets(text)
+    # é is 2 bytes in UTF-8 (C3 A9), the emoji 4 (F0 9F 98 80): each byte token covers its whole character.
+    assert ids == [vocab[t] for t in ["hello", "Ġthe", "Ġ", "Ã", "©", "ð", "Ł", "ĺ", "Ģ"]]
+    assert spans == [(0, 5), (5, 9), (9, 10), (10, 11), (10, 11), (11, 12), (11, 12), (11, 12), (11, 12)]
+    assert tokenizer.decode(ids) == text
+
+
+def test_special_tokens_in_text_have_empty_spans(tokenizer, vocab):
+    ids, spans = tokenizer.encode_with_offsets("no</s>yes")
+    assert ids == [vocab["no"], 1, vocab["yes"]]
+    assert spans == [(0, 2), (2, 2), (6, 9)]
+    assert tokenizer.decode(ids) == "noyes"
+
+
+def test_bos_follows_the_files_own_post_processor(make_tokenizer_folder, vocab):
+    plain = tokenizer_json(make_tokenizer_folder())
+    assert plain.encode_with_offsets("no")[0] == [vocab["no"]]
+    assert plain.encode_with_offsets("no", add_bos=True) == ([0, vocab["no"]], [(0, 0), (0, 2)])
+    with_bos = tokenizer_json(make_tokenizer_folder(bos=True))
+    assert with_bos.encode_with_offsets("no") == ([0, vocab["no"]], [(0, 0), (0, 2)])
+    assert with_bos.encode_with_offsets("no", add_bos=True)[0] == [0, vocab["no"]]
+    assert with_bos.encode_with_offsets("no", add_bos=False)[0] == [vocab["no"]]
+
+
+def test_special_tokens_from_the_files_beside(make_tokenizer_folder):
+    tokenizer = tokenizer_json(make_tokenizer_folder())
+    assert (tokenizer.bos_id, tokenizer.eos_id, tokenizer.pad_id) == (0, 1, 2)
+    assert tokenizer.vocab_size == 5 + 256 + 9
+    folder = make_tokenizer_folder(config={})
+    with pytest.raises(ConfigError, match=r"set tokenizer\.eos_token"):
+        tokenizer_json(folder)
+    (folder / "config.json").write_text(json.dumps({"eos_token_id": 4}))
+    assert tokenizer_json(folder).eos_id == 4
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
+    tokenizer = tokenizer_json(folder)
+    assert tokenizer.eos_id == 1 and tokenizer.stop_ids == {1, 4}
+    assert tokenizer.pad_id == 1  # none is named, so EOS
+    assert tokenizer_json(folder / "tokenizer.json", eos_token="<|im_end|>").eos_id == 4
+
+
+def test_chat_template_from_the_files_beside(make_tokenizer_folder):
+    folder = make_tokenizer_folder(config={"eos_token": "</s>", "chat_template": [{"name": "default", "template": "A"}]})
+    assert tokenizer_json(folder).render_chat([], False) == "A"
+    (folder / "chat_template.jinja").write_text("B{{ eos_token }}")
+    assert tokenizer_json(folder).render_chat([], False) == "B</s>"
+    (folder / "mine.jinja").write_text("C")
+    assert tokenizer_json(folder, chat_template=str(folder / "mine.jinja")).render_chat([], False) == "C"
+    assert tokenizer_json(folder, chat_template="D").render_chat([], False) == "D"
+
+
+def test_errors_name_the_mend(make_tokenizer_folder, tmp_path):
+    with pytest.raises(ConfigError, match=r"no file .*nowhere"):
+        tokenizer_json(tmp_path / "nowhere")
+    (tmp_path / "tokenizer.json").write_text("{}")
+    with pytest.raises(ConfigError, match=r"is no tokenizer\.json that can be read"):
+        tokenizer_json(tmp_path)
+    with pytest.raises(ConfigError, match=r"eos_token: '<end>' is not in the tokenizer's vocabulary"):
+        tokenizer_json(make_tokenizer_folder(), eos_token="<end>")
+    with pytest.raises(ConfigError, match="no chat template"):
+        tokenizer_json(make_tokenizer_folder()).render_chat([{"role": "user", "content": "hi"}], True)
+
+
+def test_fingerprint_follows_vocabulary_and_template(make_tokenizer_folder):
+    folder = make_tokenizer_folder()
+    base = tokenizer_json(folder).fingerprint()
+    assert len(base) == 64 and base == tokenizer_json(folder).fingerprint()
+    assert base != tokenizer_json(folder, chat_template="x").fingerprint()
+    assert base != tokenizer_json(folder, eos_token="<|im_end|>").fingerprint()
+    assert base != tokenizer_json(make_tokenizer_folder(bos=True)).fingerprint()
+
+
+def test_sentencepiece_like_json_with_byte_fallback(tmp_path):
+    vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"a": 256, "\u2581": 257, "<unk>": 258, "</s>": 259}
+    inner = HFTokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
+    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.save(str(tmp_path / "tokenizer.json"))
+    tokenizer = tokenizer_json(tmp_path, eos_token="</s>")
+    ids, spans = tokenizer.encode_with_offsets("a 😀a")
+    assert ids == [257, 256, 257, 0xF0, 0x9F, 0x98, 0x80, 256]
+    assert spans == [(0, 1), (0, 1), (1, 2), (2, 3), (2, 3), (2, 3), (2, 3), (3, 4)]
+
+
+def test_adapt_keeps_what_fits_and_names_what_does_not(tokenizer):
+    assert isinstance(tokenizer, Tokenizer) and adapt_tokenizer(tokenizer) is tokenizer
+    with pytest.raises(ConfigError, match=r"builtins\.dict is not a tokenizer that tokenpref knows"):
+        adapt_tokenizer({})

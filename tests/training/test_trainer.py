@@ -1,0 +1,164 @@
+"""The trainer in this process, on the tiny model: what changes the numbers and what must not."""
+
+import json
+import re
+
+import pytest
+import torch
+from omegaconf import OmegaConf
+from safetensors.torch import load_file
+
+from tokenpref._paths import data_root
+from tokenpref.errors import ConfigError, DataError
+from tokenpref.training import PreferenceTrainer
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Train a tiny config with overrides; returns the trainer."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(*overrides, config="tiny/tdpo", setup_only=False):
+        base = OmegaConf.load(data_root() / "configs" / f"{config}.yaml")
+        cfg = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        trainer = PreferenceTrainer(cfg)
+        try:
+            trainer.setup()
+            if not setup_only:
+                trainer.train()
+        finally:
+            trainer.close()
+        return trainer
+
+    return train
+
+
+def logged(folder):
+    (file,) = (folder / "logs").glob("*.txt")
+    lines = [line for line in file.read_text().splitlines() if line.startswith("Step")]
+    return [{k: float(v) for k, v in re.findall(r"(\S+):(\S+)", line)} for line in lines]
+
+
+def weights(folder, epoch=0):
+    return load_file(folder / f"epoch_{epoch}" / "model-00001-of-00001.safetensors")
+
+
+def test_activation_checkpointing_changes_no_bit(run, tmp_path):
+    run("output_dir=plain")
+    run("output_dir=recomputed", "enable_activation_checkpointing=true")
+    for name, tensor in weights(tmp_path / "plain").items():
+        assert tensor.equal(weights(tmp_path / "recomputed")[name]), name
+
+
+def test_the_head_chunk_changes_only_rounding(run, tmp_path):
+    run("output_dir=whole")
+    run("output_dir=chunked", "head_chunk_size=3")
+    for one, other in zip(logged(tmp_path / "whole"), logged(tmp_path / "chunked"), strict=True):
+        for name in one.keys() - {"tokens_per_second"}:
+            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+
+
+def test_accumulation_equals_the_larger_batch(run, tmp_path):
+    run("output_dir=large", "batch_size=8", "max_steps_per_epoch=3")
+    run("output_dir=small", "batch_size=2", "gradient_accumulation_steps=4", "max_steps_per_epoch=3")
+    large, small = ([m["loss"] for m in logged(tmp_path / f) if "loss" in m] for f in ("large", "small"))
+    assert small == pytest.approx(large, abs=2e-5)
+
+
+def test_bfloat16_trains_close_to_float32_and_writes_bfloat16(run, tmp_path):
+    run("output_dir=full")
+    trainer = run("output_dir=half", "dtype=bf16")
+    rope = [m for m in trainer.policy.model.modules() if hasattr(m, "rope_init")]
+    assert rope and all(m.cache.dtype == torch.float32 for m in rope)  # rounding it would turn positions
+    full, half = ([m["loss"] for m in logged(tmp_path / f) if "loss" in m] for f in ("full", "half"))
+    assert half[0] == pytest.approx(0.6931472, abs=1e-6)
+    assert half == pytest.approx(full, abs=0.05)
+    assert all(t.dtype == torch.bfloat16 for t in weights(tmp_path / "half").values())
+
+
+def test_asked_statistics_are_logged_and_change_nothing(run, tmp_path):
+    run("output_dir=plain", config="tiny/dpo")
+    run("output_dir=more", "log_stats=[kl_ref_policy,kl_policy_ref,entropy]", config="tiny/dpo")
+    plain, more = logged(tmp_path / "plain"), logged(tmp_path / "more")
+    assert {"entropy/chosen", "kl_policy_ref/margin"} <= more[0].keys() - plain[0].keys()
+    for one, other in zip(plain, more, strict=True):
+        if "loss" in one:
+            assert other["loss"] == pytest.approx(one["loss"], abs=1e-6)
+
+
+def test_a_log_line_covers_the_steps_since_the_last(run, tmp_path):
+    run("output_dir=each", "run_val_every_n_steps=null")
+    run("output_dir=third", "log_every_n_steps=3", "run_val_every_n_steps=null")
+    each, third = logged(tmp_path / "each"), logged(tmp_path / "third")
+    means = [sum(m["loss"] for m in each[i:j]) / (j - i) for i, j in ((0, 3), (3, 6), (6, 8))]
+    assert [m["loss"] for m in third] == pytest.approx(means, abs=1e-6)
+    assert third[-1]["num_tokens"] == each[-1]["num_tokens"]
+
+
+def test_continuing_after_a_stop_gives_the_same_bits(run, tmp_path, monkeypatch):
+    words = ("epochs=2", "save_every_n_steps=3", "lr_scheduler._component_=torchtune.training.get_cosine_schedule_with_warmup",
+             "lr_scheduler.num_warmup_steps=2")  # fmt: skip
+    run("output_dir=whole", *words)
+    step = PreferenceTrainer._step
+
+    def stop_at_eight(self):
+        if self.progress.step == 8:
+            raise KeyboardInterrupt
+        return step(self)
+
+    monkeypatch.setattr(PreferenceTrainer, "_step", stop_at_eight)
+    with pytest.raises(KeyboardInterrupt):
+        run("output_dir=stopped", *words)
+    monkeypatch.setattr(PreferenceTrainer, "_step", step)
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step_6"]
+    trainer = run("output_dir=stopped", *words, "resume_from_checkpoint=true")
+    assert trainer.progress.step == 16
+    for name, tensor in weights(tmp_path / "whole", 1).items():
+        assert tensor.equal(weights(tmp_path / "stopped", 1)[name]), name
+
+
+def test_profiler_writes_a_trace(run, tmp_path):
+    run("output_dir=traced", "profiler.enabled=true", "profiler.wait_steps=1", "profiler.warmup_steps=1")
+    assert any((tmp_path / "traced" / "profiling_outputs").rglob("*trace.json*"))
+
+
+def test_the_same_config_may_run_again_but_not_another(run, tmp_path):
+    run("output_dir=mine", "epochs=2")
+    first = json.loads((tmp_path / "mine" / "run.json").read_text())
+    assert (tmp_path / "mine" / "checkpoints").is_dir()
+    run("output_dir=mine", "epochs=1")  # shorter, but the same computation
+    assert json.loads((tmp_path / "mine" / "run.json").read_text())["id"] != first["id"]
+    assert not (tmp_path / "mine" / "checkpoints").exists() and not (tmp_path / "mine" / "epoch_1").exists()
+    with pytest.raises(ConfigError, match="holds another run"):
+        run("output_dir=mine", "optimizer.lr=0.01")
+    assert weights(tmp_path / "mine")
+
+
+def test_resume_without_a_checkpoint_says_where_it_looked(run, tmp_path):
+    with pytest.raises(ConfigError, match=r"no checkpoint in .*nothing_here"):
+        run("output_dir=nothing_here", "resume_from_checkpoint=true")
+    assert not (tmp_path / "nothing_here").exists()
+
+
+def test_sequences_longer_than_the_context_are_refused_before_training(run, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"dataset: the longest sequence has \d+ tokens and the model's context is 8"
+    ):
+        run("output_dir=long", "model.max_seq_len=8")
+    assert not (tmp_path / "long").exists()
+
+
+@pytest.mark.parametrize(
+    ("row", "words"),
+    [
+        ({"prompt": "a", "chosen": " b"}, "rejected"),
+        ({"prompt": "a", "chosen": " b", "rejected": " b"}, "chosen equals rejected|equal"),
+        ({"prompt": "a", "chosen": " b", "rejected": ""}, "no answer"),
+    ],
+)
+def test_a_bad_row_is_named_and_nothing_is_written(run, tmp_path, row, words):
+    good = {"prompt": "a", "chosen": " b", "rejected": " c"}
+    (tmp_path / "bad.jsonl").write_text("".join(json.dumps(r) + "\n" for r in (good, row)))
+    with pytest.raises(DataError, match=r"(?s)bad\.jsonl.*(" + words + ")"):
+        run("output_dir=bad", "dataset.source=bad.jsonl")
+    assert not (tmp_path / "bad").exists()

@@ -1,0 +1,333 @@
+"""The layouts in which people keep preference pairs, read into one."""
+
+from __future__ import annotations
+
+import unicodedata
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenpref.data.chat import normalize_messages
+from tokenpref.errors import DataError
+
+__all__ = ["FORMATS", "PairRow", "RowFault", "detect_format", "mapped_columns", "parse_row", "shared_prefix"]
+
+FORMATS = ("explicit", "implicit", "conversational", "hh")
+"""What ``format:`` may say besides auto."""
+
+_HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
+_MARKS = ("complete", "chosen_complete", "rejected_complete")
+_FIELDS = ("prompt", "chosen", "rejected", *_MARKS)
+
+Messages = list[dict[str, Any]]
+
+
+class RowFault(Exception):
+    """One row cannot be used.
+
+    Args:
+        kind: short name under which equal faults are counted.
+        column: column at fault, as the data names it.
+        message: what is wrong and what to do.
+    """
+
+    def __init__(self, kind: str, column: str, message: str) -> None:
+        super().__init__(message)
+        self.kind = kind
+        self.column = column
+        self.message = message
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A row read from any layout.
+
+    Attributes:
+        prompt: text, or the messages before the answer.
+        chosen: text, or the assistant's message.
+        rejected: text, or the assistant's message.
+        chosen_complete: True or False when the row says so, None when it says nothing.
+        rejected_complete: likewise.
+    """
+
+    prompt: str | Messages
+    chosen: str | dict[str, Any]
+    rejected: str | dict[str, Any]
+    chosen_complete: bool | None = None
+    rejected_complete: bool | None = None
+
+
+def mapped_columns(
+    available: Sequence[str], column_map: Mapping[str, str] | None, source: str
+) -> dict[str, str]:
+    """Which column of the data holds which field.
+
+    Args:
+        available: the data's columns.
+        column_map: field (prompt, chosen, rejected, complete, chosen_complete, rejected_complete) to column.
+        source: the data's name, for messages.
+
+    Returns:
+        Field to column, for the fields that the data has.
+
+    Raises:
+        DataError: if a mapped column, ``chosen`` or ``rejected`` does not exist, or a key is no field.
+    """
+    column_map = dict(column_map or {})
+    found = ", ".join(available)
+    for field, column in column_map.items():
+        if field not in _FIELDS:
+            raise DataError(
+                f"column_map: {field!r} is no field; map {', '.join(_FIELDS)} to columns of the data"
+            )
+        if column not in available:
+            raise DataError(
+                f"column_map: {source} has no column {column!r} for {field}; its columns are {found}"
+            )
+    columns = {f: column_map.get(f, f) for f in _FIELDS if column_map.get(f, f) in available}
+    for field in ("chosen", "rejected"):
+        if field not in columns:
+            raise DataError(
+                f"{source} has no column {field!r}; its columns are {found}. Say which one it is: "
+                f"column_map: {{{field}: <column>}}"
+            )
+    return columns
+
+
+def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], declared: str, source: str) -> str:
+    """The layout of a data set, judged by one row.
+
+    Args:
+        row: a row that has its fields.
+        columns: field to column, from :func:`mapped_columns`.
+        declared: ``auto`` or one of :data:`FORMATS`.
+        source: the data's name, for messages.
+
+    Raises:
+        DataError: if ``declared`` is unknown or is not what the row looks like; the message names what was found.
+    """
+    if declared not in ("auto", *FORMATS):
+        raise DataError(f"format must be one of auto, {', '.join(FORMATS)}; got {declared!r}")
+    found, why = _looks_like(row, columns)
+    # HH-RLHF text is text with a shared beginning too, so reading it as such is a choice that may be made.
+    if declared in ("auto", found) or (declared, found) == ("implicit", "hh"):
+        return found if declared == "auto" else declared
+    raise DataError(
+        f"format: {declared} was set, but {source} looks like {found} ({why}); set format: {found} or auto"
+    )
+
+
+def _looks_like(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
+    chosen = row[columns["chosen"]]
+    prompt = row[columns["prompt"]] if "prompt" in columns else None
+    if any(isinstance(v, Sequence) and not isinstance(v, str) for v in (chosen, prompt)):
+        return "conversational", "its fields are lists of messages"
+    if "prompt" in columns:
+        return "explicit", f"it has a column {columns['prompt']!r} with text"
+    if isinstance(chosen, str) and chosen.lstrip().startswith(_HUMAN.strip()) and _ASSISTANT in chosen:
+        return "hh", "chosen is text that begins with 'Human:' and holds 'Assistant:'"
+    return "implicit", "chosen and rejected are text and there is no prompt column"
+
+
+def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -> PairRow:
+    """One row in one layout.
+
+    Raises:
+        RowFault: if the row cannot be used.
+    """
+    if layout == "conversational":
+        prompt, chosen, rejected = _conversation(row, columns)
+        _not_equal(chosen["content"], rejected["content"], columns)
+    else:
+        chosen_text, rejected_text = (_text(row, columns[field]) for field in ("chosen", "rejected"))
+        _not_equal(chosen_text, rejected_text, columns)
+        if layout == "explicit":
+            prompt, chosen, rejected = _text(row, columns["prompt"]), chosen_text, rejected_text
+        elif layout == "hh":
+            prompt, chosen, rejected = _hh(chosen_text, rejected_text, columns)
+        else:
+            prompt, chosen, rejected = _implicit(chosen_text, rejected_text, columns)
+        for field, answer in (("chosen", chosen), ("rejected", rejected)):
+            _not_empty(answer, columns[field])
+    both = _mark(row, columns, "complete")
+    marks = [_mark(row, columns, f"{side}_complete") for side in ("chosen", "rejected")]
+    return PairRow(prompt, chosen, rejected, *(both if mark is None else mark for mark in marks))
+
+
+def _text(row: Mapping[str, Any], column: str) -> str:
+    value = row[column]
+    if value is None:
+        raise RowFault("no value", column, "has no value; fill it in or remove the row")
+    if not isinstance(value, str):
+        raise RowFault("wrong type", column, f"is of type {type(value).__name__}, where this format has text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowFault(
+            "broken text", column, f"holds half of a surrogate pair at character {error.start}"
+        ) from error
+    return value
+
+
+def _mark(row: Mapping[str, Any], columns: Mapping[str, str], field: str) -> bool | None:
+    value = row[columns[field]] if field in columns else None
+    if value is not None and not isinstance(value, bool):
+        raise RowFault("wrong type", columns[field], f"must be true or false, found {value!r}")
+    return value
+
+
+def _not_empty(answer: str, column: str) -> None:
+    if not answer.strip():
+        raise RowFault("empty answer", column, "has no answer (nothing but white space); remove the row")
+
+
+def _not_equal(chosen: str, rejected: str, columns: Mapping[str, str]) -> None:
+    if chosen == rejected:
+        raise RowFault(
+            "equal answers",
+            columns["rejected"],
+            f"is equal to {columns['chosen']}, so the pair says nothing; remove the row",
+        )
+
+
+def _hh(chosen: str, rejected: str, columns: Mapping[str, str]) -> tuple[str, str, str]:
+    end = chosen.rfind(_ASSISTANT) + len(_ASSISTANT)
+    if end < len(_ASSISTANT):
+        raise RowFault(
+            "no Assistant turn", columns["chosen"], "has no '\\n\\nAssistant:' to tell prompt from answer"
+        )
+    prompt = chosen[:end]
+    if not rejected.startswith(prompt):
+        raise RowFault(
+            "different conversations",
+            columns["rejected"],
+            "does not begin with the conversation of chosen up to its last '\\n\\nAssistant:'; remove the row",
+        )
+    answer = rejected[end:]
+    if _ASSISTANT in answer or _HUMAN in answer:
+        raise RowFault(
+            "several turns", columns["rejected"], "has further turns after the shared conversation"
+        )
+    return prompt, chosen[end:], answer
+
+
+def _implicit(chosen: str, rejected: str, columns: Mapping[str, str]) -> tuple[str, str, str]:
+    end = shared_prefix(chosen, rejected)
+    if end == 0:
+        raise RowFault(
+            "no shared beginning",
+            columns["rejected"],
+            "shares no beginning with chosen that could be the prompt; put the prompt into a column of its own",
+        )
+    return chosen[:end], chosen[end:], rejected[end:]
+
+
+def shared_prefix(chosen: str, rejected: str) -> int:
+    """Length of the prompt that two texts share.
+
+    The longest common prefix, cut back so that it ends between words: never inside a word, a number or a character with
+    combining marks; and white space other than a newline that stands at its end goes to the answers, as it does
+    in the vocabularies of most models. Scripts written without spaces may be cut between any two characters.
+    """
+    end = 0
+    while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
+        end += 1
+    while 0 < end and _inside_word(chosen, end, rejected):
+        end -= 1
+    while 0 < end and chosen[end - 1] in " \t":
+        end -= 1
+    return end
+
+
+def _inside_word(chosen: str, end: int, rejected: str) -> bool:
+    following = [text[end] for text in (chosen, rejected) if end < len(text)]
+    if (
+        any(unicodedata.combining(char) or char in "\u200d\ufe0f" for char in following)
+        or chosen[end - 1] == "\u200d"
+    ):
+        return True
+    return _word_char(chosen[end - 1]) and any(_word_char(char) for char in following)
+
+
+def _word_char(char: str) -> bool:
+    return (char.isalnum() or char in "_'\u2019") and ord(char) < 0x2E80
+
+
+def _messages(row: Mapping[str, Any], column: str) -> Messages:
+    value = row[column]
+    if value is None:
+        raise RowFault("no value", column, "has no value; fill it in or remove the row")
+    try:
+        messages = normalize_messages(value)
+    except TypeError as error:
+        raise RowFault("wrong type", column, str(error)) from error
+    for message in messages:
+        _text({column: message["content"]}, column)
+    return messages
+
+
+def _conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Messages, dict, dict]:
+    prompt_value = row[columns["prompt"]] if "prompt" in columns else None
+    sides = [_side(row, columns[field]) for field in ("chosen", "rejected")]
+    if prompt_value is None:
+        shared = _shared_messages(*sides)
+        prompt = sides[0][:shared]
+        sides = [side[shared:] for side in sides]
+    elif isinstance(prompt_value, str):
+        prompt, sides = _with_text_prompt(_text(row, columns["prompt"]), sides)
+    else:
+        prompt = _messages(row, columns["prompt"])
+        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
+    if not prompt:
+        raise RowFault(
+            "no shared beginning",
+            columns["rejected"],
+            "shares no first message with chosen, and there is no prompt column",
+        )
+    if prompt[-1]["role"] == "assistant":
+        raise RowFault(
+            "prompt ends with answer",
+            columns.get("prompt", columns["chosen"]),
+            "ends with an assistant message",
+        )
+    chosen, rejected = (
+        _answer(side, columns[f]) for side, f in zip(sides, ("chosen", "rejected"), strict=True)
+    )
+    return prompt, chosen, rejected
+
+
+def _side(row: Mapping[str, Any], column: str) -> Messages:
+    if isinstance(row[column], str):
+        return [{"role": "assistant", "content": _text(row, column)}]
+    return _messages(row, column)
+
+
+def _shared_messages(chosen: Messages, rejected: Messages) -> int:
+    shared = 0
+    while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
+        shared += 1
+    if shared == len(chosen) == len(rejected):
+        return max(shared - 1, 0)  # equal conversations: the last message is the answer, and equal
+    return shared
+
+
+def _with_text_prompt(prompt: str, sides: list[Messages]) -> tuple[Messages, list[Messages]]:
+    """A text prompt beside lists of messages: the user's message, unless the lists hold the whole conversation already."""
+    if all(len(side) > 1 for side in sides):
+        shared = _shared_messages(*sides)
+        return sides[0][:shared], [side[shared:] for side in sides]
+    return [{"role": "user", "content": prompt}], sides
+
+
+def _answer(side: Messages, column: str) -> dict[str, Any]:
+    if not side:
+        raise RowFault("empty answer", column, "has no message after the shared beginning; remove the row")
+    if len(side) > 1 or side[0]["role"] != "assistant":
+        roles = ", ".join(message["role"] for message in side[:5])
+        raise RowFault(
+            "several turns",
+            column,
+            f"must have one assistant message after the prompt, found {len(side)} message(s): {roles}",
+        )
+    _not_empty(side[0]["content"], column)
+    return side[0]

@@ -1,0 +1,207 @@
+"""Prompt and answer as one tokenised text: where the answer begins, where it ends, what does not fit."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenpref.data.tokenizers import Span, Tokenizer
+
+__all__ = ["EncodedAnswer", "cut_to_length", "encode_chat_answer", "encode_prompt", "encode_text_answer"]
+
+
+@dataclass(frozen=True)
+class EncodedAnswer:
+    """One side of a pair as tokens.
+
+    Attributes:
+        ids: prompt and answer.
+        start: index of the first token of the answer.
+        spans: characters of ``text`` that each answer token covers; an empty span for EOS and other special tokens.
+        has_eos: whether the answer ends with a token that ends it.
+        straddles: whether the first token of the answer begins in the prompt's text.
+        num_special: leading special tokens (BOS) that stay when the prompt is cut.
+        prompt_text: text of the prompt, special tokens of a chat template included.
+        text: the answer's own text.
+    """
+
+    ids: list[int]
+    start: int
+    spans: list[Span]
+    has_eos: bool
+    straddles: bool
+    num_special: int
+    prompt_text: str
+    text: str
+
+
+def encode_text_answer(
+    tokenizer: Tokenizer,
+    prompt: str,
+    answer: str,
+    *,
+    add_bos: bool | None = None,
+    append_eos: bool = False,
+    end_ids: frozenset[int] | None = None,
+) -> EncodedAnswer:
+    """Tokenise ``prompt + answer`` once, as one text.
+
+    A token that covers characters of both belongs to the answer: it cannot be predicted without saying something about
+    the answer. The text of the EOS token at the end of an answer is that token, in every kind of vocabulary.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt: text before the answer.
+        answer: the answer's text.
+        add_bos: begin with BOS; None does what the model's own tokenizer does for plain text.
+        append_eos: end with EOS, unless the answer does already.
+        end_ids: what counts as an end; by default the tokenizer's ``stop_ids``.
+    """
+    body = answer
+    eos_text = tokenizer.decode_special(tokenizer.eos_id)
+    if eos_text and answer.endswith(eos_text):
+        body, append_eos = answer[: -len(eos_text)], True
+    ids, spans = tokenizer.encode_with_offsets(prompt + body, add_bos)
+    num_special = _leading_special(tokenizer, ids, spans)
+    start = _answer_start(spans, len(prompt), num_special)
+    straddles = start < len(spans) and spans[start][0] < len(prompt) < spans[start][1]
+    answer_spans = [_within(span, len(prompt), len(body)) for span in spans[start:]]
+    has_eos = len(ids) > start and ids[-1] in (tokenizer.stop_ids if end_ids is None else end_ids)
+    if append_eos and not has_eos:
+        ids = [*ids, tokenizer.eos_id]
+        answer_spans.append((len(answer), len(answer)))
+        has_eos = True
+    return EncodedAnswer(ids, start, answer_spans, has_eos, straddles, num_special, prompt, answer)
+
+
+def _leading_special(tokenizer: Tokenizer, ids: Sequence[int], spans: Sequence[Span]) -> int:
+    count = 0
+    while count < len(ids) and spans[count] == (0, 0) and ids[count] in tokenizer.special_ids:
+        count += 1
+    return count
+
+
+def _answer_start(spans: Sequence[Span], boundary: int, first: int) -> int:
+    for index in range(first, len(spans)):
+        start, end = spans[index]
+        if end > boundary or (start == end and start >= boundary):
+            return index
+    return len(spans)
+
+
+def _within(span: Span, offset: int, size: int) -> Span:
+    start, end = (min(max(position - offset, 0), size) for position in span)
+    return start, end
+
+
+def encode_chat_answer(
+    tokenizer: Tokenizer, prompt: list[dict[str, Any]], answer: Mapping[str, Any], *, append_eos: bool
+) -> EncodedAnswer:
+    """Tokenise a conversation and the assistant's answer to it.
+
+    With a chat template the whole conversation is rendered and tokenised as one text; the prompt is what the template
+    renders up to and including the header of the answer. The answer runs to the token that ends it: white space that
+    the template writes after that is dropped. torchtune's tokenizers use their own ``tokenize_messages``.
+
+    Args:
+        tokenizer: a tokenizer with ``has_chat``.
+        prompt: messages before the answer.
+        answer: the assistant's message.
+        append_eos: end with the template's end of turn, or EOS where it writes none; False ends with the answer's text.
+
+    Raises:
+        ValueError: if the template renders the prompt differently when an answer follows.
+    """
+    if hasattr(tokenizer, "encode_chat"):
+        chat = tokenizer.encode_chat(prompt, answer, append_eos)
+        num_special = 1 if chat.ids[:1] == [tokenizer.bos_id] else 0
+        prompt_text = tokenizer.render_chat(prompt, add_generation_prompt=True)
+        return EncodedAnswer(
+            chat.ids, chat.start, chat.spans, chat.has_eos, False, num_special, prompt_text, chat.text
+        )
+    prompt_text = tokenizer.render_chat(prompt, add_generation_prompt=True)
+    whole = tokenizer.render_chat([*prompt, dict(answer)], add_generation_prompt=False)
+    if not whole.startswith(prompt_text):
+        raise ValueError(
+            "the chat template renders the prompt differently when an answer follows, so the answer's beginning is not "
+            f"known: with the generation prompt it ends with {prompt_text[-40:]!r}; use a template that keeps it"
+        )
+    tail = whole[len(prompt_text) :]
+    content_at, text = _find_content(tail, answer["content"])
+    rendered = _through_end(tokenizer, tail) if append_eos else tail[: content_at + len(text)]
+    # Some templates end a turn with a special token that is not the tokenizer's EOS (Gemma's <end_of_turn>).
+    encoded = encode_text_answer(
+        tokenizer, prompt_text, rendered, add_bos=False, append_eos=append_eos, end_ids=tokenizer.special_ids
+    )
+    spans = [_within(span, content_at, len(text)) for span in encoded.spans]
+    return dataclasses.replace(encoded, spans=spans, text=text)
+
+
+def _find_content(tail: str, content: str) -> tuple[int, str]:
+    """Where the answer's text stands in what the template made of it, and that text; templates may strip it."""
+    for text in (content, content.strip()):
+        at = tail.find(text)
+        if at >= 0:
+            return at, text
+    return 0, tail.rstrip()
+
+
+def _through_end(tokenizer: Tokenizer, tail: str) -> str:
+    stripped = tail.rstrip()
+    ends = (tokenizer.decode_special(i) for i in tokenizer.special_ids)
+    return stripped if any(end and stripped.endswith(end) for end in ends) else tail
+
+
+def encode_prompt(
+    tokenizer: Tokenizer, prompt: str | list[dict[str, Any]], add_bos: bool | None = None
+) -> list[int]:
+    """Ids of a prompt alone, as a model is given it to generate an answer.
+
+    Args:
+        tokenizer: the tokenizer.
+        prompt: text, or the messages before the answer.
+        add_bos: for text, as in :func:`encode_text_answer`.
+    """
+    if isinstance(prompt, str):
+        return tokenizer.encode_with_offsets(prompt, add_bos)[0]
+    if hasattr(tokenizer, "encode_chat"):
+        encoded = tokenizer.encode_chat(prompt, {"role": "assistant", "content": ""}, append_eos=False)
+        return encoded.ids[: encoded.start]
+    return tokenizer.encode_with_offsets(tokenizer.render_chat(prompt, add_generation_prompt=True), False)[0]
+
+
+def cut_prompt(ids: list[int], num_special: int, limit: int | None) -> list[int]:
+    """The prompt's last tokens, at most ``limit``, its leading special tokens kept in front and counted."""
+    if limit is None or len(ids) <= limit:
+        return ids
+    kept = max(limit - num_special, 0)
+    return ids[:num_special] + (ids[-kept:] if kept else [])
+
+
+def cut_to_length(
+    encoded: EncodedAnswer, max_seq_len: int | None, max_prompt_len: int | None
+) -> tuple[EncodedAnswer, bool, bool]:
+    """Cut the beginning of a prompt and the end of an answer that are too long.
+
+    Args:
+        encoded: prompt and answer.
+        max_seq_len: longest sequence, BOS and EOS included; None for no limit.
+        max_prompt_len: longest prompt, BOS included; None for no limit.
+
+    Returns:
+        What is left, whether the prompt was cut, and whether the answer was cut. A cut answer has no EOS: it did
+        not end there. If the prompt leaves no room, the answer comes back empty.
+    """
+    prompt = cut_prompt(encoded.ids[: encoded.start], encoded.num_special, max_prompt_len)
+    prompt_cut = len(prompt) < encoded.start
+    answer, spans, has_eos = encoded.ids[encoded.start :], encoded.spans, encoded.has_eos
+    room = len(answer) if max_seq_len is None else max(max_seq_len - len(prompt), 0)
+    answer_cut = len(answer) > room
+    if answer_cut:
+        answer, spans, has_eos = answer[:room], spans[:room], False
+    if not prompt_cut and not answer_cut:
+        return encoded, False, False
+    cut = dataclasses.replace(encoded, ids=prompt + answer, start=len(prompt), spans=spans, has_eos=has_eos)
+    return cut, prompt_cut, answer_cut

@@ -1,0 +1,355 @@
+"""What this package asks of a tokenizer, and the ways to get one: ``tokenizer.json`` files and torchtune's own."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections.abc import Iterable, Mapping, Sequence
+from pathlib import Path
+from typing import Any, Protocol, runtime_checkable
+
+import tokenizers
+
+from tokenpref._paths import resolve_path
+from tokenpref.data.chat import ChatTemplate
+from tokenpref.errors import ConfigError
+
+__all__ = ["JsonTokenizer", "Span", "Tokenizer", "adapt_tokenizer", "digest", "tokenizer_json"]
+
+Span = tuple[int, int]
+"""Half-open range of characters."""
+
+
+@runtime_checkable
+class Tokenizer(Protocol):
+    """The tokenizer of this package.
+
+    Attributes:
+        eos_id: id that ends an answer.
+        pad_id: id used for padding; may equal ``eos_id``, since padding is masked by position and never by id.
+        bos_id: id that begins a text, or None.
+        vocab_size: largest id plus one.
+        special_ids: ids of control tokens; they get empty spans and are left out when decoding.
+        stop_ids: ids that end an answer; ``eos_id`` is among them.
+        has_chat: whether conversations can be tokenised.
+    """
+
+    eos_id: int
+    pad_id: int
+    bos_id: int | None
+    vocab_size: int
+    special_ids: frozenset[int]
+    stop_ids: frozenset[int]
+    has_chat: bool
+
+    def encode_with_offsets(self, text: str, add_bos: bool | None = None) -> tuple[list[int], list[Span]]:
+        """Ids of a text and the characters that each token covers.
+
+        Tokens that are parts of one character (byte-level vocabularies) all get that character's span; special tokens
+        get an empty span. ``add_bos`` None does what the model's own tokenizer does for plain text. No EOS is added.
+        """
+        ...
+
+    def decode(self, ids: list[int]) -> str:
+        """Text of ids, special tokens left out."""
+        ...
+
+    def decode_special(self, token_id: int) -> str:
+        """How a special token is written, such as ``</s>``."""
+        ...
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """A conversation as one text, special tokens included."""
+        ...
+
+    def fingerprint(self) -> str:
+        """sha256 over vocabulary, merges, special tokens and chat template."""
+        ...
+
+
+def digest(*parts: object) -> str:
+    """sha256 (hex) of JSON-like values, independent of the order of dictionary keys."""
+    text = json.dumps(parts, sort_keys=True, ensure_ascii=True, separators=(",", ":"))
+    return hashlib.sha256(text.encode("ascii")).hexdigest()
+
+
+class JsonTokenizer:
+    """A ``tokenizer.json`` of the ``tokenizers`` library. Build it with :func:`tokenizer_json`.
+
+    Args:
+        definition: the parsed ``tokenizer.json``.
+        eos_token: text of the token that ends an answer.
+        bos_token: text of the token that begins a text, or None.
+        pad_token: text of the padding token; None takes the EOS token.
+        stop_ids: further ids at which generation stops.
+        chat_template: text of a Jinja template, or None.
+
+    Raises:
+        ConfigError: if a named token is not in the vocabulary.
+    """
+
+    def __init__(
+        self,
+        definition: Mapping[str, Any],
+        *,
+        eos_token: str,
+        bos_token: str | None = None,
+        pad_token: str | None = None,
+        stop_ids: Iterable[int] = (),
+        chat_template: str | None = None,
+    ) -> None:
+        # Without the post-processor nothing is added around the text and nothing trims the leading space of a
+        # token off its span; a truncation or padding saved in the file would change texts in silence.
+        bare = {**definition, "post_processor": None, "truncation": None, "padding": None}
+        self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(bare))
+        self._definition = bare
+        self.eos_id = self._id_of("eos_token", eos_token)
+        self.pad_id = self._id_of("pad_token", pad_token) if pad_token is not None else self.eos_id
+        self.bos_id = self._id_of("bos_token", bos_token) if bos_token is not None else None
+        self._prefix = self._own_prefix(definition)
+        if self.bos_id is None and self._prefix:
+            self.bos_id = self._prefix[0]
+        added = self._tokenizer.get_added_tokens_decoder()
+        named = {self.eos_id, self.pad_id} | ({self.bos_id} if self.bos_id is not None else set())
+        self.special_ids = frozenset({token_id for token_id, token in added.items() if token.special} | named)
+        self.stop_ids = frozenset({self.eos_id, *stop_ids})
+        self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
+        self.has_chat = chat_template is not None
+        self._template = None
+        if chat_template is not None:
+            names = {
+                "eos_token": eos_token,
+                "bos_token": bos_token or "",
+                "pad_token": pad_token or eos_token,
+            }
+            self._template = ChatTemplate(chat_template, names)
+
+    def _id_of(self, name: str, token: str) -> int:
+        token_id = self._tokenizer.token_to_id(token)
+        if token_id is None:
+            raise ConfigError(
+                f"{name}: {token!r} is not in the tokenizer's vocabulary; name one of its tokens"
+            )
+        return token_id
+
+    @staticmethod
+    def _own_prefix(definition: Mapping[str, Any]) -> list[int]:
+        """Ids that the file's own post-processor puts before a text (BOS for Llama, nothing for GPT-2)."""
+        plain = {**definition, "truncation": None, "padding": None}
+        encoding = tokenizers.Tokenizer.from_str(json.dumps(plain)).encode("a", add_special_tokens=True)
+        prefix: list[int] = []
+        for token_id, special in zip(encoding.ids, encoding.special_tokens_mask, strict=True):
+            if not special:
+                return prefix
+            prefix.append(token_id)
+        return []  # everything is special: the text itself gave no token, so nothing says what stands before it
+
+    def encode_with_offsets(self, text: str, add_bos: bool | None = None) -> tuple[list[int], list[Span]]:
+        """See :class:`Tokenizer`.
+
+        Raises:
+            ConfigError: if ``add_bos`` is True and the tokenizer has no BOS token.
+        """
+        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        ids, spans = encoding.ids, encoding.offsets
+        if not self.special_ids.isdisjoint(ids):
+            spans = [
+                (span[0], span[0]) if i in self.special_ids else span
+                for i, span in zip(ids, spans, strict=True)
+            ]
+        prefix = self._bos_prefix(add_bos)
+        return prefix + ids, [(0, 0)] * len(prefix) + spans
+
+    def _bos_prefix(self, add_bos: bool | None) -> list[int]:
+        if add_bos is None:
+            return list(self._prefix)
+        if not add_bos:
+            return []
+        if self.bos_id is None:
+            raise ConfigError("add_bos: true, but the tokenizer has no BOS token; name it with bos_token")
+        return list(self._prefix) if self.bos_id in self._prefix else [self.bos_id]
+
+    def decode(self, ids: list[int]) -> str:
+        """See :class:`Tokenizer`."""
+        return self._tokenizer.decode(
+            [i for i in ids if i not in self.special_ids], skip_special_tokens=False
+        )
+
+    def decode_special(self, token_id: int) -> str:
+        """See :class:`Tokenizer`."""
+        return self._tokenizer.id_to_token(token_id)
+
+    def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
+        """See :class:`Tokenizer`.
+
+        Raises:
+            ConfigError: if there is no chat template.
+            TemplateError: if the template refuses the conversation.
+        """
+        if self._template is None:
+            raise ConfigError(
+                "the data holds conversations, but the tokenizer has no chat template: put chat_template.jinja or a "
+                "tokenizer_config.json with chat_template beside tokenizer.json, or set tokenizer.chat_template"
+            )
+        return self._template.render(messages, add_generation_prompt)
+
+    def fingerprint(self) -> str:
+        """See :class:`Tokenizer`."""
+        template = self._template.source if self._template is not None else None
+        return digest("json", self._definition, self.eos_id, self.bos_id, self._prefix, template)
+
+
+def tokenizer_json(
+    path: str | Path,
+    *,
+    chat_template: str | None = None,
+    eos_token: str | None = None,
+    bos_token: str | None = None,
+    pad_token: str | None = None,
+) -> JsonTokenizer:
+    """A tokenizer from a ``tokenizer.json`` and the files that lie beside it.
+
+    What is not given is read, in this order, from ``tokenizer_config.json``, ``special_tokens_map.json``,
+    ``generation_config.json`` and ``config.json``; the chat template from ``chat_template.jinja``, then
+    ``chat_template.json``, then ``tokenizer_config.json``.
+
+    Args:
+        path: ``tokenizer.json``, or the folder of a Hugging Face checkpoint that holds one; ``package://`` paths work.
+        chat_template: text of a Jinja template, or the path of a file that ends in ``.jinja``.
+        eos_token: text of the token that ends an answer.
+        bos_token: text of the token that begins a text.
+        pad_token: text of the padding token. Without any, the EOS token is used: padding is masked by position.
+
+    Raises:
+        ConfigError: if the file is missing or broken, no EOS token is found, or a named token is not in the vocabulary.
+    """
+    file = resolve_path(path)
+    if file.is_dir():
+        file = file / "tokenizer.json"
+    if not file.is_file():
+        raise ConfigError(
+            f"tokenizer.path: no file {file}; give a tokenizer.json or the folder that holds it"
+        )
+    definition = _read_json(file)
+    folder = file.parent
+    beside = _Beside(folder, {token: token_id for token, token_id in _vocabulary(definition, file)})
+    eos = eos_token or beside.token("eos")
+    if eos is None:
+        raise ConfigError(
+            f"tokenizer: nothing beside {file} names the EOS token (tokenizer_config.json, special_tokens_map.json, "
+            "generation_config.json, config.json); set tokenizer.eos_token"
+        )
+    return JsonTokenizer(
+        definition,
+        eos_token=eos,
+        bos_token=bos_token or beside.token("bos"),
+        pad_token=pad_token or beside.token("pad"),
+        stop_ids=beside.ids("eos"),
+        chat_template=_given_template(chat_template) if chat_template is not None else beside.chat_template(),
+    )
+
+
+def _vocabulary(definition: Mapping[str, Any], file: Path) -> Iterable[tuple[str, int]]:
+    plain = {**definition, "truncation": None, "padding": None}
+    try:
+        tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
+    # The library raises bare Exception for anything that it cannot parse; it is turned into our error, not passed over.
+    except Exception as error:
+        raise ConfigError(
+            f"tokenizer.path: {file} is no tokenizer.json that can be read ({error})"
+        ) from error
+    return tokenizer.get_vocab(with_added_tokens=True).items()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        value = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        raise ConfigError(f"{file} is not valid JSON: {error}") from error
+    if not isinstance(value, dict):
+        raise ConfigError(f"{file} holds a JSON {type(value).__name__}, not an object")
+    return value
+
+
+def _given_template(chat_template: str) -> str:
+    if not chat_template.endswith(".jinja"):
+        return chat_template
+    file = resolve_path(chat_template)
+    if not file.is_file():
+        raise ConfigError(f"tokenizer.chat_template: no file {file}")
+    return file.read_text(encoding="utf-8")
+
+
+class _Beside:
+    """Settings in the files beside a ``tokenizer.json``."""
+
+    def __init__(self, folder: Path, vocabulary: Mapping[str, int]) -> None:
+        self._folder = folder
+        self._token_of = {token_id: token for token, token_id in vocabulary.items()}
+        self._named = [self._optional("tokenizer_config.json"), self._optional("special_tokens_map.json")]
+        self._numbered = [self._optional("generation_config.json"), self._optional("config.json")]
+
+    def _optional(self, name: str) -> dict[str, Any]:
+        file = self._folder / name
+        return _read_json(file) if file.is_file() else {}
+
+    def token(self, kind: str) -> str | None:
+        """Text of the eos, bos or pad token, or None."""
+        for settings in self._named:
+            token = settings.get(f"{kind}_token")
+            if isinstance(token, Mapping):
+                token = token.get("content")
+            if isinstance(token, str):
+                return token
+        for token_id in self.ids(kind):
+            if token_id in self._token_of:
+                return self._token_of[token_id]
+        return None
+
+    def ids(self, kind: str) -> list[int]:
+        """Ids that the model's configuration gives for a kind of token; generation may stop at several."""
+        for settings in self._numbered:
+            value = settings.get(f"{kind}_token_id")
+            if isinstance(value, int):
+                return [value]
+            if isinstance(value, Sequence):
+                return [int(v) for v in value]
+        return []
+
+    def chat_template(self) -> str | None:
+        file = self._folder / "chat_template.jinja"
+        if file.is_file():
+            return file.read_text(encoding="utf-8")
+        for settings in (self._optional("chat_template.json"), self._named[0]):
+            template = _default_template(settings.get("chat_template"))
+            if template is not None:
+                return template
+        return None
+
+
+def _default_template(value: object) -> str | None:
+    """tokenizer_config.json holds one template, or a list of named ones of which "default" counts."""
+    if isinstance(value, str):
+        return value
+    if isinstance(value, Sequence):
+        return next((t["template"] for t in value if t.get("name") == "default"), None)
+    return None
+
+
+def adapt_tokenizer(tokenizer: object) -> Tokenizer:
+    """The tokenizer of this package for what a config's ``tokenizer:`` built.
+
+    Args:
+        tokenizer: one of this package's, or torchtune's (tiktoken: Llama 3; SentencePiece: Llama 2, Mistral, Gemma,
+            Phi 3; byte-level BPE: Qwen 2 and 2.5, Phi 4; HuggingFaceBaseTokenizer), or your own class with
+            the methods of :class:`Tokenizer`, which is returned as it is.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    if isinstance(tokenizer, Tokenizer):
+        return tokenizer
+    # Imported here because it imports torchtune, which a data set with a tokenizer.json does not need.
+    from tokenpref.data.torchtune_tokenizers import adapt_torchtune
+
+    return adapt_torchtune(tokenizer)
