@@ -7,7 +7,6 @@ of the package imports torchtune (a test reads the imports). Components named in
 
 from __future__ import annotations
 
-from torchtune.config import instantiate, parse
 from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path as component_from_path
 from torchtune.data import Message
@@ -38,10 +37,8 @@ __all__ = [
     "disable_kv_cache",
     "get_lr",
     "get_shard_conditions",
-    "instantiate",
     "llama3_2",
     "local_kv_cache",
-    "parse",
     "set_activation_checkpointing",
     "set_default_dtype",
     "shard_model",

@@ -10,7 +10,17 @@ import pytest
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 SPECIALS = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
-MERGES = [("h", "e"), ("l", "l"), ("he", "ll"), ("hell", "o"), ("Ġ", "t"), ("Ġt", "he"), ("y", "e"), ("ye", "s"), ("n", "o")]
+MERGES = [
+    ("h", "e"),
+    ("l", "l"),
+    ("he", "ll"),
+    ("hell", "o"),
+    ("Ġ", "t"),
+    ("Ġt", "he"),
+    ("y", "e"),
+    ("ye", "s"),
+    ("n", "o"),
+]
 CHATML = (
     "{% for m in messages %}{{ '<|im_start|>' + m['role'] + '\n' + m['content'] + '<|im_end|>' + '\n' }}{% endfor %}"
     "{% if add_generation_prompt %}{{ '<|im_start|>assistant\n' }}{% endif %}"
@@ -36,7 +46,11 @@ def write_tokenizer(folder: Path, *, bos: bool = False, config: dict | None = No
     tokenizer.enable_truncation(3)
     folder.mkdir(parents=True, exist_ok=True)
     tokenizer.save(str(folder / "tokenizer.json"))
-    settings = {"eos_token": "</s>", "bos_token": "<s>", "pad_token": {"content": "<pad>"}} if config is None else config
+    settings = (
+        {"eos_token": "</s>", "bos_token": "<s>", "pad_token": {"content": "<pad>"}}
+        if config is None
+        else config
+    )
     (folder / "tokenizer_config.json").write_text(json.dumps(settings))
     return folder
 
@@ -90,7 +104,9 @@ def sentencepiece_file(tmp_path_factory) -> str:
     import sentencepiece
 
     folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text.txt").write_text("hello world the cat sat\nthe dog and the cat\nhello again my friend\n" * 20)
+    (folder / "text.txt").write_text(
+        "hello world the cat sat\nthe dog and the cat\nhello again my friend\n" * 20
+    )
     sentencepiece.SentencePieceTrainer.train(
         input=str(folder / "text.txt"),
         model_prefix=str(folder / "model"),

@@ -6,12 +6,16 @@ import torch
 from tokenpref.data import PairExample, collate_pairs
 
 
-def example(row: int, chosen: list[int], chosen_start: int, rejected: list[int], rejected_start: int) -> PairExample:
+def example(
+    row: int, chosen: list[int], chosen_start: int, rejected: list[int], rejected_start: int
+) -> PairExample:
     return PairExample(row, chosen, chosen_start, rejected, rejected_start, [], [], False, False, "")
 
 
 def test_padding_labels_and_counts():
-    batch = collate_pairs([example(7, [5, 6, 7], 2, [5, 6, 8, 9], 2), example(3, [5, 1], 1, [4, 0, 3], 2)], pad_id=0)
+    batch = collate_pairs(
+        [example(7, [5, 6, 7], 2, [5, 6, 8, 9], 2), example(3, [5, 1], 1, [4, 0, 3], 2)], pad_id=0
+    )
     assert batch.tokens.tolist() == [[5, 6, 7, 0], [5, 1, 0, 0], [5, 6, 8, 9], [4, 0, 3, 0]]
     n = -100
     assert batch.labels.tolist() == [[n, n, 7, n], [n, 1, n, n], [n, n, 8, 9], [n, n, 3, n]]
@@ -29,7 +33,11 @@ def test_filler_scores_nothing():
     batch = collate_pairs([], pad_id=9, filler=True)
     assert batch.tokens.tolist() == [[9, 9], [9, 9]]
     assert bool((batch.labels == -100).all())
-    assert batch.real.tolist() == [False] and batch.rows == [-1] and (batch.num_pairs, batch.num_tokens) == (0, 0)
+    assert (
+        batch.real.tolist() == [False]
+        and batch.rows == [-1]
+        and (batch.num_pairs, batch.num_tokens) == (0, 0)
+    )
 
 
 def test_filler_adds_nothing_to_real_pairs():

@@ -18,17 +18,25 @@ def test_order_is_a_pure_function_of_seed_and_epoch():
 def test_order_is_the_one_that_was_published():
     # Fixed by Philox's definition; a change here would make resumed runs see other pairs.
     draws = np.random.Philox(key=np.array([7, 0], dtype=np.uint64)).random_raw(6)
-    assert epoch_order(6, seed=7, epoch=0, shuffle=True).tolist() == np.argsort(draws).tolist() == [4, 1, 3, 2, 5, 0]
+    assert (
+        epoch_order(6, seed=7, epoch=0, shuffle=True).tolist()
+        == np.argsort(draws).tolist()
+        == [4, 1, 3, 2, 5, 0]
+    )
 
 
 def test_full_step_gives_contiguous_slices():
     # 2 pairs * 2 micro-batches * 2 ranks = 8 positions; step 1 owns 8..15.
-    take = lambda rank: step_micro_batches(range(20), step=1, batch_size=2, accumulation=2, rank=rank, world_size=2)  # noqa: E731
+    def take(rank):
+        return step_micro_batches(range(20), step=1, batch_size=2, accumulation=2, rank=rank, world_size=2)
+
     assert take(0) == [[8, 9], [12, 13]]
     assert take(1) == [[10, 11], [14, 15]]
 
 
-@pytest.mark.parametrize(("pairs", "expected"), [(1, [[[16], []], [[], []]]), (3, [[[16], [18]], [[17], []]])])
+@pytest.mark.parametrize(
+    ("pairs", "expected"), [(1, [[[16], []], [[], []]]), (3, [[[16], [18]], [[17], []]])]
+)
 def test_short_last_step_is_spread(pairs, expected):
     take = [
         step_micro_batches(range(16 + pairs), step=2, batch_size=2, accumulation=2, rank=rank, world_size=2)
@@ -41,7 +49,14 @@ def test_short_last_step_is_spread(pairs, expected):
 def test_union_depends_on_the_product_alone(num_rows):
     order = epoch_order(num_rows, seed=1, epoch=0, shuffle=True)
     unions = []
-    for batch_size, accumulation, world_size in [(6, 1, 1), (2, 1, 3), (1, 2, 3), (3, 1, 2), (1, 6, 1), (1, 3, 2)]:
+    for batch_size, accumulation, world_size in [
+        (6, 1, 1),
+        (2, 1, 3),
+        (1, 2, 3),
+        (3, 1, 2),
+        (1, 6, 1),
+        (1, 3, 2),
+    ]:
         shape = {"batch_size": batch_size, "accumulation": accumulation, "world_size": world_size}
         steps = []
         for step in range(steps_per_epoch(num_rows, **shape)):

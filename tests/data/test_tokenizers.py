@@ -53,7 +53,9 @@ def test_special_tokens_from_the_files_beside(make_tokenizer_folder):
 
 
 def test_chat_template_from_the_files_beside(make_tokenizer_folder):
-    folder = make_tokenizer_folder(config={"eos_token": "</s>", "chat_template": [{"name": "default", "template": "A"}]})
+    folder = make_tokenizer_folder(
+        config={"eos_token": "</s>", "chat_template": [{"name": "default", "template": "A"}]}
+    )
     assert tokenizer_json(folder).render_chat([], False) == "A"
     (folder / "chat_template.jinja").write_text("B{{ eos_token }}")
     assert tokenizer_json(folder).render_chat([], False) == "B</s>"
@@ -86,7 +88,9 @@ def test_fingerprint_follows_vocabulary_and_template(make_tokenizer_folder):
 def test_sentencepiece_like_json_with_byte_fallback(tmp_path):
     vocab = {f"<0x{i:02X}>": i for i in range(256)} | {"a": 256, "\u2581": 257, "<unk>": 258, "</s>": 259}
     inner = HFTokenizer(models.BPE(vocab=vocab, merges=[], byte_fallback=True, unk_token="<unk>"))
-    inner.normalizer = normalizers.Sequence([normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")])
+    inner.normalizer = normalizers.Sequence(
+        [normalizers.Prepend("\u2581"), normalizers.Replace(" ", "\u2581")]
+    )
     inner.save(str(tmp_path / "tokenizer.json"))
     tokenizer = tokenizer_json(tmp_path, eos_token="</s>")
     ids, spans = tokenizer.encode_with_offsets("a 😀a")

@@ -343,8 +343,8 @@ def preference_dataset(
 def _check_arguments(
     append_eos: object,
     add_bos: object,
-    max_seq_len: object,
-    max_prompt_len: object,
+    max_seq_len: int | None,
+    max_prompt_len: int | None,
     truncation: object,
     on_fault: object,
     max_rows: object,
@@ -416,7 +416,8 @@ def _encode_pair(
         if settings.swap
         else [columns["chosen"], columns["rejected"]]
     )
-    sides, cuts = [], Counter()
+    sides: list[EncodedAnswer] = []
+    cuts: Counter[str] = Counter()
     complete = (pair.chosen_complete, pair.rejected_complete)
     prompt_cut = False
     for answer, marked, column in zip((pair.chosen, pair.rejected), complete, names, strict=True):
@@ -456,8 +457,9 @@ def _encode_side(
     add_bos: bool | None,
 ) -> EncodedAnswer:
     if isinstance(answer, str):
-        return encode_text_answer(tokenizer, pair.prompt, answer, add_bos=add_bos, append_eos=append_eos)
-    return encode_chat_answer(tokenizer, pair.prompt, answer, append_eos=append_eos)
+        text = str(pair.prompt)  # a text answer comes with a text prompt
+        return encode_text_answer(tokenizer, text, answer, add_bos=add_bos, append_eos=append_eos)
+    return encode_chat_answer(tokenizer, list(pair.prompt), answer, append_eos=append_eos)  # type: ignore[arg-type]
 
 
 _TOO_LONG = "too long"

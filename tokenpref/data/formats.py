@@ -135,23 +135,30 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
     Raises:
         RowFault: if the row cannot be used.
     """
+    prompt: str | Messages
+    chosen: str | dict[str, Any]
+    rejected: str | dict[str, Any]
     if layout == "conversational":
         prompt, chosen, rejected = _conversation(row, columns)
         _not_equal(chosen["content"], rejected["content"], columns)
     else:
-        chosen_text, rejected_text = (_text(row, columns[field]) for field in ("chosen", "rejected"))
-        _not_equal(chosen_text, rejected_text, columns)
-        if layout == "explicit":
-            prompt, chosen, rejected = _text(row, columns["prompt"]), chosen_text, rejected_text
-        elif layout == "hh":
-            prompt, chosen, rejected = _hh(chosen_text, rejected_text, columns)
-        else:
-            prompt, chosen, rejected = _implicit(chosen_text, rejected_text, columns)
-        for field, answer in (("chosen", chosen), ("rejected", rejected)):
+        texts = [_text(row, columns[field]) for field in ("chosen", "rejected")]
+        _not_equal(texts[0], texts[1], columns)
+        prompt, *answers = _split_texts(row, texts[0], texts[1], columns, layout)
+        for field, answer in zip(("chosen", "rejected"), answers, strict=True):
             _not_empty(answer, columns[field])
+        chosen, rejected = answers
     both = _mark(row, columns, "complete")
     marks = [_mark(row, columns, f"{side}_complete") for side in ("chosen", "rejected")]
     return PairRow(prompt, chosen, rejected, *(both if mark is None else mark for mark in marks))
+
+
+def _split_texts(
+    row: Mapping[str, Any], chosen: str, rejected: str, columns: Mapping[str, str], layout: str
+) -> tuple[str, str, str]:
+    if layout == "explicit":
+        return _text(row, columns["prompt"]), chosen, rejected
+    return (_hh if layout == "hh" else _implicit)(chosen, rejected, columns)
 
 
 def _text(row: Mapping[str, Any], column: str) -> str:
@@ -266,7 +273,9 @@ def _messages(row: Mapping[str, Any], column: str) -> Messages:
     return messages
 
 
-def _conversation(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[Messages, dict, dict]:
+def _conversation(
+    row: Mapping[str, Any], columns: Mapping[str, str]
+) -> tuple[Messages, dict[str, Any], dict[str, Any]]:
     prompt_value = row[columns["prompt"]] if "prompt" in columns else None
     sides = [_side(row, columns[field]) for field in ("chosen", "rejected")]
     if prompt_value is None:

@@ -177,7 +177,7 @@ class JsonTokenizer:
 
     def decode_special(self, token_id: int) -> str:
         """See :class:`Tokenizer`."""
-        return self._tokenizer.id_to_token(token_id)
+        return self._tokenizer.id_to_token(token_id) or ""
 
     def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
         """See :class:`Tokenizer`.
@@ -232,7 +232,7 @@ def tokenizer_json(
         )
     definition = _read_json(file)
     folder = file.parent
-    beside = _Beside(folder, {token: token_id for token, token_id in _vocabulary(definition, file)})
+    beside = _Beside(folder, dict(_vocabulary(definition, file)))
     eos = eos_token or beside.token("eos")
     if eos is None:
         raise ConfigError(

@@ -49,7 +49,9 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
         model.load_state_dict(state, strict=True)
         return
     own = model.state_dict()
-    typed: dict[str, Any] = {name: tensor.to(own[name].dtype) for name, tensor in state.items()} if world.is_main else {}
+    typed: dict[str, Any] = (
+        {name: tensor.to(own[name].dtype) for name, tensor in state.items()} if world.is_main else {}
+    )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, typed, options=options)
 

@@ -15,22 +15,19 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tokenpref._registry import find_config
-from tokenpref._torchtune import parse
 from tokenpref.components import COMPONENT, accepts, find_component
-from tokenpref.errors import USER_ERROR_EXIT, TokenprefError
+from tokenpref.errors import USER_ERROR_EXIT, ConfigError, TokenprefError
 
-__all__ = ["recipe_main"]
+__all__ = ["load_config", "recipe_main"]
 
 log = logging.getLogger("tokenpref")
 
 
 def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
-    """Decorator for a recipe's ``main(cfg)``: ``--config NAME key=value ...`` as everywhere in torchtune.
+    """Decorator for a recipe's ``main(cfg)``: ``--config NAME key=value ~key`` as everywhere in torchtune.
 
-    On top of torchtune's own parser: a config that comes with the package is found from any directory
-    (``configs/tiny/tdpo.yaml``); a component replaced on the command line drops the arguments that the config gave
-    to the old one and the new one does not take, and says so; an error that the user can mend is one message
-    without a traceback, exit code 2.
+    An error that the user can mend is one message without a traceback, exit code 2; see :func:`load_config` for
+    what the command line may say.
 
     Args:
         main: takes the merged config.
@@ -44,12 +41,11 @@ def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         _quiet_start()
         rank = int(os.environ.get("RANK", "0"))
         try:
-            sys.argv = _prepare(sys.argv, announce=rank == 0)
-            parse(main)()
+            main(load_config(sys.argv[1:], announce=rank == 0))
         except TokenprefError as error:
+            # Every rank finds the same fault; what only another rank found begins with that rank's number.
             if rank == 0 or str(error).startswith("rank "):
-                print(f"error: {error}", file=sys.stderr)
-            sys.stderr.flush()
+                print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR_EXIT)
 
     return run
@@ -65,51 +61,90 @@ def _quiet_start() -> None:
     warnings.filterwarnings("ignore", category=DeprecationWarning, module="torchao")
 
 
-def _prepare(argv: list[str], *, announce: bool) -> list[str]:
-    """The command line with its config path found and the arguments of replaced components dropped."""
-    if "--config" not in argv or argv.index("--config") + 1 >= len(argv):
-        return argv  # torchtune's parser says what is missing
-    at = argv.index("--config") + 1
-    path = find_config(argv[at])
+def load_config(arguments: list[str], *, announce: bool = False) -> DictConfig:
+    """The config that a recipe's command line means.
+
+    On top of torchtune's own rules: a config that comes with the package is found from any directory
+    (``configs/tiny/tdpo.yaml``); ``key=null`` removes a component as ``~key`` does; a component replaced on the command
+    line drops the arguments that the config gave to the old one and the new one does not take, and says so.
+
+    Args:
+        arguments: ``--config NAME``, ``key=value`` (``component=path`` is short for ``component._component_=path``) and
+            ``~key``.
+        announce: log what was dropped.
+
+    Returns:
+        The merged config.
+
+    Raises:
+        ConfigError: if the file is missing or not YAML, or an override cannot be read.
+    """
+    if "--config" not in arguments or arguments.index("--config") + 1 >= len(arguments):
+        raise ConfigError("--config is missing; name a config, such as --config tiny/tdpo")
+    at = arguments.index("--config")
+    config = _read(arguments[at + 1])
+    overrides = [*arguments[:at], *arguments[at + 2 :]]
+    given: dict[str, str] = {}
+    for override in overrides:
+        if override.startswith("~"):
+            _remove(config, override[1:])
+            continue
+        key, separator, value = override.partition("=")
+        if not separator or not key or key.startswith("-"):
+            raise ConfigError(f"{override!r}: an override is written key=value (or ~key to remove one)")
+        short = isinstance(OmegaConf.select(config, key), DictConfig) and COMPONENT in config.get(key, {})
+        given[f"{key}.{COMPONENT}" if short and value not in ("null", "") else key] = value
+    for key in _dropped_arguments(config, given, announce=announce):
+        _remove(config, key)
+    try:
+        merged = OmegaConf.merge(config, OmegaConf.from_dotlist([f"{k}={v}" for k, v in given.items()]))
+    except (OmegaConfBaseException, YAMLError) as error:
+        raise ConfigError(f"the overrides cannot be merged: {str(error).splitlines()[0]}") from error
+    return merged  # type: ignore[return-value]  # a mapping merged with a mapping
+
+
+def _read(name: str) -> DictConfig:
+    path = find_config(name)
     try:
         config = OmegaConf.load(path)
     except FileNotFoundError as error:
-        raise TokenprefError(
-            f"--config: no file {argv[at]!r} here and none of that name in tokenpref"
-        ) from error
-    except (YAMLError, OmegaConfBaseException) as error:
-        raise TokenprefError(f"--config: {path} is not valid YAML: {error}") from error
+        raise ConfigError(f"--config: no file {name!r} here and none of that name in tokenpref") from error
+    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+        raise ConfigError(f"--config: {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig):
-        raise TokenprefError(f"--config: {path} must hold a mapping of keys, found a {type(config).__name__}")
-    overrides = argv[at + 1 :]
-    for override in overrides:
-        if "=" not in override and not override.startswith(("~", "--")):
-            raise TokenprefError(f"{override!r}: an override is written key=value (or ~key to remove one)")
-    dropped = _dropped_arguments(config, overrides)
-    for key, owner in dropped:
-        if announce:
-            log.info(
-                f"{key}: the config's value was for another component; {owner} does not take it, so it is dropped"
-            )
-    return [*argv[:at], str(path), *overrides, *(f"~{key}" for key, _ in dropped)]
+        raise ConfigError(f"--config: {path} must hold a mapping of keys, found a {type(config).__name__}")
+    return config
 
 
-def _dropped_arguments(config: DictConfig, overrides: list[str]) -> list[tuple[str, str]]:
+def _remove(config: DictConfig, key: str) -> None:
+    parent, _, leaf = key.rpartition(".")
+    node = OmegaConf.select(config, parent) if parent else config
+    if not isinstance(node, DictConfig) or leaf not in node:
+        raise ConfigError(f"~{key}: the config has no such key")
+    del node[leaf]
+
+
+def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: bool) -> list[str]:
     """Arguments of components that the command line replaces and whose replacement does not take them."""
-    given = dict(item.split("=", 1) for item in overrides if "=" in item)
     # Unresolved: interpolations may point to keys that only the command line sets.
     nodes = OmegaConf.to_container(config, resolve=False)
     dropped = []
     for key, node in nodes.items() if isinstance(nodes, dict) else ():
         if not isinstance(node, dict) or COMPONENT not in node:
             continue
-        path = given.get(f"{key!s}.{COMPONENT}", given.get(str(key), node[COMPONENT]))
+        path = str(given.get(f"{key!s}.{COMPONENT}", node[COMPONENT]))
         if path == node[COMPONENT]:
             continue
         try:
-            component = find_component(str(path))
+            component = find_component(path)
         except ValueError:
             continue  # reading the config reports it together with its other faults
-        names = [f"{key!s}.{name}" for name in node if name != COMPONENT and not accepts(component, name)]
-        dropped += [(name, str(path)) for name in names if name not in given]
+        for name in node:
+            argument = f"{key!s}.{name!s}"
+            if name != COMPONENT and argument not in given and not accepts(component, str(name)):
+                dropped.append(argument)
+                if announce:
+                    log.info(
+                        f"{argument}: the config's value was for another component; {path} does not take it"
+                    )
     return dropped
