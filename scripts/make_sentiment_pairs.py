@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import os
 import random
 import sys
 import tempfile
@@ -22,12 +23,13 @@ import torch
 from torch import nn
 
 from tokenpref._paths import resolve_path
-from tokenpref.components import find_component
+from tokenpref.components import find_component, signature_faults
 from tokenpref.data import Tokenizer, tokenizer_json
 from tokenpref.distributed import World, single_process_world
 from tokenpref.errors import ConfigError, DataError, TokenprefError
-from tokenpref.rewards import Reward, ValenceReward
+from tokenpref.rewards import Reward, ValenceReward, checked_rewards
 from tokenpref.training.generation import sample
+from tokenpref.training.schema import Component
 from tokenpref.training.setup import check_state_fits, read_weights
 
 
@@ -46,6 +48,33 @@ class Sample:
     ended: bool
 
 
+def named(path: str, option: str) -> Any:
+    """What a dotted path names; modules of the current directory count.
+
+    Raises:
+        ConfigError: if there is nothing.
+    """
+    try:
+        return find_component(path)
+    except ValueError as error:
+        raise ConfigError(f"{option}: {error}") from error
+
+
+def load_reward(path: str, settings: dict[str, Any]) -> Reward:
+    """An instance of a class, or a function with its keywords.
+
+    Raises:
+        ConfigError: if there is no such reward, or it refuses its settings.
+    """
+    component = Component("--reward", path, settings)
+    faults = signature_faults(
+        target := named(path, "--reward"), settings, (), 0 if isinstance(target, type) else 2
+    )
+    if faults:
+        raise ConfigError([f"--reward-args.{fault}" for fault in faults])
+    return component.callable()
+
+
 def load_model(component: str, folder: Path, model_type: str, world: World) -> nn.Module:
     """A model named by dotted path, with the weights of an HF checkpoint folder.
 
@@ -53,15 +82,22 @@ def load_model(component: str, folder: Path, model_type: str, world: World) -> n
         ConfigError: if there is no such model, or the weights are missing or another model's.
     """
     files = sorted(file.name for file in folder.glob("*.safetensors"))
-    builder = find_component(component)
+    builder = named(component, "--model")
     if not files:
         prepare = getattr(builder, "prepare_command", None)
         hint = f"run `{prepare}`" if prepare else "name a Hugging Face checkpoint folder"
         raise ConfigError(f"--checkpoint: no *.safetensors in {folder}; {hint}")
     with tempfile.TemporaryDirectory() as unused:
-        checkpointer = find_component("torchtune.training.FullModelHFCheckpointer")(
-            checkpoint_dir=str(folder), checkpoint_files=files, model_type=model_type, output_dir=unused
-        )
+        checkpointer = Component(
+            "--checkpoint",
+            "torchtune.training.FullModelHFCheckpointer",
+            {
+                "checkpoint_dir": str(folder),
+                "checkpoint_files": files,
+                "model_type": model_type,
+                "output_dir": unused,
+            },
+        ).build()
         state = read_weights(checkpointer, "--checkpoint", world)
     model: Any = builder()
     check_state_fits(state, model, "--checkpoint")
@@ -86,29 +122,32 @@ def sample_groups(
 
     Raises:
         DataError: if an opening has no token.
-        ValueError: if the reward returns another number of values than it got texts.
+        ConfigError: if a number is out of range, or the reward returns something else than a number for each text.
     """
     ids = [tokenizer.encode_with_offsets(opening)[0] for opening in openings]
     if empty := [opening for opening, tokens in zip(openings, ids, strict=True) if not tokens]:
         raise DataError(f"--openings: {empty[0]!r} has no token")
     jobs = [(row, number) for row in range(len(openings)) for number in range(samples)]
-    outputs = sample(
-        model,
-        [ids[row] for row, _ in jobs],
-        seeds=[(seed * 1_000_003 + row) * 1_000_003 + number for row, number in jobs],
-        max_new_tokens=max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        temperature=temperature,
-        batch_size=batch_size,
-        world=world,
-    )
+    try:
+        outputs = sample(
+            model,
+            [ids[row] for row, _ in jobs],
+            seeds=[(seed * 1_000_003 + row) * 1_000_003 + number for row, number in jobs],
+            max_new_tokens=max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            temperature=temperature,
+            batch_size=batch_size,
+            world=world,
+        )
+    except ValueError as error:
+        raise ConfigError(f"--openings, --max-new-tokens, --temperature, --batch-size: {error}") from error
     ended = [output[-1] == tokenizer.eos_id for output in outputs]
     texts = [
         tokenizer.decode(output[:-1] if end else output) for output, end in zip(outputs, ended, strict=True)
     ]
-    values = reward([openings[row] for row, _ in jobs], texts)
-    scored = [Sample(text, float(v), end) for text, v, end in zip(texts, values, ended, strict=True)]
+    values = checked_rewards(reward, [openings[row] for row, _ in jobs], texts, "--reward")
+    scored = [Sample(text, value, end) for text, value, end in zip(texts, values, ended, strict=True)]
     return [scored[start : start + samples] for start in range(0, len(scored), samples)]
 
 
@@ -174,6 +213,17 @@ def lines_of(path: Path, option: str) -> list[str]:
     return lines
 
 
+def write_whole(path: Path, text: str) -> None:
+    """Write a file that appears only when it is complete."""
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_name(f".{path.name}.{os.getpid()}")
+    try:
+        partial.write_text(text, encoding="utf-8")
+        partial.replace(path)
+    finally:
+        partial.unlink(missing_ok=True)
+
+
 def parser() -> argparse.ArgumentParser:
     made = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     made.add_argument("--openings", required=True, help="file with one opening a line")
@@ -208,9 +258,7 @@ def make(arguments: argparse.Namespace) -> str:
         )
     openings = lines_of(resolve_path(arguments.openings), "--openings")
     drop = lines_of(resolve_path(arguments.drop_words), "--drop-words") if arguments.drop_words else []
-    reward = find_component(arguments.reward)
-    if isinstance(reward, type):
-        reward = reward(**arguments.reward_args)
+    reward = load_reward(arguments.reward, arguments.reward_args)
     world = single_process_world(torch.device(arguments.device))
     folder = resolve_path(arguments.checkpoint)
     model = load_model(arguments.model, folder, arguments.model_type, world)
@@ -235,9 +283,7 @@ def make(arguments: argparse.Namespace) -> str:
         )
     ]
     random.Random(arguments.seed).shuffle(rows)
-    arguments.output.parent.mkdir(parents=True, exist_ok=True)
-    text = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows)
-    arguments.output.write_text(text, encoding="utf-8")
+    write_whole(arguments.output, "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in rows))
     every = [s for samples in groups for s in samples]
     mean = sum(s.reward for s in every) / len(every)
     num_groups = len(openings) * (arguments.samples // arguments.group)

@@ -3,9 +3,10 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
 
 from tokenpref.errors import ConfigError
-from tokenpref.rewards import KeywordReward, VaderReward
+from tokenpref.rewards import KeywordReward, VaderReward, ValenceReward, checked_rewards
 
 SENTIMENT = Path(__file__).parents[1] / "data" / "sentiment"
 
@@ -52,6 +53,25 @@ def test_one_text_for_each_prompt(vader):
     for reward in (KeywordReward(["good"], []), vader):
         with pytest.raises(ValueError, match="got 2 prompts and 1 completions"):
             reward(["a", "b"], ["good"])
+
+
+def test_checked_rewards_are_plain_finite_numbers():
+    prompts, texts = ["a", "b"], ["good", "bad"]
+    assert checked_rewards(KeywordReward(["good"], ["bad"]), prompts, texts, "r") == [1.0, -1.0]
+    assert checked_rewards(lambda p, t: torch.tensor([1, 2]), prompts, texts, "r") == [1.0, 2.0]
+    for found, text in (
+        ([1.0], r"got 1 \(0 of them not finite\)"),
+        ([1.0, float("inf")], r"got 2 \(1 of them not finite\)"),
+        (None, "got None"),
+        (["x", 1.0], r"got \['x', 1.0\]"),
+    ):
+        with pytest.raises(ConfigError, match=rf"^r: expected 2 finite numbers, {text}"):
+            checked_rewards(lambda p, t, found=found: found, prompts, texts, "r")
+
+
+def test_rewards_with_valence_are_known_as_such(vader):
+    assert isinstance(vader, ValenceReward) and isinstance(KeywordReward(["a"], []), ValenceReward)
+    assert not isinstance(lambda prompts, completions: [], ValenceReward)
 
 
 def test_vader_scores_the_completion_or_the_whole_text(vader):

@@ -8,6 +8,7 @@ One that also knows which words its number comes from offers ``valence`` (see :c
 
 from __future__ import annotations
 
+import math
 import re
 import string
 from collections.abc import Callable, Iterator, Sequence
@@ -15,7 +16,7 @@ from typing import Protocol, runtime_checkable
 
 from tokenpref.errors import ConfigError
 
-__all__ = ["KeywordReward", "Reward", "VaderReward", "Valence", "ValenceReward"]
+__all__ = ["KeywordReward", "Reward", "VaderReward", "Valence", "ValenceReward", "checked_rewards"]
 
 Reward = Callable[[list[str], list[str]], list[float]]
 """From prompts and completions of the same number to one number for each completion."""
@@ -35,6 +36,30 @@ class ValenceReward(Protocol):
     def valence(self, text: str) -> list[Valence]:
         """The stretches of a completion that count, in order, with what each counts by itself."""
         ...
+
+
+def checked_rewards(reward: Reward, prompts: list[str], completions: list[str], name: str) -> list[float]:
+    """What a reward gives for completions, one finite number for each.
+
+    Args:
+        reward: anybody's reward.
+        prompts: text before each completion.
+        completions: texts to score.
+        name: the reward in the error, such as ``sampling.reward (my_rewards.length)``.
+
+    Raises:
+        ConfigError: if the reward returns anything else.
+    """
+    expected = f"{name}: expected {len(completions)} finite numbers"
+    values = reward(prompts, completions)
+    try:
+        numbers = [float(value) for value in values]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{expected}, got {values!r:.80}") from error
+    bad = sum(not math.isfinite(number) for number in numbers)
+    if len(numbers) != len(completions) or bad:
+        raise ConfigError(f"{expected}, got {len(numbers)} ({bad} of them not finite)")
+    return numbers
 
 
 class VaderReward:

@@ -9,8 +9,11 @@ import torch
 from safetensors import safe_open
 
 from tokenpref.data import tokenizer_json
+from tokenpref.distributed import single_process_world
 from tokenpref.errors import TokenprefError
 from tokenpref.models import smollm2
+from tokenpref.models.scoring import logits_of
+from tokenpref.training.generation import sample
 
 # Plain prose of our own, for the perplexity.
 PROSE = """The harbour was quiet that morning, and the boats that had gone out before dawn were only small grey marks
@@ -48,6 +51,20 @@ def test_rows_go_from_interleaved_pairs_to_halves():
     # Two heads of four rows; a pair is (a0, b0): a0 b0 a1 b1 becomes a0 a1 b0 b1.
     rows = torch.tensor([0, 10, 1, 11, 20, 30, 21, 31])[:, None]
     assert smollm2._half_split(rows, heads=2).flatten().tolist() == [0, 1, 10, 11, 20, 21, 30, 31]
+
+
+def test_the_halves_are_what_torchtune_turns_back():
+    from torchtune.models.convert_weights import hf_to_tune
+
+    # Heads of 6 rows, those of a rotary pair side by side, as in GGUF and in torchtune.
+    query, key = torch.randn(24, 12), torch.randn(12, 12)
+    hf = {
+        "model.layers.0.self_attn.q_proj.weight": smollm2._half_split(query, heads=4),
+        "model.layers.0.self_attn.k_proj.weight": smollm2._half_split(key, heads=2),
+    }
+    tune = hf_to_tune(hf, num_heads=4, num_kv_heads=2, dim=12, head_dim=6)
+    assert torch.equal(tune["layers.0.attn.q_proj.weight"], query)
+    assert torch.equal(tune["layers.0.attn.k_proj.weight"], key)
 
 
 class TestRefusals:
@@ -209,6 +226,43 @@ class TestPrepared:
         tokens = torch.tensor([ids])
         loss = torch.nn.functional.cross_entropy(ours(tokens)[0, :-1], tokens[0, 1:])
         assert loss.exp().item() == pytest.approx(18.83, abs=0.1)
+
+    @torch.no_grad()
+    def test_an_exported_folder_loads_in_transformers_and_generates_the_same(
+        self, prepared, ours, tmp_path_factory
+    ):
+        from torchtune.training import FullModelHFCheckpointer
+        from transformers import AutoModelForCausalLM, AutoTokenizer
+
+        out = tmp_path_factory.mktemp("exported")
+        checkpointer = FullModelHFCheckpointer(
+            checkpoint_dir=str(prepared),
+            checkpoint_files=["model.safetensors"],
+            model_type="LLAMA3_2",
+            output_dir=str(out),
+        )
+        checkpointer.load_checkpoint()  # reads the sizes that saving needs
+        checkpointer.save_checkpoint({"model": ours.state_dict()}, epoch=0, intermediate_checkpoint=False)
+        folder = str(out / "epoch_0")
+        model = AutoModelForCausalLM.from_pretrained(folder, dtype=torch.float32).eval()
+        tokenizer = AutoTokenizer.from_pretrained(folder)
+        ids = tokenizer("The harbour was quiet that morning, and", return_tensors="pt").input_ids
+        torch.testing.assert_close(model(ids).logits, logits_of(ours, ids), atol=1e-4, rtol=0)
+        end = tokenizer.eos_token_id
+        other = model.generate(
+            ids, attention_mask=torch.ones_like(ids), max_new_tokens=12, do_sample=False, pad_token_id=end
+        )
+        (own,) = sample(
+            ours,
+            ids.tolist(),
+            seeds=[0],
+            max_new_tokens=12,
+            eos_id=end,
+            pad_id=end,
+            temperature=0,
+            world=single_process_world(),
+        )
+        assert own == other[0, ids.shape[1] :].tolist() and len(own) == 12
 
     def test_tokens_are_those_of_the_gguf_file(self, prepared, oracle):
         """transformers' GGUF loader knows vocabulary and merges but not the digit split that GGUF's "smollm" asks for.

@@ -1,6 +1,8 @@
 import importlib.util
 import json
+import os
 import re
+import subprocess
 import sys
 from pathlib import Path
 
@@ -102,7 +104,7 @@ def test_a_plain_function_is_a_reward_without_valence(script, tmp_path, monkeypa
         "def score(prompts, texts):\n    return [len(t) / 10 for t in texts]\n"
     )
     monkeypatch.chdir(tmp_path)
-    code, text = run(script, tmp_path, "--reward=my_length_reward.score", "--samples=4")
+    code, text = run(script, tmp_path, "--reward=my_length_reward.score", "--reward-args={}", "--samples=4")
     rows = [json.loads(line) for line in text.splitlines()]
     assert code == 0 and rows
     names = {f"{side}{of}" for side in ("chosen", "rejected") for of in ("", "_reward", "_complete")}
@@ -119,6 +121,17 @@ def test_a_plain_function_is_a_reward_without_valence(script, tmp_path, monkeypa
         ("--openings=nowhere.txt", "--openings: no file"),
         ("--checkpoint=nowhere", "--checkpoint: no .*safetensors in .*name a Hugging Face checkpoint folder"),
         ("--model=tokenpref.models.smollm2_135m", "the checkpoint is of another architecture"),
+        ("--model=tokenpref.models.tiny_lama", "--model: .*did you mean 'tiny_llama'"),
+        ("--model-type=LAMA", "--checkpoint .*LAMA"),
+        ("--reward=tokenpref.rewards.KeywordRewards", "--reward: .*did you mean 'KeywordReward'"),
+        ('--reward-args={"positive": ["a"]}', "--reward-args.negative: KeywordReward needs this argument"),
+        (
+            '--reward-args={"positive": [], "negative": []}',
+            r"--reward .*positive and negative are both empty",
+        ),
+        ("--max-new-tokens=300", "new tokens need .* positions, the model has 256"),
+        ("--batch-size=0", "batch_size must be at least 1"),
+        ("--temperature=-1", "temperature must be at least 0"),
     ],
 )
 def test_what_cannot_work_is_said_in_one_line(script, tmp_path, capsys, change, message):
@@ -133,3 +146,48 @@ def test_a_missing_built_in_model_names_its_command(script, tmp_path, capsys):
     change = ("--model=tokenpref.models.smollm2_135m", "--checkpoint=nowhere")
     assert run(script, tmp_path, *change) == (2, None)
     assert "run `tokenpref prepare smollm2`" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    ("name", "body", "found"),
+    [("few", "[1.0]", r"1 \(0 of them"), ("nan", "[float('nan')] * 96", r"96 \(96 of them")],
+)
+def test_a_reward_that_does_not_answer_for_each_is_refused(
+    script, tmp_path, monkeypatch, capsys, name, body, found
+):
+    (tmp_path / f"bad_{name}_reward.py").write_text(f"def score(prompts, texts):\n    return {body}\n")
+    monkeypatch.chdir(tmp_path)
+    out = tmp_path / "out"
+    assert run(script, out, f"--reward=bad_{name}_reward.score", "--reward-args={}") == (2, None)
+    assert re.search(rf"error: --reward: expected 96 finite numbers, got {found}", capsys.readouterr().err)
+    assert not out.exists()
+
+
+def test_a_failed_write_leaves_the_old_file(script, tmp_path, monkeypatch):
+    path = tmp_path / "pairs.jsonl"
+    script.write_whole(path, "old\n")
+    monkeypatch.setattr(script.Path, "replace", lambda self, target: 1 / 0)
+    with pytest.raises(ZeroDivisionError):
+        script.write_whole(path, "new\n")
+    assert path.read_text() == "old\n" and [f.name for f in tmp_path.iterdir()] == ["pairs.jsonl"]
+
+
+def test_as_a_command_with_a_reward_of_the_current_directory(tmp_path):
+    (tmp_path / "my_vowel_reward.py").write_text(
+        "def score(prompts, texts, *, letters):\n    return [sum(map(t.count, letters)) / 10 for t in texts]\n"
+    )
+    command = [sys.executable, str(ROOT / "scripts" / "make_sentiment_pairs.py"), *TINY]
+    command += [
+        "--reward=my_vowel_reward.score",
+        '--reward-args={"letters": "aeiou"}',
+        "--output=deep/pairs.jsonl",
+    ]
+    environment = {**os.environ, "OMP_NUM_THREADS": "1"}
+    done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    rows = [json.loads(line) for line in (tmp_path / "deep" / "pairs.jsonl").read_text("utf-8").splitlines()]
+    assert f"deep/pairs.jsonl: {len(rows)} pairs of 24 groups" in done.stdout and len(rows) >= 4
+    for row in rows:
+        assert row["chosen_reward"] == sum(map(row["chosen"].count, "aeiou")) / 10
+        assert row["chosen_reward"] - row["rejected_reward"] >= 0.1 - 1e-12
+    assert [f.name for f in (tmp_path / "deep").iterdir()] == ["pairs.jsonl"]

@@ -210,6 +210,8 @@ def _why_unreadable(files: Sequence[Path], kind: str | None, error: BaseExceptio
             if fault is not None:
                 return fault
     cause = error.__cause__ or error
+    if "corresponds to no data" in str(cause):  # what datasets says of well-formed files without rows
+        return f"{', '.join(str(f) for f in files)}: no rows; a data set needs at least one"
     return f"{', '.join(str(f) for f in files)} cannot be read as {kind}: {type(cause).__name__}: {cause}"
 
 

@@ -93,7 +93,7 @@ class SamplingConfig:
 
     prompts: str = text()
     """Text file, one opening a line."""
-    reward: Component = component()
+    reward: Component = component(function=2)
     """Callable ``(prompts, completions) -> list[float]``, or a class whose instance is one."""
     num_samples: int = integer(8)
     """Samples per opening."""

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -15,9 +14,10 @@ from tqdm import tqdm
 from tokenpref._paths import resolve_path
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.distributed import World
-from tokenpref.errors import ConfigError, DataError
+from tokenpref.errors import DataError
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.rewards import checked_rewards
 from tokenpref.training.config import SamplingConfig
 from tokenpref.training.generation import sample
 from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval
@@ -131,16 +131,10 @@ def _sample_seed(seed: int, row: int, number: int) -> int:
 
 
 def _with_rewards(records: list[dict[str, Any]], config: SamplingConfig) -> list[dict[str, Any]]:
-    reward: Callable[[list[str], list[str]], list[float]] = config.reward.target()
-    if isinstance(reward, type):
-        reward = config.reward.build()
-    rewards = reward([r["prompt"] for r in records], [r["completion"] for r in records])
-    if len(rewards) != len(records) or not all(math.isfinite(value) for value in rewards):
-        raise ConfigError(
-            f"sampling.reward ({config.reward.path}): expected {len(records)} finite numbers, got {len(rewards)} "
-            f"({sum(not math.isfinite(v) for v in rewards)} of them not finite)"
-        )
-    return [{**record, "reward": float(value)} for record, value in zip(records, rewards, strict=True)]
+    prompts, completions = ([record[key] for record in records] for key in ("prompt", "completion"))
+    name = f"sampling.reward ({config.reward.path})"
+    rewards = checked_rewards(config.reward.callable(), prompts, completions, name)
+    return [{**record, "reward": value} for record, value in zip(records, rewards, strict=True)]
 
 
 def paired_gain(records: list[dict[str, Any]], baseline: Path) -> tuple[float, float, float]:

@@ -11,6 +11,7 @@ import dataclasses
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, TypeVar
 
 from omegaconf import DictConfig, OmegaConf
@@ -53,6 +54,11 @@ class Component:
         """The class or function at the path."""
         return find_component(self.path)
 
+    def callable(self) -> Callable[..., Any]:
+        """What is called later, for a key that takes both: an instance of a class, or a function with its keywords."""
+        target = self.target()
+        return self.build() if isinstance(target, type) else partial(target, **self.kwargs)
+
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Call it.
 
@@ -70,8 +76,17 @@ class Component:
 # --- fields -----------------------------------------------------------------------------------------------------
 
 
-def component(*, positional: int = 0, provided: tuple[str, ...] = (), optional: bool = False) -> Any:
-    """A component node; ``positional`` and ``provided`` are the arguments that the recipe passes when it builds it."""
+def component(
+    *,
+    positional: int = 0,
+    provided: tuple[str, ...] = (),
+    optional: bool = False,
+    function: int | None = None,
+) -> Any:
+    """A component node; ``positional`` and ``provided`` are the arguments that the recipe passes when it builds it.
+
+    With ``function`` a plain function is used as it is, called with that many arguments (:meth:`Component.callable`).
+    """
 
     def read(key: str, value: Any) -> Component:
         if not isinstance(value, Mapping) or COMPONENT not in value:
@@ -81,7 +96,8 @@ def component(*, positional: int = 0, provided: tuple[str, ...] = (), optional: 
             target = find_component(str(value[COMPONENT]))
         except ValueError as error:
             raise ConfigError(f"{key}.{COMPONENT}: {error}") from error
-        faults = signature_faults(target, kwargs, provided, positional)
+        by_position = positional if function is None or isinstance(target, type) else function
+        faults = signature_faults(target, kwargs, provided, by_position)
         if faults:
             raise ConfigError([f"{key}.{fault}" for fault in faults])
         return Component(key, str(value[COMPONENT]), kwargs)

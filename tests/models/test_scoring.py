@@ -1,0 +1,171 @@
+import copy
+
+import pytest
+import torch
+from support import small
+from torch import nn
+
+from tokenpref.models.scoring import ScoringModel, StatsHead, install_head, logits_of, next_token_logits
+from tokenpref.ops import token_stats_from_logits
+
+NEEDS = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
+NAMES = ("policy_logps", "ref_logps", "kl_ref_policy", "kl_policy_ref", "entropy")
+BATCH = small.batch([0, 1, 2])
+
+
+def own_logits(model, tokens=BATCH.tokens):
+    """What an untouched decoder returns, in its own dtype."""
+    model.set_num_output_chunks(1)
+    return model(tokens)[0]
+
+
+@pytest.fixture(params=[True, False], ids=["tied", "untied"])
+def tied(request):
+    return request.param
+
+
+def combination(stats):
+    """One number with another factor for each value of each statistic that carries gradient."""
+    total = 0
+    for place, name in enumerate(name for name in NAMES if name != "ref_logps"):
+        value = getattr(stats, name)
+        factors = torch.randn(value.shape, generator=torch.Generator().manual_seed(place), dtype=value.dtype)
+        total = total + (value * factors).sum()
+    return total
+
+
+@pytest.mark.parametrize("chunk", [1, 4, 1000])
+def test_statistics_are_those_of_the_decoders_logits(tied, chunk):
+    plain, reference = small.decoder(0, tied=tied), small.decoder(1, tied=tied)
+    weights = torch.rand(BATCH.labels.shape[0], BATCH.labels.shape[1] - 1, dtype=torch.float64)
+    with torch.no_grad():
+        ref_logits = own_logits(reference)
+    expected = token_stats_from_logits(
+        own_logits(plain), ref_logits, BATCH.labels, needs=NEEDS, weights=weights
+    )
+    combination(expected).backward()
+
+    scorer = ScoringModel(small.decoder(0, tied=tied), head_chunk_size=chunk)
+    other = ScoringModel(reference)
+    with torch.no_grad():
+        ref_hidden = other.hidden(BATCH.tokens)
+    stats = scorer.token_stats(
+        BATCH.tokens,
+        BATCH.labels,
+        needs=NEEDS,
+        ref_hidden=ref_hidden,
+        ref_head_weight=other.head.weight.detach(),
+        weights=weights,
+    )
+    combination(stats).backward()
+    assert torch.equal(stats.mask, BATCH.labels[:, 1:] != -100)
+    for name in (*NAMES, "weights"):
+        found = getattr(stats, name)
+        assert found.dtype == torch.float64 and found[stats.mask].abs().min() > 0
+        torch.testing.assert_close(found, getattr(expected, name), atol=1e-12, rtol=0)
+    for (name, found), (_, wanted) in zip(
+        scorer.model.named_parameters(), plain.named_parameters(), strict=True
+    ):
+        torch.testing.assert_close(found.grad, wanted.grad, atol=1e-12, rtol=1e-10, msg=name)
+
+
+def test_a_head_changes_neither_logits_nor_names(tied):
+    model = small.decoder(0, tied=tied)
+    names, logits = list(model.state_dict()), own_logits(copy.deepcopy(model))
+    head = install_head(model)
+    assert list(model.state_dict()) == names and ("output.weight" in names) is not tied
+    torch.testing.assert_close(logits_of(model, BATCH.tokens), logits, atol=0, rtol=0)
+    assert head.weight is (model.tok_embeddings.weight if tied else model.output.weight)
+    model.load_state_dict(small.decoder(3, tied=tied).state_dict())
+    torch.testing.assert_close(
+        logits_of(model, BATCH.tokens), own_logits(small.decoder(3, tied=tied)), atol=0, rtol=0
+    )
+
+
+def test_a_second_installation_gives_the_first_head(tied):
+    model = small.decoder(0, tied=tied)
+    head = install_head(model)
+    assert install_head(model) is head
+    assert ScoringModel(model).head is head and ScoringModel(model, head_chunk_size=2).head is head
+    assert not isinstance(head.inner, StatsHead)
+
+
+def test_a_copy_has_a_head_of_its_own(tied):
+    scorer = small.scorer(0, tied=tied)
+    twin = ScoringModel(copy.deepcopy(scorer.model))
+    assert twin.head is not scorer.head
+    with torch.no_grad():
+        twin.head.weight.zero_()
+        assert logits_of(twin.model, BATCH.tokens).abs().max() == 0
+        assert logits_of(scorer.model, BATCH.tokens).abs().max() > 0
+
+
+def test_logits_keep_the_models_dtype(tied):
+    model = small.decoder(0, tied=tied, dtype=torch.bfloat16)
+    assert model(BATCH.tokens).dtype == torch.float32  # torchtune's decoder casts
+    install_head(model)
+    assert logits_of(model, BATCH.tokens).dtype == torch.bfloat16
+
+
+@pytest.mark.parametrize(
+    "layer", [nn.Linear(32, small.VOCAB, bias=True), nn.Sequential(nn.Linear(32, small.VOCAB, bias=False))]
+)
+def test_other_output_layers_are_refused_and_stay(layer):
+    model = small.decoder(0, tied=False)
+    model.output = layer.double()
+    with pytest.raises(
+        TypeError, match=f"output layer is {type(layer).__name__}; token statistics need a plain linear head"
+    ):
+        install_head(model)
+    assert model.output is layer and model.num_output_chunks == 0
+    assert model(BATCH.tokens).shape == (6, 12, small.VOCAB)
+
+
+@torch.no_grad()
+def test_next_token_logits_are_the_last_column(tied):
+    model = small.decoder(0, tied=tied)
+    for tokens in (BATCH.tokens, BATCH.tokens[:1, :1]):
+        last = next_token_logits(model, tokens)
+        torch.testing.assert_close(last, logits_of(model, tokens)[:, -1], atol=1e-13, rtol=0)
+    # Keywords reach the decoder: positions shifted by one turn the rotary pairs of single tokens only together.
+    positions = torch.arange(12).flip(0).expand(6, 12)
+    torch.testing.assert_close(
+        next_token_logits(model, BATCH.tokens, input_pos=positions),
+        logits_of(model, BATCH.tokens, input_pos=positions)[:, -1],
+        atol=1e-13,
+        rtol=0,
+    )
+
+
+def test_hidden_states_times_the_head_are_the_logits(tied):
+    scorer = small.scorer(0, tied=tied)
+    hidden = scorer.hidden(BATCH.tokens)
+    assert hidden.shape == (6, 12, 32) and hidden.requires_grad
+    torch.testing.assert_close(
+        hidden @ scorer.head.weight.T, logits_of(scorer.model, BATCH.tokens), atol=1e-13, rtol=0
+    )
+
+
+def test_logps_have_no_gradient_and_are_zero_off_the_answer(tied):
+    scorer = small.scorer(0, tied=tied)
+    logps = scorer.logps(BATCH.tokens, BATCH.labels)
+    assert not logps.requires_grad and logps.shape == (6, 11)
+    whole = logits_of(scorer.model, BATCH.tokens).log_softmax(-1)
+    for row in range(6):
+        for column in range(11):
+            label = int(BATCH.labels[row, column + 1])
+            expected = 0.0 if label == -100 else whole[row, column, label].item()
+            assert logps[row, column].item() == pytest.approx(expected, abs=1e-12)
+
+
+def test_a_failure_leaves_no_job_behind(tied):
+    scorer = small.scorer(0, tied=tied)
+    logits = logits_of(scorer.model, BATCH.tokens)
+    with pytest.raises(ValueError, match="ref_hidden"):
+        scorer.token_stats(BATCH.tokens, BATCH.labels, needs=frozenset({"kl_ref_policy"}))
+    too_long = torch.ones(1, 65, dtype=torch.long)
+    for call in (scorer.hidden, lambda tokens: next_token_logits(scorer.model, tokens)):
+        with pytest.raises(ValueError, match="65"):
+            call(too_long)
+    assert scorer.head.job is None
+    assert torch.equal(logits_of(scorer.model, BATCH.tokens), logits)
