@@ -106,7 +106,7 @@ def main() -> None:
     (OUTPUT / "table.md").write_text(text + "\n", encoding="utf-8")
     print(f"\n{text}\n")
     print(
-        f"{before['num_pairs']} held-out pairs; {before['num_samples']} samples of each model, same openings and noise."
+        f"{after['num_pairs']} held-out pairs; {after['num_samples']} samples of each model, same openings and noise."
     )
     print(
         "Accuracy: the policy's implicit reward prefers the chosen answer (95 % Wilson interval); undefined before"

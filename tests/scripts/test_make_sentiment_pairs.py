@@ -122,7 +122,7 @@ def test_a_plain_function_is_a_reward_without_valence(script, tmp_path, monkeypa
         ("--checkpoint=nowhere", "--checkpoint: no .*safetensors in .*name a Hugging Face checkpoint folder"),
         ("--model=tokenpref.models.smollm2_135m", "the checkpoint is of another architecture"),
         ("--model=tokenpref.models.tiny_lama", "--model: .*did you mean 'tiny_llama'"),
-        ("--model-type=LAMA", "--checkpoint .*LAMA"),
+        ("--model-type=LAMA", "--checkpoint .*it knows no 'LAMA'"),
         ("--reward=tokenpref.rewards.KeywordRewards", "--reward: .*did you mean 'KeywordReward'"),
         ('--reward-args={"positive": ["a"]}', "--reward-args.negative: KeywordReward needs this argument"),
         (

@@ -115,3 +115,11 @@ def test_evaluation_config_checks_its_nested_section():
     with pytest.raises(ConfigError) as caught:
         read_config(EvaluateConfig, cfg)
     assert "sampling.num_sample: unknown key; did you mean 'num_samples'?" in str(caught.value)
+
+
+def test_a_misspelt_model_type_names_its_key(cfg, tmp_path):
+    cfg.checkpointer.model_type = "LAMA"
+    cfg.checkpointer.output_dir = str(tmp_path)
+    checkpointer = read_config(TrainConfig, cfg).checkpointer
+    with pytest.raises(ConfigError, match=r"^checkpointer \(.*FullModelHFCheckpointer\): it knows no 'LAMA'"):
+        checkpointer.build()

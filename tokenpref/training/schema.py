@@ -63,7 +63,7 @@ class Component:
         """Call it.
 
         Raises:
-            ConfigError: if it refuses its arguments with a ``ValueError`` or ``TypeError`` of its own.
+            ConfigError: if it refuses its arguments with a ``ValueError``, ``TypeError`` or ``KeyError`` of its own.
         """
         try:
             return self.target()(*args, **{**self.kwargs, **kwargs})
@@ -71,6 +71,8 @@ class Component:
             if isinstance(error, ValueError) and type(error) is not ValueError:
                 raise  # a ConfigError or DataError says where it comes from
             raise ConfigError(f"{self.key} ({self.path}): {error}") from error
+        except KeyError as error:  # how torchtune's checkpointers refuse a model_type
+            raise ConfigError(f"{self.key} ({self.path}): it knows no {error}") from error
 
 
 # --- fields -----------------------------------------------------------------------------------------------------
