@@ -10,6 +10,8 @@ from pathlib import Path
 import pytest
 from safetensors.torch import load_file
 
+from tokenpref._paths import data_root
+
 TUNE = str(Path(sys.executable).parent / "tune")
 TDPO = ["recipes/tdpo_distributed", "--config", "tiny/tdpo"]
 
@@ -94,17 +96,17 @@ def test_continued_run_ends_at_the_same_bits(single):
 
 
 def test_users_copy_and_users_loss_run_in_both_launch_modes(single):
-    (single / "my_loss.py").write_text(
-        "from tokenpref.losses import DPOLoss\n\n\n"
-        "class MyLoss(DPOLoss):\n    def forward(self, pair):\n        print('my loss at work')\n"
-        "        return super().forward(pair)\n"
+    (example,) = re.findall(
+        r"```python\n# my_loss\.py\n(.*?)```", (data_root() / "README.md").read_text(), re.DOTALL
     )
+    (single / "my_loss.py").write_text(example.replace("early =", "print('my loss at work'); early ="))
     for source, target in (("recipes/tdpo_distributed", "my_tdpo.py"), ("tiny/tdpo", "my.yaml")):
         subprocess.run([TUNE, "cp", source, target], cwd=single, check=True, capture_output=True)
     recipe = (single / "my_tdpo.py").read_text()
     assert "trainer.setup()" in recipe
     (single / "my_tdpo.py").write_text(recipe.replace("trainer.setup()", "print('my copy'); trainer.setup()"))
-    mine = ["my_tdpo.py", "--config", "my.yaml", "loss._component_=my_loss.MyLoss", "max_steps_per_epoch=1"]
+    mine = ["my_tdpo.py", "--config", "my.yaml", "loss._component_=my_loss.MyLoss", "loss.first=8"]
+    mine.append("max_steps_per_epoch=1")
     for launch, output in (([], "mine_one"), (["--nproc_per_node", "2"], "mine_two")):
         done = tune(single, *launch, *mine, f"output_dir={output}")
         said = done.stdout + done.stderr
