@@ -13,10 +13,9 @@ from torchtune.data import Message
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
-from torchtune.modules.common_utils import disable_kv_cache, local_kv_cache
+from torchtune.modules.common_utils import local_kv_cache
 from torchtune.training import (
     compile_model,
-    disable_dropout,
     get_lr,
     get_shard_conditions,
     set_activation_checkpointing,
@@ -33,8 +32,6 @@ __all__ = [
     "TransformerSelfAttentionLayer",
     "compile_model",
     "component_from_path",
-    "disable_dropout",
-    "disable_kv_cache",
     "get_lr",
     "get_shard_conditions",
     "llama3_2",

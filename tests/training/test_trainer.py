@@ -10,6 +10,7 @@ from safetensors.torch import load_file
 
 from tokenpref._paths import data_root
 from tokenpref.errors import ConfigError, DataError
+from tokenpref.models.tiny import TINY_SIZES
 from tokenpref.training import PreferenceTrainer
 
 
@@ -74,6 +75,26 @@ def test_bfloat16_trains_close_to_float32_and_writes_bfloat16(run, tmp_path):
     assert half[0] == pytest.approx(0.6931472, abs=1e-6)
     assert half == pytest.approx(full, abs=0.05)
     assert all(t.dtype == torch.bfloat16 for t in weights(tmp_path / "half").values())
+
+
+def test_dropout_of_the_model_is_switched_off(run, tmp_path):
+    run("output_dir=plain", "max_steps_per_epoch=3")
+    sizes = {
+        **TINY_SIZES,
+        "max_seq_len": 256,
+        "scale_factor": 1,
+        "tie_word_embeddings": True,
+        "attn_dropout": 0.5,
+    }
+    words = [f"model.{name}={value}" for name, value in sizes.items()]
+    run(
+        "output_dir=dropped",
+        "max_steps_per_epoch=3",
+        "model._component_=torchtune.models.llama3_2.llama3_2",
+        *words,
+    )
+    for name, tensor in weights(tmp_path / "plain").items():
+        assert tensor.equal(weights(tmp_path / "dropped")[name]), name
 
 
 def test_asked_statistics_are_logged_and_change_nothing(run, tmp_path):

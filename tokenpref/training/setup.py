@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Iterator
 from functools import lru_cache
 from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpref._torchtune import (
     TransformerDecoder,
@@ -26,6 +27,8 @@ from tokenpref.training.config import ModelConfig
 from tokenpref.training.schema import Component
 
 __all__ = ["DTYPES", "build_scorer", "check_data_fits", "check_state_fits", "pair_batches", "read_weights"]
+
+log = logging.getLogger("tokenpref")
 
 DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
@@ -108,6 +111,7 @@ def build_scorer(
             check_state_fits(state, model, key)
 
     world.together(check)
+    _switch_dropout_off(model)
     if config.compile:
         compile_model(model, verbose=False)
     if activation_checkpointing:
@@ -127,6 +131,21 @@ def build_scorer(
         return ScoringModel(model, head_chunk_size=config.head_chunk_size)
     except TypeError as error:
         raise ConfigError(f"model ({config.model.path}): {error}") from error
+
+
+def _switch_dropout_off(model: TransformerDecoder) -> None:
+    """No dropout, as in the papers: a policy that equals its reference must give a loss of exactly log 2."""
+    found = set()
+    for module in model.modules():
+        name = "p" if isinstance(module, nn.Dropout) else "attn_dropout"
+        value = getattr(module, name, 0.0)
+        if value:
+            found.add(f"{type(module).__name__}.{name}={value}")
+            setattr(module, name, 0.0)
+    if found:
+        log.info(
+            f"model: dropout is switched off ({', '.join(sorted(found))}); policy and reference must agree"
+        )
 
 
 def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:
