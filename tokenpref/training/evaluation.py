@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +11,7 @@ from torch import nn
 from tqdm import tqdm
 
 from tokenpref._paths import resolve_path
-from tokenpref.data import PreferenceDataset, Tokenizer
+from tokenpref.data import PreferenceDataset, Tokenizer, steps_per_epoch
 from tokenpref.distributed import World
 from tokenpref.errors import DataError
 from tokenpref.models.reference import Reference
@@ -61,7 +60,7 @@ def evaluate_pairs(
     training = policy.model.training
     policy.model.eval()
     sums = MetricSums()
-    steps = math.ceil(len(dataset) / (batch_size * world.size))
+    steps = steps_per_epoch(len(dataset), batch_size=batch_size, accumulation=1, world_size=world.size)
     for step in tqdm(range(steps), desc=progress, disable=progress is None or not world.is_main, leave=False):
         for batch in pair_batches(dataset, world, pad_id=pad_id, step=step, batch_size=batch_size):
             output = score_pairs(policy, reference, batch, needs, weigh(batch), loss)
@@ -140,8 +139,8 @@ def _with_rewards(records: list[dict[str, Any]], config: SamplingConfig) -> list
 def paired_gain(records: list[dict[str, Any]], baseline: Path) -> tuple[float, float, float]:
     """Mean gain in reward over a baseline's samples of the same openings, with its 95 % interval.
 
-    Differences are taken sample by sample (same opening, same noise) and averaged within an opening's samples
-    only through the common mean: the interval is the normal one over all differences.
+    Differences are taken sample by sample: same opening, and same noise if both were drawn with one seed and the same
+    sampling settings. The interval is the normal one over all differences.
 
     Args:
         records: what :func:`sample_rewards` returned.

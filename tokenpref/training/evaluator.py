@@ -31,7 +31,7 @@ class Evaluator:
     Writes ``evaluation.json`` and, with sampling, ``samples.jsonl`` to ``output_dir``.
 
     Args:
-        cfg: config as torchtune's parser delivers it.
+        cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
 
     Raises:
         ConfigError: with every fault of the config.

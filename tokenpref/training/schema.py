@@ -194,7 +194,7 @@ def read_config(schema: type[S], cfg: DictConfig, extra_faults: Callable[[S], li
 
     Args:
         schema: a dataclass of this module, or one derived from it.
-        cfg: config as torchtune's parser delivers it.
+        cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
         extra_faults: further checks of the recipe's own; keys that could not be read are None for them.
 
     Returns:

@@ -37,7 +37,7 @@ class PreferenceTrainer:
     bring what its loss needs beyond the reference, such as token weights.
 
     Args:
-        cfg: config as torchtune's parser delivers it.
+        cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
 
     Raises:
         ConfigError: with every fault of the config; no weight has been read and nothing written.
