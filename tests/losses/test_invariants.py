@@ -20,7 +20,14 @@ SETTINGS = {
     "DPOLoss": [{}, {"beta": 0.3, "label_smoothing": 0.1}],
     "NLLLoss": [{}, {"side": "rejected"}],
     "TokenDPOLoss": [{}, {"variant": "tdpo1"}, {"alpha": 0}, {"alpha": 1, "beta": 0.5}],
-    "TISDPOLoss": [{}, {"alpha": 0.5}, {"alpha": 1, "beta": 0.3}],
+    "TISDPOLoss": [
+        {},
+        {"alpha": 0.5},
+        {"alpha": 1, "beta": 0.3},
+        {"kl": "reference"},
+        {"kl": "reference", "alpha": 0.5},
+        {"kl": "reference", "alpha": 1},
+    ],
 }
 
 

@@ -1,10 +1,11 @@
 import math
+from dataclasses import replace
 
 import pytest
 import torch
 from support.scoring import check_golden, golden, pair_of
 
-from tokenpref.losses import DPOLoss, TISDPOLoss
+from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import PairStats, TokenStats
 
@@ -146,3 +147,28 @@ def test_settings():
         TISDPOLoss(alpha=-0.5)
     with pytest.raises(ValueError, match="beta must be"):
         TISDPOLoss(beta=-1)
+
+
+@pytest.mark.parametrize("alpha", [0.5, 1])
+def test_reference_kl_with_unit_weights_is_tdpo2(alpha):
+    expected = golden("tisdpo", "a/")
+    ones = weights_of(expected, "ones")
+    tis, tis_gradient = outcome(TISDPOLoss(alpha=alpha, kl="reference"), expected, ones)
+    tdpo, tdpo_gradient = outcome(TokenDPOLoss(alpha=alpha), expected, None)
+    assert tis.losses.equal(tdpo.losses) and tis.chosen_rewards.equal(tdpo.chosen_rewards)
+    assert tis_gradient.equal(tdpo_gradient)
+
+
+def test_reference_kl_is_not_weighted():
+    # hand_pair's M: 2 and -2. F by kl_ref_policy: 0.3 + 0.1 on chosen, 0.7 on rejected; h = 4 - 0.5 (0.7 - 0.4) = 3.85
+    pair = hand_pair()
+    kl = [torch.tensor([[0.3, 0.1]], dtype=torch.float64), torch.tensor([[0.7]], dtype=torch.float64)]
+    sides = [replace(side, kl_ref_policy=f) for side, f in zip((pair.chosen, pair.rejected), kl, strict=True)]
+    output = TISDPOLoss(beta=1, alpha=0.5, kl="reference")(PairStats(*sides))
+    assert output.metrics["rewards/train_margins"].item() == pytest.approx(3.85, abs=1e-15)
+    assert output.rejected_rewards.item() == pytest.approx(-2 + 0.7, abs=1e-15)
+
+
+def test_unknown_kl_is_refused():
+    with pytest.raises(ValueError, match="did you mean 'reference'"):
+        TISDPOLoss(alpha=0.5, kl="referense")

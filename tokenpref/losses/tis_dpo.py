@@ -2,50 +2,57 @@
 
 from __future__ import annotations
 
-from tokenpref._checks import check_number
+from tokenpref._checks import check_choice, check_number
 from tokenpref.losses._base import Centring, PreferenceLoss
 
 __all__ = ["TISDPOLoss"]
 
 
 class TISDPOLoss(PreferenceLoss):
-    """TIS-DPO (Liu et al., arXiv 2410.04350) as in the authors' code.
+    """TIS-DPO (Liu et al., arXiv 2410.04350): as in the authors' code, and with TDPO2's KL instead of its own.
 
-    loss = -log sigmoid(beta h),  h = M(chosen) - M(rejected) - alpha (K(chosen) - K(rejected))
+    kl="policy":     h = M(chosen) - M(rejected) - alpha (K(chosen) - K(rejected))
+    kl="reference":  h = M(chosen) - M(rejected) - alpha (F(rejected) - sg[F(chosen)])
+    loss = -log sigmoid(beta h)
 
-    with M = sum_t w_t (log pi_theta - log pi_ref), K = sum_t w_t KL(pi_theta || pi_ref) over the vocabulary at each
-    position, and token weights w_t from a contrastive pair of models (``tokenpref.weights``). alpha = 0 is the released
-    code without its KL, alpha = 0.5 its default with it, alpha = 1 the difference of advantages under the policy.
+    with M = sum_t w_t (log pi_theta - log pi_ref), K = sum_t w_t KL(pi_theta || pi_ref) and F = sum_t KL(pi_ref || pi_theta)
+    over the vocabulary at each position, and token weights w_t from a contrastive pair of models
+    (``tokenpref.weights``). "policy" is published: alpha = 0 is the released code without its KL, alpha = 0.5 its default with
+    it, alpha = 1 the difference of advantages under the policy. "reference" is a composition of ours: TIS-DPO's credit
+    with TDPO2's anchor, which is not weighted and has no gradient on the chosen side.
 
-    Rewards: beta M for alpha = 0, else beta (M - K) whatever alpha is; so for other alpha than 0 and 1 their margin is
-    not the training logit, which is logged as ``rewards/train_margins``.
+    Rewards: beta M for alpha = 0, else beta (M - K) or beta (M + F), whatever alpha is; so in general their margin is not
+    the training logit, which is logged as ``rewards/train_margins``.
 
     Args:
         beta: strength of the pull to the reference, > 0.
         alpha: factor of the KL terms, >= 0.
+        kl: "policy" or "reference"; without effect for alpha = 0.
 
     Raises:
         ValueError: for a value out of its range.
     """
 
-    def __init__(self, beta: float = 0.1, alpha: float = 0.0) -> None:
+    def __init__(self, beta: float = 0.1, alpha: float = 0.0, kl: str = "policy") -> None:
         alpha = check_number("alpha", alpha, at_least=0)
+        kl = check_choice("kl", kl, ("policy", "reference"))
         invariants = {
             "log2_at_reference",
             "antisymmetric",
             "sums_over_tokens",
             "vanishes_with_beta",
-            "zero_weights_are_silent",
             "gradient_direction",
         }
         if alpha == 0:
             invariants.add("unit_weights_are_dpo")
         if alpha in (0, 1):
             invariants.add("reward_margin_is_logit")
-        super().__init__(
-            beta,
-            weighted=True,
-            centring=Centring("policy", alpha=alpha, weighted=True),
-            invariants=frozenset(invariants),
-        )
+        if alpha == 0 or kl == "policy":
+            invariants.add("zero_weights_are_silent")
+        if kl == "policy":
+            centring = Centring("policy", alpha=alpha, weighted=True)
+        else:
+            centring = Centring("reference", alpha=alpha, detach_chosen=True)
+        super().__init__(beta, weighted=True, centring=centring, invariants=frozenset(invariants))
         self.alpha = alpha
+        self.kl = kl
