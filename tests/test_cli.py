@@ -1,16 +1,19 @@
 from __future__ import annotations
 
+import io
 import subprocess
 import sys
 from importlib import metadata
 from pathlib import Path
 from types import ModuleType
 
+import numpy as np
 import pytest
 
 import tokenpref
 from tokenpref import cli
 from tokenpref.errors import TokenprefError
+from tokenpref.weights import StoredRow, StoreWriter
 
 
 @pytest.fixture
@@ -89,3 +92,140 @@ def test_the_command_is_installed():
     command = Path(sys.executable).parent / "tokenpref"
     done = subprocess.run([command, "--version"], capture_output=True, text=True, check=True)
     assert done.stdout == f"tokenpref {tokenpref.__version__}\n"
+
+
+@pytest.fixture
+def store(tmp_path):
+    """A weight store with the rows 3 and 5."""
+    writer = StoreWriter(
+        tmp_path / "weights", kind="log_ratio", job={"estimator": {"name": "contrastive"}}, shards=1
+    )
+    writer.write(
+        0,
+        [
+            StoredRow(
+                row=number,
+                key=f"{number}" * 64,
+                prompt="It was",
+                chosen_text=" góod",
+                rejected_text=" bad",
+                chosen=np.asarray([number, -0.5], dtype=np.float32),
+                rejected=np.asarray([-2.0], dtype=np.float32),
+                chosen_spans=[(0, 5), (5, 5)],
+                rejected_spans=[(0, 4)],
+            )
+            for number in (3, 5)
+        ],
+    )
+    return writer.finish().path
+
+
+class Terminal(io.StringIO):
+    encoding = "utf-8"
+
+    def isatty(self):
+        return True
+
+
+def test_show_weights_prints_numbers_into_a_log(store, capsys):
+    assert cli.main(["show-weights", str(store)]) == 0
+    shown = capsys.readouterr().out
+    assert shown.startswith(f"row 3, key {'3' * 12}, log_ratio (log pi+ - log pi-)\nestimator contrastive\n")
+    assert " góod(+3.00)<eos>(-0.50)\n" in shown and " bad(-2.00)\n" in shown
+    assert "row 5" not in shown and "\x1b" not in shown
+
+
+def test_show_weights_takes_rows_in_the_order_given(store, capsys):
+    assert cli.main(["show-weights", str(store), "--row", "5", "--row", "3", "--row", "5", "--top", "1"]) == 0
+    shown = capsys.readouterr().out
+    assert [line[:5] for line in shown.splitlines() if line.startswith("row ")] == ["row 5", "row 3"]
+    assert '  +5.00 " góod", chosen token 1\n' in shown
+
+
+@pytest.mark.parametrize(
+    ("choice", "terminal", "variables", "colored"),
+    [
+        ("auto", True, {}, True),
+        ("auto", False, {}, False),
+        ("auto", True, {"NO_COLOR": "1"}, False),
+        ("auto", True, {"NO_COLOR": ""}, True),
+        ("auto", True, {"TERM": "dumb"}, False),
+        ("always", False, {"NO_COLOR": "1"}, True),
+        ("never", True, {}, False),
+    ],
+)
+def test_show_weights_colours_a_terminal(store, monkeypatch, choice, terminal, variables, colored):
+    for name, value in ({"TERM": "xterm", "NO_COLOR": ""} | variables).items():
+        monkeypatch.setenv(name, value)
+    out = Terminal() if terminal else io.StringIO()
+    monkeypatch.setattr(sys, "stdout", out)
+    assert cli.main(["show-weights", str(store), "--color", choice]) == 0
+    assert ("\x1b[97;48;2;" in out.getvalue()) is colored
+    assert ("(+3.00)" in out.getvalue()) is not colored
+
+
+@pytest.mark.parametrize(
+    ("choice", "variable", "light"),
+    [
+        ("auto", "0;15", True),
+        ("auto", "15;0", False),
+        ("auto", "", False),
+        ("light", "15;0", True),
+        ("dark", "0;15", False),
+    ],
+)
+def test_show_weights_asks_for_the_background(store, monkeypatch, capsys, choice, variable, light):
+    monkeypatch.setenv("COLORFGBG", variable)
+    assert cli.main(["show-weights", str(store), "--color", "always", "--background", choice]) == 0
+    assert ("\x1b[30;48;2;" in capsys.readouterr().out) is light
+
+
+def test_show_weights_saturates_where_it_is_told(store, capsys):
+    assert cli.main(["show-weights", str(store), "--color", "always", "--limit", "8"]) == 0
+    assert " -8 " in capsys.readouterr().out
+
+
+def test_show_weights_prints_where_the_encoding_lacks_a_character(store, monkeypatch):
+    raw = io.BytesIO()
+    monkeypatch.setattr(sys, "stdout", io.TextIOWrapper(raw, encoding="ascii"))
+    assert cli.main(["show-weights", str(store)]) == 0
+    sys.stdout.flush()
+    assert b" g\\xf3od(+3.00)" in raw.getvalue()
+
+
+def test_show_weights_writes_a_page(store, tmp_path, capsys):
+    page = tmp_path / "rows.html"
+    page.write_text("an older page")
+    assert cli.main(["show-weights", str(store), "--row", "3", "--row", "5", "-o", str(page)]) == 0
+    written = page.read_text(encoding="utf-8")
+    assert written.startswith("<!DOCTYPE html>") and "older" not in written
+    assert 'title="+3.00, token 1"' in written and 'title="+5.00, token 1"' in written
+    assert capsys.readouterr().out == f"2 rows of {store} in {page}\n"
+
+
+def test_show_weights_reports_what_it_cannot_do(store, tmp_path, capsys):
+    faults = {
+        "no weight store there": [str(tmp_path / "nothing")],
+        "no row 4": [str(store), "--row", "4"],
+        f"there is no folder {tmp_path / 'no'}": [str(store), "-o", str(tmp_path / "no" / "rows.html")],
+        "cannot be written": [str(store), "-o", str(tmp_path)],
+    }
+    for message, arguments in faults.items():
+        assert cli.main(["show-weights", *arguments]) == 2
+        error = capsys.readouterr().err
+        assert error.startswith("error: ") and message in error and error.count("\n") == 1
+    empty = StoreWriter(tmp_path / "empty", kind="log_ratio", job={}, shards=1)
+    empty.write(0, [])
+    empty.finish()
+    assert cli.main(["show-weights", str(tmp_path / "empty")]) == 2
+    assert "holds no rows" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "option", ["--limit=0", "--limit=nan", "--limit=x", "--top=-1", "--row=x", "--color=blue"]
+)
+def test_show_weights_refuses_wrong_options(option, capsys):
+    with pytest.raises(SystemExit) as stop:
+        cli.main(["show-weights", "store", option])
+    assert stop.value.code == 2
+    assert option.split("=")[0] in capsys.readouterr().err

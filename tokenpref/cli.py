@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import argparse
+import math
 import os
 import platform
 import sys
@@ -71,6 +72,46 @@ def _parser() -> argparse.ArgumentParser:
     )
     smollm2.set_defaults(run=_prepare_smollm2)
 
+    show = verbs.add_parser(
+        "show-weights",
+        help="print rows of a weight store, with tokens coloured by their scores",
+        description="Print the answers of single rows of a weight store, with tokens coloured by their scores: blue "
+        "where the score is positive (pi+ prefers the token, if scores are log pi+ - log pi-), orange where it is "
+        "negative. Without colour each token is followed by its score.",
+    )
+    show.add_argument("store", type=Path, metavar="STORE", help="folder of the weight store")
+    show.add_argument(
+        "--row",
+        type=int,
+        action="append",
+        metavar="N",
+        help="row of the data's source; may be given several times (default: the first of the store)",
+    )
+    show.add_argument(
+        "-o", "--output", type=Path, metavar="FILE", help="write a self-contained HTML page instead"
+    )
+    show.add_argument(
+        "--limit",
+        type=_positive_number,
+        metavar="X",
+        help="absolute score at which colours saturate (default: the row's 95th percentile)",
+    )
+    show.add_argument("--top", type=_count, default=0, metavar="K", help="list the K largest absolute scores")
+    show.add_argument("--full", action="store_true", help="show the whole prompt and not only its end")
+    show.add_argument(
+        "--color",
+        choices=("auto", "always", "never"),
+        default="auto",
+        help="auto: on a terminal, unless NO_COLOR is set (default: %(default)s)",
+    )
+    show.add_argument(
+        "--background",
+        choices=("auto", "dark", "light"),
+        default="auto",
+        help="what the colours are made for; auto: what COLORFGBG says, else dark (default: %(default)s)",
+    )
+    show.set_defaults(run=_show_weights)
+
     env = verbs.add_parser("env", help="print versions and hardware, for a bug report")
     env.set_defaults(run=_print_environment)
     return parser
@@ -81,6 +122,70 @@ def _prepare_smollm2(arguments: argparse.Namespace) -> None:
 
     prepare(arguments.output)
     print(f"SmolLM2-135M-Instruct is in {arguments.output}")
+
+
+def _positive_number(text: str) -> float:
+    value = float(text)
+    if not (math.isfinite(value) and value > 0):
+        raise argparse.ArgumentTypeError(f"must be a number above 0, found {text}")
+    return value
+
+
+def _count(text: str) -> int:
+    value = int(text)
+    if value < 0:
+        raise argparse.ArgumentTypeError(f"must be 0 or more, found {text}")
+    return value
+
+
+def _show_weights(arguments: argparse.Namespace) -> None:
+    output: Path | None = arguments.output
+    if output is not None and not output.parent.is_dir():
+        raise TokenprefError(
+            f"{output}: there is no folder {output.parent}; make it, or set another --output"
+        )
+
+    from tokenpref.insight import html_page, terminal_text
+    from tokenpref.weights import WeightStore
+
+    store = WeightStore.open(arguments.store)
+    if len(store) == 0:
+        raise TokenprefError(f"{arguments.store}: holds no rows; make the store from data that has some")
+    rows = [store.row(n) for n in dict.fromkeys(arguments.row)] if arguments.row else [next(iter(store))]
+    limit, full, top = arguments.limit, arguments.full, arguments.top
+    if output is None:
+        color, light = _wants_color(arguments.color), _is_light(arguments.background)
+        _print_shown(
+            terminal_text(rows, store.metadata, color=color, light=light, limit=limit, full=full, top=top)
+        )
+        return
+    page = html_page(rows, store.metadata, limit=limit, full=full, top=top)
+    try:
+        output.write_text(page, encoding="utf-8")
+    except OSError as error:
+        raise TokenprefError(
+            f"{output}: cannot be written ({error.strerror}); set another --output"
+        ) from error
+    print(f"{len(rows)} row{'' if len(rows) == 1 else 's'} of {arguments.store} in {output}")
+
+
+def _wants_color(choice: str) -> bool:
+    if choice != "auto":
+        return choice == "always"
+    return sys.stdout.isatty() and not os.environ.get("NO_COLOR") and os.environ.get("TERM") != "dumb"
+
+
+def _is_light(choice: str) -> bool:
+    """Terminals that say so set COLORFGBG to "letters;background"; 7 and 15 are the two whites."""
+    if choice != "auto":
+        return choice == "light"
+    return os.environ.get("COLORFGBG", "").rpartition(";")[2] in {"7", "15"}
+
+
+def _print_shown(text: str) -> None:
+    """Print what the output's encoding has, and the rest as escapes: a log may be ASCII."""
+    encoding = sys.stdout.encoding or "utf-8"
+    print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
 
 
 def _print_environment(arguments: argparse.Namespace) -> None:

@@ -8,6 +8,7 @@ from support.scoring import golden
 from tokenpref.weights import (
     binary,
     exponential,
+    normalized,
     random,
     rank_based,
     threshold,
@@ -315,3 +316,12 @@ def test_faulty_settings(transform, settings, message):
     ratio, mask = row([0.0, 1.0])
     with pytest.raises(ValueError, match=message):
         transform(ratio, mask, side="chosen", **settings)
+
+
+def test_normalized_by_hand():
+    weights = torch.tensor([[1.0, 3.0, 9.0], [0.0, 0.0, 5.0]])
+    mask = torch.tensor([[True, True, False], [True, True, False]])
+    # mean of 1 and 3 is 2; the second answer's weights are all zero and stay so; junk outside the mask goes
+    assert normalized(weights, mask).tolist() == [[0.5, 1.5, 0.0], [0.0, 0.0, 0.0]]
+    with pytest.raises(ValueError, match=r"negative mean \(-0.5\) in row 0"):
+        normalized(torch.tensor([[-1.0, 0.0]]), torch.tensor([[True, True]]))

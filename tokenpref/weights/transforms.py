@@ -20,6 +20,7 @@ __all__ = [
     "TransformedWeights",
     "binary",
     "exponential",
+    "normalized",
     "random",
     "rank_based",
     "threshold",
@@ -280,6 +281,32 @@ def uniform(log_ratio: Tensor, mask: Tensor, *, side: str, value: float = 1.0) -
     _check_side_and_shapes(log_ratio, mask, side)
     value = check_number("value", value, at_least=0)
     return _masked(torch.full_like(log_ratio, value, dtype=_dtype(log_ratio)), mask)
+
+
+def normalized(weights: Tensor, mask: Tensor) -> Tensor:
+    """Each answer's weights divided by their mean over its tokens, so that they average one.
+
+    Keeps DPO's scale: without it weights above one act like a larger beta, answer by answer. An answer whose weights
+    are all zero stays so.
+
+    Args:
+        weights: ``[B, T]``, non-negative where the mask is True.
+        mask: ``[B, T]`` bool, True on the answer's tokens.
+
+    Returns:
+        ``[B, T]``, 0 outside the mask.
+
+    Raises:
+        ValueError: for a mean below zero, which has no such normalisation.
+    """
+    weights = torch.where(mask, weights, 0)
+    mean = weights.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    if bool((mean < 0).any()):
+        row = int((mean[:, 0] < 0).nonzero()[0])
+        raise ValueError(
+            f"weights have a negative mean ({float(mean[row, 0]):.4g}) in row {row}; normalise non-negative weights only"
+        )
+    return torch.where(mean > 0, weights / torch.where(mean > 0, mean, 1), weights)
 
 
 def _dtype(log_ratio: Tensor) -> torch.dtype:

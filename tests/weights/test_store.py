@@ -1,0 +1,89 @@
+import json
+
+import numpy as np
+import pytest
+
+from tokenpref.errors import DataError
+from tokenpref.weights import StoredRow, StoreWriter, WeightStore
+
+
+def stored(row, chosen=(0.5, -1.25), rejected=(2.0,)):
+    return StoredRow(
+        row=row,
+        key=f"key{row}",
+        prompt="Ünïcode 🙂",
+        chosen_text="ab",
+        rejected_text="c",
+        chosen=np.asarray(chosen, dtype=np.float32),
+        rejected=np.asarray(rejected, dtype=np.float32),
+        chosen_spans=[(0, 1), (1, 2)],
+        rejected_spans=[(0, 1)],
+    )
+
+
+@pytest.fixture
+def writer(tmp_path):
+    return StoreWriter(tmp_path / "store", kind="log_ratio", job={"data": "d"}, shards=2)
+
+
+def test_round_trip(writer):
+    writer.write(1, [stored(7)])
+    writer.write(0, [stored(3), stored(5, chosen=(0.1, -0.2))])
+    store = writer.finish()
+    assert [row.row for row in store] == [3, 5, 7] and len(store) == 3 and store.kind == "log_ratio"
+    found = WeightStore.open(writer.path).row(5)
+    assert found.chosen.dtype == np.float32 and np.array_equal(found.chosen, np.float32([0.1, -0.2]))
+    assert found.prompt == "Ünïcode 🙂" and found.chosen_spans == [(0, 1), (1, 2)]
+    assert store.find("key7").row == 7 and store.find("nothing") is None
+    assert store.metadata["data"] == "d"
+    with pytest.raises(DataError, match="no row 4; it holds 3 rows from 3 to 7"):
+        store.row(4)
+
+
+def test_an_unfinished_store_is_not_opened_and_continues(writer):
+    writer.write(0, [stored(3)])
+    with pytest.raises(DataError, match="unfinished.*it continues"):
+        WeightStore.open(writer.path)
+    again = StoreWriter(writer.path, kind="log_ratio", job={"data": "d"}, shards=2)
+    assert again.missing() == [1]
+    with pytest.raises(DataError, match=r"shards \[1\] are missing"):
+        again.finish()
+
+
+def test_another_job_is_refused(writer):
+    with pytest.raises(DataError, match="another job .it differs in data.*set another output_dir"):
+        StoreWriter(writer.path, kind="log_ratio", job={"data": "other"}, shards=2)
+
+
+def test_unknown_kind_is_refused(tmp_path):
+    with pytest.raises(ValueError, match="did you mean 'log_ratio'"):
+        StoreWriter(tmp_path, kind="log_ratios", job={}, shards=1)
+
+
+@pytest.mark.parametrize(
+    ("spoil", "message"),
+    [
+        (lambda p: (p / "metadata.json").write_text("{"), "metadata.json: cannot be read"),
+        (lambda p: (p / "metadata.json").write_text("[]"), "expected a mapping"),
+        (
+            lambda p: (p / "metadata.json").write_text(json.dumps({"format": "x", "kind": "weight"})),
+            "format 'x'",
+        ),
+        (lambda p: (p / "shard-00000.parquet").unlink(), "shard-00000.parquet is missing"),
+        (lambda p: (p / "shard-00000.parquet").write_bytes(b"PAR1 no"), "a shard cannot be read"),
+    ],
+)
+def test_damage_is_one_error(tmp_path, spoil, message):
+    writer = StoreWriter(tmp_path / "store", kind="log_ratio", job={}, shards=1)
+    writer.write(0, [stored(0)])
+    writer.finish()
+    spoil(writer.path)
+    with pytest.raises(DataError, match=message):
+        WeightStore.open(writer.path)
+
+
+def test_a_path_that_is_no_store(tmp_path):
+    with pytest.raises(DataError, match="no weight store there; make one with"):
+        WeightStore.open(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="not a weight store"):
+        WeightStore.open(tmp_path)

@@ -1,0 +1,281 @@
+"""The weight store: raw scores of every answer token on disk, so that transforms can change without a model.
+
+A folder of Parquet shards and ``metadata.json``, which is written last: a folder without it is unfinished. Each row
+holds a hash of the training token ids that the scores belong to, the scores of both answers, and the texts with each
+token's characters, so that a row can be read without the data or the tokenizer.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import datasets
+import numpy as np
+import pyarrow
+from pyarrow import parquet
+
+from tokenpref._checks import check_choice
+from tokenpref.errors import DataError
+
+__all__ = ["SCORE_KINDS", "StoreWriter", "StoredRow", "WeightStore"]
+
+SCORE_KINDS = ("weight", "log_ratio", "tis_release")
+"""What scores are: weights to use as they are; log pi+ - log pi-; or the TIS-DPO release's log pi- - log pi+."""
+
+FORMAT = "tokenpref-weights/1"
+METADATA, JOB = "metadata.json", "job.json"
+
+_SCORES = datasets.Sequence(datasets.Value("float32"))
+_SPANS = datasets.Sequence(datasets.Value("int32"))  # start and end in turn
+_FEATURES = datasets.Features(
+    {
+        "row": datasets.Value("int64"),
+        "key": datasets.Value("string"),
+        "prompt": datasets.Value("string"),
+        "chosen_text": datasets.Value("string"),
+        "rejected_text": datasets.Value("string"),
+        "chosen": _SCORES,
+        "rejected": _SCORES,
+        "chosen_spans": _SPANS,
+        "rejected_spans": _SPANS,
+    }
+)
+
+
+@dataclass(frozen=True)
+class StoredRow:
+    """Scores of one pair.
+
+    Args:
+        row: row in the data's source.
+        key: hash of the training token ids (``PairExample.key``).
+        prompt: text before the answers.
+        chosen_text: text of the chosen answer.
+        rejected_text: text of the rejected answer.
+        chosen: float32 raw scores, one for each token of the chosen answer; of kind "log_ratio" they are
+            log pi+ - log pi- on both sides.
+        rejected: likewise.
+        chosen_spans: characters of the answer's text that each token covers; an empty span for EOS. Tokens that are
+            parts of one character all have that character's span.
+        rejected_spans: likewise.
+    """
+
+    row: int
+    key: str
+    prompt: str
+    chosen_text: str
+    rejected_text: str
+    chosen: np.ndarray
+    rejected: np.ndarray
+    chosen_spans: list[tuple[int, int]]
+    rejected_spans: list[tuple[int, int]]
+
+
+class StoreWriter:
+    """Writes a store shard by shard; a folder that holds shards of the same job already is continued.
+
+    Args:
+        path: the store's folder; made if it does not exist.
+        kind: one of :data:`SCORE_KINDS`.
+        job: what the scores are made from, as plain data: everything that would change them.
+        shards: number of shards that make the store complete.
+
+    Raises:
+        DataError: if the folder holds scores of another job.
+    """
+
+    def __init__(self, path: Path, *, kind: str, job: dict[str, Any], shards: int) -> None:
+        self.path = path
+        self._record = {
+            "format": FORMAT,
+            "kind": check_choice("kind", kind, SCORE_KINDS),
+            "shards": shards,
+            **job,
+        }
+        path.mkdir(parents=True, exist_ok=True)
+        file = path / JOB
+        if file.is_file():
+            found = _read_json(file)
+            differing = sorted(
+                k for k in found.keys() | self._record.keys() if found.get(k) != self._record.get(k)
+            )
+            if differing:
+                raise DataError(
+                    f"{path}: holds weights of another job (it differs in {', '.join(differing)}); set another "
+                    "output_dir, or remove that folder"
+                )
+        else:
+            _write_json(file, self._record)
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        return [n for n in range(self._record["shards"]) if not (self.path / shard_name(n)).is_file()]
+
+    def write(self, shard: int, rows: Sequence[StoredRow]) -> None:
+        """Write a shard; it gets its name only when it is whole."""
+        columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
+        for row in rows:
+            for name, column in columns.items():
+                value = getattr(row, name)
+                column.append([c for span in value for c in span] if name.endswith("_spans") else value)
+        final = self.path / shard_name(shard)
+        temporary = final.with_suffix(".partial")
+        table = datasets.Dataset.from_dict(columns, features=_FEATURES)
+        with temporary.open("wb") as stream, _no_progress_bar():
+            table.to_parquet(stream)
+        os.replace(temporary, final)
+
+    def finish(self) -> WeightStore:
+        """Seal the store and open it.
+
+        Raises:
+            DataError: if shards are missing.
+        """
+        if missing := self.missing():
+            raise DataError(f"{self.path}: shards {missing} are missing; the store cannot be sealed")
+        _write_json(self.path / METADATA, self._record)
+        return WeightStore.open(self.path)
+
+
+class WeightStore:
+    """A finished store. Build it with :meth:`open`.
+
+    Attributes:
+        path: its folder.
+        metadata: what made it: estimator, tokenizer, template, truncation and data fingerprints.
+    """
+
+    def __init__(self, path: Path, metadata: dict[str, Any], table: datasets.Dataset) -> None:
+        self.path = path
+        self.metadata = metadata
+        self._table = table
+
+    @classmethod
+    def open(cls, path: str | Path) -> WeightStore:
+        """Open a finished store.
+
+        Raises:
+            DataError: if it is missing, unfinished, damaged or of an unknown format.
+        """
+        folder = Path(path)
+        if not folder.is_dir():
+            raise DataError(
+                f"{folder}: no weight store there; make one with recipes/estimate_weights_distributed"
+            )
+        if not (folder / METADATA).is_file():
+            state = "unfinished" if (folder / JOB).is_file() else "not a weight store"
+            mend = (
+                "run the command that makes it again: it continues"
+                if state == "unfinished"
+                else "check the path"
+            )
+            raise DataError(f"{folder}: {state} (no {METADATA}); {mend}")
+        metadata = _read_json(folder / METADATA)
+        if metadata.get("format") != FORMAT or metadata.get("kind") not in SCORE_KINDS:
+            raise DataError(
+                f"{folder / METADATA}: format {metadata.get('format')!r} of kind {metadata.get('kind')!r} is not known "
+                f"here ({FORMAT}, {', '.join(SCORE_KINDS)}); make the store anew"
+            )
+        files = [folder / shard_name(n) for n in range(metadata["shards"])]
+        if missing := [file.name for file in files if not file.is_file()]:
+            raise DataError(f"{folder}: {missing[0]} is missing; make the store anew")
+        try:
+            # Read directly: datasets' own reader would first copy every shard into its cache.
+            parts = [datasets.Dataset(parquet.read_table(file)) for file in files]
+        except (pyarrow.ArrowException, OSError, ValueError) as error:
+            raise DataError(
+                f"{folder}: a shard cannot be read ({error}); remove it and continue the run"
+            ) from error
+        for file, part in zip(files, parts, strict=True):
+            if set(part.column_names) != set(_FEATURES):
+                raise DataError(f"{file}: has columns {part.column_names}, expected {list(_FEATURES)}")
+        return cls(folder, metadata, datasets.concatenate_datasets(parts))
+
+    @property
+    def kind(self) -> str:
+        """What the scores are, one of :data:`SCORE_KINDS`."""
+        return str(self.metadata["kind"])
+
+    def __len__(self) -> int:
+        return int(self._table.num_rows)
+
+    def __iter__(self) -> Iterator[StoredRow]:
+        return (self._read(position) for position in range(len(self)))
+
+    @cached_property
+    def _by_key(self) -> dict[str, int]:
+        return {key: position for position, key in enumerate(self._table["key"])}
+
+    @cached_property
+    def _by_row(self) -> dict[int, int]:
+        return {row: position for position, row in enumerate(self._table["row"])}
+
+    def find(self, key: str) -> StoredRow | None:
+        """The row whose training token ids have this hash, if it is there."""
+        position = self._by_key.get(key)
+        return None if position is None else self._read(position)
+
+    def has_row(self, number: int) -> bool:
+        """Whether a row of the data's source is there."""
+        return number in self._by_row
+
+    def row(self, number: int) -> StoredRow:
+        """A row by its number in the data's source.
+
+        Raises:
+            DataError: if it is not there.
+        """
+        if number not in self._by_row:
+            rows = sorted(self._by_row)
+            raise DataError(
+                f"{self.path}: no row {number}; it holds {len(rows)} rows from {rows[0]} to {rows[-1]}"
+            )
+        return self._read(self._by_row[number])
+
+    def _read(self, position: int) -> StoredRow:
+        record = dict(self._table[position])
+        for side in ("chosen", "rejected"):
+            record[side] = np.asarray(record[side], dtype=np.float32)
+            flat = record[f"{side}_spans"]
+            record[f"{side}_spans"] = list(zip(flat[::2], flat[1::2], strict=True))
+        return StoredRow(**record)
+
+
+def shard_name(number: int) -> str:
+    """File name of a shard."""
+    return f"shard-{number:05d}.parquet"
+
+
+@contextmanager
+def _no_progress_bar() -> Iterator[None]:
+    """A shard takes milliseconds; the bar would break the one of the estimation."""
+    shown = not datasets.are_progress_bars_disabled()
+    datasets.disable_progress_bars()
+    try:
+        yield
+    finally:
+        if shown:
+            datasets.enable_progress_bars()
+
+
+def _read_json(file: Path) -> dict[str, Any]:
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except (ValueError, OSError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); make the store anew") from error
+    if not isinstance(found, dict):
+        raise DataError(f"{file}: expected a mapping, found a {type(found).__name__}; make the store anew")
+    return found
+
+
+def _write_json(file: Path, record: dict[str, Any]) -> None:
+    temporary = file.with_suffix(".tmp")
+    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
