@@ -7,14 +7,20 @@ from omegaconf import OmegaConf
 from tokenpref._registry import config_files, recipe_of
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models.scoring import install_head
-from tokenpref.training import Evaluator, PreferenceTrainer, config
-from tokenpref.training.config import EvaluateConfig, TrainConfig, loss_faults
+from tokenpref.training import Evaluator, PreferenceTrainer, WeightedTrainer, config
+from tokenpref.training.config import EvaluateConfig, TrainConfig, WeightedConfig, loss_faults
+from tokenpref.training.contrastive_reference import ContrastiveConfig
+from tokenpref.training.estimate import EstimateConfig
 from tokenpref.training.schema import read_config
 
 RECIPES = {
     "tdpo_distributed": (TrainConfig, PreferenceTrainer),
+    "tis_dpo_distributed": (WeightedConfig, WeightedTrainer),
+    "contrastive_reference_distributed": (ContrastiveConfig, PreferenceTrainer),
+    "estimate_weights_distributed": (EstimateConfig, None),
     "evaluate_distributed": (EvaluateConfig, Evaluator),
 }
+MODELS = ("smollm2/135M", "llama3_2/1B", "qwen2_5/0.5B", "qwen2_5/3B", "llama2/7B", "mistral/7B")
 FILES = config_files()
 
 
@@ -24,18 +30,24 @@ def shipped(request, monkeypatch):
     monkeypatch.setattr(config, "checkpoint_faults", lambda checkpointer, model: [])
     file = FILES[request.param]
     schema, recipe = RECIPES[recipe_of(file.stem)]
-    return file, read_config(
-        schema, OmegaConf.load(file), lambda c: loss_faults(c.loss, recipe.provides, recipe.recipe)
-    )
+    loaded = OmegaConf.load(file)
+    if recipe is None:
+        return file, read_config(schema, loaded)
+    return file, read_config(schema, loaded, lambda c: loss_faults(c.loss, recipe.provides, recipe.recipe))
 
 
 def test_components_can_be_built(shipped):
     _, cfg = shipped
+    if isinstance(cfg, EstimateConfig):
+        return  # the schema has checked its components; the model is the pair's
     with torch.device("meta"):
         model = cfg.model.build()
     assert isinstance(model, TransformerDecoder)
     install_head(model)
-    assert cfg.loss.build().needs
+    if isinstance(cfg, ContrastiveConfig):
+        assert cfg.loss is None and cfg.method == "dpo"
+    else:
+        assert cfg.loss.build().needs
     if isinstance(cfg, TrainConfig):
         optimizer = cfg.optimizer.build(model.parameters())
         if cfg.lr_scheduler is not None:
@@ -66,5 +78,48 @@ def test_paper_settings_are_the_papers():
         assert cfg.batch_size * cfg.gradient_accumulation_steps * gpus == 64
         assert (cfg.loss.beta, cfg.loss.alpha, cfg.loss.variant) == (0.1, 0.5, "tdpo2")
         assert (cfg.optimizer._component_, cfg.optimizer.lr) == ("torch.optim.RMSprop", 5e-6)
+        assert cfg.lr_scheduler.num_warmup_steps == 150 and cfg.clip_grad_norm == 10.0
+        assert (cfg.dataset.max_prompt_len, cfg.dataset.max_seq_len) == (256, 512)
+
+
+@pytest.mark.parametrize("model", MODELS)
+def test_every_model_has_the_whole_pipeline_and_its_paths_meet(model):
+    prefix = f"outputs/{model.replace('/', '_')}"
+    pair, estimate = (
+        OmegaConf.load(FILES[f"{model}_{n}"]) for n in ("contrastive_reference", "estimate_weights")
+    )
+    assert estimate.estimator.pair == pair.output_dir == f"{prefix}_contrastive_reference"
+    presets = {
+        n: OmegaConf.load(FILES[f"{model}_{n}"]) for n in ("tis_dpo", "tis_kl", "tis_paper", "tis_released")
+    }
+    for cfg in presets.values():
+        assert cfg.token_weights.path == f"{estimate.output_dir}/weights"
+        for part in ("dataset", "tokenizer"):  # otherwise the store would not fit
+            assert cfg[part] == estimate[part] == pair[part]
+        assert cfg.model == pair.model and cfg.loss.beta == 0.1
+        assert (cfg.optimizer, cfg.checkpointer.checkpoint_dir) == (
+            pair.optimizer,
+            pair.checkpointer.checkpoint_dir,
+        )
+    paper, released = presets["tis_paper"], presets["tis_released"]
+    assert paper.loss.alpha == 1 and paper.normalize_weights == "none"
+    assert dict(paper.weight_transform) == {
+        "_component_": "tokenpref.weights.transforms.exponential", "k": 1.0, "mu": 1.0, "lower": -0.5, "upper": 1.5
+    }  # fmt: skip
+    assert dict(released.weight_transform) == {
+        "_component_": "tokenpref.weights.transforms.rank_based", "min_scale": 0.7, "max_scale": 1.3, "ties": "position"
+    }  # fmt: skip
+    assert (released.use_eos_score, released.eos_weight) == (False, 0.0) and "alpha" not in released.loss
+    assert presets["tis_kl"].loss.alpha == 0.5 and "alpha" not in presets["tis_dpo"].loss
+
+
+def test_tis_settings_are_the_releases():
+    """The released code: RMSprop 5e-7, warm-up 150, 32 pairs a step, lengths 256 and 512, clip 10."""
+    for model in MODELS[1:]:
+        file = FILES[f"{model}_tis_released"]
+        cfg = OmegaConf.load(file)
+        gpus = int(file.read_text().split("--nproc_per_node ")[1].split()[0])
+        assert cfg.batch_size * cfg.gradient_accumulation_steps * gpus == 32
+        assert (cfg.optimizer._component_, cfg.optimizer.lr) == ("torch.optim.RMSprop", 5e-7)
         assert cfg.lr_scheduler.num_warmup_steps == 150 and cfg.clip_grad_norm == 10.0
         assert (cfg.dataset.max_prompt_len, cfg.dataset.max_seq_len) == (256, 512)

@@ -13,6 +13,9 @@ __all__ = ["RECIPE_OF_METHOD", "config_files", "find_config", "recipe_files", "r
 RECIPE_OF_METHOD = {
     "dpo": "tdpo_distributed",
     "tdpo": "tdpo_distributed",
+    "tis": "tis_dpo_distributed",
+    "contrastive_reference": "contrastive_reference_distributed",
+    "estimate_weights": "estimate_weights_distributed",
     "evaluate": "evaluate_distributed",
 }
 """The recipe that runs a config, by the method in the config's name. A new recipe adds its methods here."""

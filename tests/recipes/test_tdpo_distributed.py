@@ -1,46 +1,15 @@
 """The commands that users type, in subprocesses, away from the repository."""
 
 import json
-import os
 import re
 import subprocess
-import sys
-from pathlib import Path
 
 import pytest
-from safetensors.torch import load_file
+from support.commands import TUNE, logged, tune, weights
 
 from tokenpref._paths import data_root
 
-TUNE = str(Path(sys.executable).parent / "tune")
 TDPO = ["recipes/tdpo_distributed", "--config", "tiny/tdpo"]
-
-
-def tune(folder, *words, ok=True):
-    env = {**os.environ, "OMP_NUM_THREADS": "1", "CUDA_VISIBLE_DEVICES": ""}
-    done = subprocess.run(
-        [TUNE, "run", *words], cwd=folder, env=env, capture_output=True, text=True, timeout=300
-    )
-    if ok:
-        assert done.returncode == 0, done.stdout + done.stderr
-    return done
-
-
-def logged(folder, run):
-    """Metrics of each logged line of a DiskLogger, in order."""
-    (file,) = (folder / run / "logs").glob("*.txt")
-    lines = [line for line in file.read_text().splitlines() if line.startswith("Step")]
-    return [
-        {
-            "step": int(re.match(r"Step (\d+)", line)[1]),
-            **{k: float(v) for k, v in re.findall(r"(\S+):(\S+)", line)},
-        }
-        for line in lines
-    ]
-
-
-def weights(folder, run, epoch=0):
-    return load_file(folder / run / f"epoch_{epoch}" / "model-00001-of-00001.safetensors")
 
 
 @pytest.fixture(scope="module")

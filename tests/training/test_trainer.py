@@ -5,13 +5,13 @@ import re
 
 import pytest
 import torch
-from omegaconf import OmegaConf
 from safetensors.torch import load_file
 
-from tokenpref._paths import data_root
 from tokenpref.errors import ConfigError, DataError
+from tokenpref.models.reference import NoReference
 from tokenpref.models.tiny import TINY_SIZES
 from tokenpref.training import PreferenceTrainer
+from tokenpref.training.cli import load_config
 
 
 @pytest.fixture
@@ -20,8 +20,7 @@ def run(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
 
     def train(*overrides, config="tiny/tdpo", setup_only=False):
-        base = OmegaConf.load(data_root() / "configs" / f"{config}.yaml")
-        cfg = OmegaConf.merge(base, OmegaConf.from_dotlist(list(overrides)))
+        cfg = load_config(["--config", config, *overrides])
         trainer = PreferenceTrainer(cfg)
         try:
             trainer.setup()
@@ -32,6 +31,9 @@ def run(tmp_path, monkeypatch):
         return trainer
 
     return train
+
+
+NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")
 
 
 def logged(folder):
@@ -183,3 +185,44 @@ def test_a_bad_row_is_named_and_nothing_is_written(run, tmp_path, row, words):
     with pytest.raises(DataError, match=r"(?s)bad\.jsonl.*(" + words + ")"):
         run("output_dir=bad", "dataset.source=bad.jsonl")
     assert not (tmp_path / "bad").exists()
+
+
+def test_validation_samples_and_has_a_loss_of_its_own(run, tmp_path):
+    run(
+        "output_dir=watched",
+        "loss_val._component_=tokenpref.losses.DPOLoss",
+        "loss_val.beta=0.3",
+        "log_stats_val=[kl_policy_ref]",
+        "sampling.prompts=package://data/tiny/openings.txt",
+        "sampling.reward._component_=tokenpref.rewards.KeywordReward",
+        "sampling.reward.positive=[e]",
+        "sampling.reward.negative=[o]",
+        "sampling.num_samples=2",
+        "sampling.max_new_tokens=4",
+        "max_steps_per_epoch=4",
+    )
+    (held_out,) = [line for line in logged(tmp_path / "watched") if "eval_loss" in line]
+    assert {"eval_kl_policy_ref/chosen", "eval_reward", "eval_reward_low", "eval_sample_tokens"} <= set(
+        held_out
+    )
+    assert "eval_kl_ref_policy/chosen" not in held_out  # TDPO's own statistic, which DPO does not ask for
+    samples = (tmp_path / "watched" / "samples" / "step_4.jsonl").read_text().splitlines()
+    rewards = [json.loads(line)["reward"] for line in samples]
+    assert held_out["eval_reward"] == pytest.approx(sum(rewards) / len(rewards))
+    run("output_dir=unwatched", "max_steps_per_epoch=4")
+    for name, tensor in weights(tmp_path / "watched").items():  # watching changes nothing
+        assert tensor.equal(weights(tmp_path / "unwatched")[name]), name
+
+
+def test_a_likelihood_loads_no_reference(run, tmp_path):
+    trainer = run("output_dir=sft", "loss=tokenpref.losses.NLLLoss", *NO_WATCH, config="tiny/dpo")
+    assert isinstance(trainer.reference, NoReference)
+    losses = [line["loss"] for line in logged(tmp_path / "sft") if "loss" in line]
+    assert losses[-1] < losses[0]
+
+
+def test_a_finished_run_says_so(run, tmp_path):
+    trainer = run("output_dir=done", "max_steps_per_epoch=2", "epochs=2")
+    assert trainer.folder.finished() == tmp_path / "done" / "epoch_1"
+    again = run("output_dir=done", "max_steps_per_epoch=2", "epochs=2", setup_only=True)
+    assert again.folder.finished() is None  # begun anew, it is not

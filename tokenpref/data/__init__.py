@@ -4,25 +4,40 @@ from __future__ import annotations
 
 from tokenpref.data.chat import ChatTemplate, TemplateError, normalize_messages
 from tokenpref.data.collate import IGNORE_INDEX, PairBatch, collate_pairs
-from tokenpref.data.dataset import DataReport, PairExample, PairText, PreferenceDataset, preference_dataset
+from tokenpref.data.column_scores import SCORED_UNITS, ColumnScores
+from tokenpref.data.dataset import (
+    DataReport,
+    PairExample,
+    PairText,
+    PreferenceDataset,
+    WholeAnswer,
+    preference_dataset,
+)
 from tokenpref.data.order import epoch_order, step_micro_batches, steps_per_epoch
 from tokenpref.data.sources import Rows, load_rows
+from tokenpref.data.stored_scores import PairScores, ScoreSource, StoredScores, provenance
 from tokenpref.data.tokenization import EncodedAnswer, encode_chat_answer, encode_prompt, encode_text_answer
 from tokenpref.data.tokenizers import JsonTokenizer, Tokenizer, adapt_tokenizer, tokenizer_json
 
 __all__ = [
     "IGNORE_INDEX",
+    "SCORED_UNITS",
     "ChatTemplate",
+    "ColumnScores",
     "DataReport",
     "EncodedAnswer",
     "JsonTokenizer",
     "PairBatch",
     "PairExample",
+    "PairScores",
     "PairText",
     "PreferenceDataset",
     "Rows",
+    "ScoreSource",
+    "StoredScores",
     "TemplateError",
     "Tokenizer",
+    "WholeAnswer",
     "adapt_tokenizer",
     "collate_pairs",
     "encode_chat_answer",
@@ -32,6 +47,7 @@ __all__ = [
     "load_rows",
     "normalize_messages",
     "preference_dataset",
+    "provenance",
     "step_micro_batches",
     "steps_per_epoch",
     "tokenizer_json",

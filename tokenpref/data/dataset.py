@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
@@ -25,7 +26,7 @@ from tokenpref.data.tokenization import (
 from tokenpref.data.tokenizers import Span, Tokenizer, adapt_tokenizer
 from tokenpref.errors import ConfigError, DataError
 
-__all__ = ["DataReport", "PairExample", "PairText", "PreferenceDataset", "preference_dataset"]
+__all__ = ["DataReport", "PairExample", "PairText", "PreferenceDataset", "WholeAnswer", "preference_dataset"]
 
 TRUNCATIONS = ("keep_prompt_end", "drop", "error")
 ON_FAULT = ("error", "drop")
@@ -76,6 +77,23 @@ class PairText:
     prompt: str
     chosen: str
     rejected: str
+
+
+@dataclass(frozen=True)
+class WholeAnswer:
+    """An answer before cutting.
+
+    Attributes:
+        num_tokens: its tokens, EOS included.
+        has_eos: whether it ends with EOS or the end of a turn.
+        text: the text to which offsets refer.
+        written: the answer as the row has it, which a chat template may have stripped or rewritten.
+    """
+
+    num_tokens: int
+    has_eos: bool
+    text: str
+    written: str
 
 
 @dataclass(frozen=True)
@@ -257,11 +275,59 @@ class PreferenceDataset:
         )
         return PairText(chosen.prompt_text, chosen.text, rejected.text)
 
+    def whole_answers(self, index: int) -> tuple[WholeAnswer, WholeAnswer]:
+        """Both answers of a pair before cutting, sides swapped if the data set is; they are tokenised for it."""
+        pair = self._pair(index)
+        answers = []
+        for answer, marked in (
+            (pair.chosen, pair.chosen_complete),
+            (pair.rejected, pair.rejected_complete),
+        ):
+            whole = _encode_side(
+                self.tokenizer, pair, answer, _wants_eos(self._settings, marked), self._settings.add_bos
+            )
+            written = answer if isinstance(answer, str) else str(answer["content"])
+            answers.append(WholeAnswer(len(whole.ids) - whole.start, whole.has_eos, whole.text, written))
+        return answers[0], answers[1]
+
     def prompt_ids(self, index: int) -> list[int]:
         """The prompt tokenised alone, for generation; cut to ``max_prompt_len`` like the training prompts."""
         ids = encode_prompt(self.tokenizer, self._pair(index).prompt, self._settings.add_bos)
         num_special = 1 if self.tokenizer.bos_id is not None and ids[:1] == [self.tokenizer.bos_id] else 0
         return cut_prompt(ids, num_special, self._settings.max_prompt_len)
+
+    def with_side_prompt(self, index: int, side: str, prompt: str) -> tuple[list[int], int]:
+        """An answer after a prompt of one side of a contrastive pair.
+
+        For text rows the side's prompt stands in front of the training ids, tokenised alone; for conversations it is a
+        system message (before the text of one that is there already) and the prompt is rendered anew, uncut. The
+        answer's ids are those of training.
+
+        Args:
+            index: position in the data set.
+            side: "chosen" or "rejected".
+            prompt: the side's prompt, used exactly as written.
+
+        Returns:
+            Token ids, and the index of the first token of the answer.
+        """
+        example = self[index]
+        ids, start = (
+            (example.chosen_ids, example.chosen_start)
+            if side == "chosen"
+            else (example.rejected_ids, example.rejected_start)
+        )
+        own = self._pair(index).prompt
+        if isinstance(own, str):
+            bos = ids[:1] if self.tokenizer.bos_id is not None and ids[0] == self.tokenizer.bos_id else []
+            before = [*bos, *self.tokenizer.encode_with_offsets(prompt, False)[0], *ids[len(bos) : start]]
+        else:
+            before = encode_prompt(self.tokenizer, _with_system(own, prompt))
+        return [*before, *ids[start:]], len(before)
+
+    def settings(self) -> dict[str, Any]:
+        """How rows become tokens: format, EOS, BOS, lengths, truncation and swap, as plain data."""
+        return dataclasses.asdict(self._settings)
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the keys of all pairs in their order."""
@@ -496,6 +562,14 @@ def _fitted(whole: EncodedAnswer, column: str, settings: _Settings) -> tuple[Enc
             f"has no room for a single answer token ({lengths}); set max_prompt_len below max_seq_len, or raise max_seq_len",
         )
     return side, prompt_cut, answer_cut
+
+
+def _with_system(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
+    """A conversation that begins with ``prompt`` as its system message."""
+    if messages and messages[0]["role"] == "system":
+        merged = {**messages[0], "content": f"{prompt}\n{messages[0]['content']}"}
+        return [merged, *messages[1:]]
+    return [{"role": "system", "content": prompt}, *messages]
 
 
 def _mean_max(values: np.ndarray) -> tuple[float, int]:

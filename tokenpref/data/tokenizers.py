@@ -66,6 +66,10 @@ class Tokenizer(Protocol):
         """sha256 over vocabulary, merges, special tokens and chat template."""
         ...
 
+    def template_fingerprint(self) -> str:
+        """sha256 over the chat template alone."""
+        ...
+
 
 def digest(*parts: object) -> str:
     """sha256 (hex) of JSON-like values, independent of the order of dictionary keys."""
@@ -197,6 +201,10 @@ class JsonTokenizer:
         """See :class:`Tokenizer`."""
         template = self._template.source if self._template is not None else None
         return digest("json", self._definition, self.eos_id, self.bos_id, self._prefix, template)
+
+    def template_fingerprint(self) -> str:
+        """See :class:`Tokenizer`."""
+        return digest(self._template.source if self._template is not None else None)
 
 
 def tokenizer_json(

@@ -376,14 +376,22 @@ class TorchtuneTokenizer:
 
     def fingerprint(self) -> str:
         """See :class:`~tokenpref.data.tokenizers.Tokenizer`."""
-        template = getattr(self._tokenizer, "prompt_template", None)
-        described = None
-        if template is not None:
-            tags = json.dumps(getattr(template, "template", None), default=str, sort_keys=True)
-            described = [f"{type(template).__module__}.{type(template).__qualname__}", tags]
         special = getattr(self._tokenizer, "special_tokens", None) or {}
         kind = type(self._tokenizer).__qualname__
-        return digest(kind, self._codec.fingerprint(), special, self.eos_id, self.bos_id, described)
+        return digest(
+            kind, self._codec.fingerprint(), special, self.eos_id, self.bos_id, self._described_template()
+        )
+
+    def template_fingerprint(self) -> str:
+        """See :class:`~tokenpref.data.tokenizers.Tokenizer`."""
+        return digest(type(self._tokenizer).__qualname__, self._described_template())
+
+    def _described_template(self) -> list[str] | None:
+        template = getattr(self._tokenizer, "prompt_template", None)
+        if template is None:
+            return None
+        tags = json.dumps(getattr(template, "template", None), default=str, sort_keys=True)
+        return [f"{type(template).__module__}.{type(template).__qualname__}", tags]
 
 
 def _clipped_spans(pieces: Sequence[bytes], at: int, variant: str, offset: int) -> list[Span]:

@@ -14,7 +14,7 @@ from tokenpref.data import PairBatch
 from tokenpref.distributed import unsharded
 from tokenpref.models.scoring import ScoringModel
 
-__all__ = ["KL_STATISTICS", "FrozenReference", "Reference", "ReferenceOutput"]
+__all__ = ["KL_STATISTICS", "FrozenReference", "NoReference", "Reference", "ReferenceOutput"]
 
 KL_STATISTICS = frozenset({"kl_ref_policy", "kl_policy_ref"})
 
@@ -52,7 +52,7 @@ class FrozenReference:
         scorer: the frozen model.
     """
 
-    provides = KL_STATISTICS | {"ref"}
+    provides: frozenset[str] = KL_STATISTICS | {"ref"}
 
     def __init__(self, scorer: ScoringModel) -> None:
         self.scorer = scorer
@@ -70,3 +70,20 @@ class FrozenReference:
             # The backward recomputes the reference's logits from this weight: it stays whole until the context ends.
             with unsharded(self.scorer.model):
                 yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head.weight.detach())
+
+
+class NoReference:
+    """For losses that compare the policy with nothing, such as a likelihood: no second model is loaded."""
+
+    provides: frozenset[str] = frozenset()
+
+    @contextmanager
+    def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
+        """Nothing.
+
+        Raises:
+            ValueError: if a statistic of the reference is needed.
+        """
+        if asked := sorted(needs & FrozenReference.provides):
+            raise ValueError(f"{', '.join(asked)} needed, but this run has no reference")
+        yield ReferenceOutput()

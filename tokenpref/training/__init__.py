@@ -1,8 +1,22 @@
 """Config, step, loop, evaluation and sampling: what the recipes stand on."""
 
 from tokenpref.training.cli import recipe_main
+from tokenpref.training.contrastive_reference import ContrastiveReference
+from tokenpref.training.estimate import ContrastiveEstimator, WeightEstimation
 from tokenpref.training.evaluator import Evaluator
+from tokenpref.training.online import OnlinePrompts
 from tokenpref.training.schedule import get_constant_schedule_with_warmup
 from tokenpref.training.trainer import PreferenceTrainer
+from tokenpref.training.weighted import WeightedTrainer
 
-__all__ = ["Evaluator", "PreferenceTrainer", "get_constant_schedule_with_warmup", "recipe_main"]
+__all__ = [
+    "ContrastiveEstimator",
+    "ContrastiveReference",
+    "Evaluator",
+    "OnlinePrompts",
+    "PreferenceTrainer",
+    "WeightEstimation",
+    "WeightedTrainer",
+    "get_constant_schedule_with_warmup",
+    "recipe_main",
+]

@@ -5,38 +5,58 @@ from __future__ import annotations
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from tokenpref._paths import resolve_path
 from tokenpref.errors import ConfigError
 from tokenpref.training.schema import Component, component, flag, integer, number, section, text, texts
 
-__all__ = ["EvaluateConfig", "ModelConfig", "SamplingConfig", "TrainConfig", "loss_faults"]
+__all__ = [
+    "EvaluateConfig",
+    "ModelConfig",
+    "SamplingConfig",
+    "ScoringConfig",
+    "TrainConfig",
+    "WeightedConfig",
+    "loss_faults",
+]
 
 STATISTICS = ("ref", "kl_ref_policy", "kl_policy_ref", "entropy")
 FP16_HINT = " (fp16 has too small a range for log-probabilities; use bf16 or fp32)"
 
 
 @dataclass(frozen=True, kw_only=True)
-class ModelConfig:
-    """What every recipe that runs a model needs."""
+class ScoringConfig:
+    """What every recipe that runs a model over data needs."""
 
     output_dir: str = text()
     """Folder of everything that the run writes."""
     tokenizer: Component = component()
-    model: Component = component()
-    checkpointer: Component = component()
-    """Reads the policy's starting weights and writes trained ones (a torchtune checkpointer)."""
-    ref_checkpointer: Component | None = component(optional=True)
-    """Reads the reference's weights; null: those that ``checkpointer`` starts from."""
     seed: int = integer(0, low=0)
     device: str = text("cpu")
     dtype: str = text("fp32", choices=("fp32", "bf16"), hint=FP16_HINT)
-    batch_size: int = integer()
-    """Pairs per process and micro-batch."""
     compile: bool = flag(False)
     """Compile every decoder layer."""
     fsdp_reshard_after_forward: bool = flag(True)
     head_chunk_size: int = integer(512)
     """Answer tokens whose logits exist at a time."""
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class ModelConfig(ScoringConfig):
+    """What a recipe with a policy and a reference needs."""
+
+    model: Component = component()
+    checkpointer: Component = component()
+    """Reads the policy's starting weights and writes trained ones (a torchtune checkpointer)."""
+    ref_checkpointer: Component | None = component(optional=True)
+    """Reads the reference's weights; null: those that ``checkpointer`` starts from."""
+    batch_size: int = integer()
+    """Pairs per process and micro-batch."""
     log_stats: tuple[str, ...] = texts(choices=STATISTICS)
     """Statistics to compute for the log beyond what the loss needs."""
 
@@ -45,46 +65,6 @@ class ModelConfig:
         return checkpoint_faults(self.checkpointer, self.model) + checkpoint_faults(
             self.ref_checkpointer, self.model
         )
-
-
-@dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelConfig):
-    """A preference training run; keys are named as in torchtune's recipes."""
-
-    dataset: Component = component(positional=1)
-    dataset_val: Component | None = component(positional=1, optional=True)
-    loss: Component = component()
-    optimizer: Component = component(positional=1)
-    lr_scheduler: Component | None = component(
-        positional=1, provided=("num_training_steps", "last_epoch"), optional=True
-    )
-    """Null: a constant learning rate."""
-    metric_logger: Component = component()
-    profiler: Component | None = component(optional=True)
-    batch_size_val: int | None = integer(None)
-    """Null: ``batch_size``."""
-    run_val_every_n_steps: int | None = integer(None)
-    gradient_accumulation_steps: int = integer(1)
-    epochs: int = integer(1)
-    max_steps_per_epoch: int | None = integer(None)
-    shuffle: bool = flag(True)
-    clip_grad_norm: float | None = number(None)
-    enable_activation_checkpointing: bool = flag(False)
-    resume_from_checkpoint: bool = flag(False)
-    """Continue from the newest checkpoint of ``output_dir``."""
-    save_every_n_steps: int | None = integer(None)
-    """Steps between resumable checkpoints; null: one at each epoch's end."""
-    keep_last: int = integer(1)
-    """Resumable checkpoints to keep."""
-    log_every_n_steps: int = integer(1)
-    log_peak_memory_stats: bool = flag(False)
-
-    def faults(self) -> list[str]:
-        """Faults that no single key shows."""
-        faults = super().faults()
-        if self.run_val_every_n_steps and self.dataset_val is None:
-            faults.append("run_val_every_n_steps: set without dataset_val; add a dataset_val or remove it")
-        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -105,6 +85,80 @@ class SamplingConfig:
     compare_to: str | None = text(None)
     """``samples.jsonl`` of another model's evaluation with the same openings and seed: gains are paired with it."""
 
+    def faults(self) -> list[str]:
+        """Files that are not there."""
+        return [
+            f"sampling.{key}: no file at {resolve_path(path)}"
+            for key in ("prompts", "compare_to")
+            if (path := getattr(self, key)) is not None and not resolve_path(path).is_file()
+        ]
+
+
+@dataclass(frozen=True, kw_only=True)
+class TrainConfig(ModelConfig):
+    """A preference training run; keys are named as in torchtune's recipes."""
+
+    dataset: Component = component(positional=1)
+    dataset_val: Component | None = component(positional=1, optional=True)
+    loss: Component = component()
+    optimizer: Component = component(positional=1)
+    lr_scheduler: Component | None = component(
+        positional=1, provided=("num_training_steps", "last_epoch"), optional=True
+    )
+    """Null: a constant learning rate."""
+    metric_logger: Component = component()
+    profiler: Component | None = component(optional=True)
+    batch_size_val: int | None = integer(None)
+    """Null: ``batch_size``."""
+    run_val_every_n_steps: int | None = integer(None)
+    loss_val: Component | None = component(optional=True)
+    """Loss whose value and rewards validation reports; null: ``loss``."""
+    log_stats_val: tuple[str, ...] | None = texts(None, choices=STATISTICS)
+    """As ``log_stats``, for validation; null: ``log_stats``."""
+    sampling: SamplingConfig | None = section(SamplingConfig)
+    """Sample at each validation and log the samples' reward."""
+    gradient_accumulation_steps: int = integer(1)
+    epochs: int = integer(1)
+    max_steps_per_epoch: int | None = integer(None)
+    shuffle: bool = flag(True)
+    clip_grad_norm: float | None = number(None)
+    enable_activation_checkpointing: bool = flag(False)
+    resume_from_checkpoint: bool = flag(False)
+    """Continue from the newest checkpoint of ``output_dir``."""
+    save_every_n_steps: int | None = integer(None)
+    """Steps between resumable checkpoints; null: one at each epoch's end."""
+    keep_last: int = integer(1)
+    """Resumable checkpoints to keep."""
+    log_every_n_steps: int = integer(1)
+    log_peak_memory_stats: bool = flag(False)
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        faults = super().faults()
+        if self.run_val_every_n_steps and self.dataset_val is None and self.sampling is None:
+            faults.append("run_val_every_n_steps: set without dataset_val; add a dataset_val or remove it")
+        return faults + (self.sampling.faults() if self.sampling is not None else [])
+
+
+@dataclass(frozen=True, kw_only=True)
+class WeightedConfig(TrainConfig):
+    """Training with token weights."""
+
+    token_weights: Component = component()
+    """Where the tokens' scores come from: a store, the data's columns, a prompt pair online, or a component of the user's."""
+    weight_transform: Component | None = component(positional=2, provided=("side",), optional=True)
+    """From log ratios to weights; null for scores that are weights."""
+    normalize_weights: str = text("none", choices=("none", "answer"))
+    """``answer``: each answer's weights average one, which keeps DPO's scale."""
+    use_eos_score: bool = flag(True)
+    """False: an EOS gets ``eos_weight`` even where it has a score."""
+    eos_weight: float = number(1.0, inclusive=True)
+    """Weight of an EOS that has no score."""
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        return super().faults() + transform_faults(self.weight_transform)
+
 
 @dataclass(frozen=True, kw_only=True)
 class EvaluateConfig(ModelConfig):
@@ -119,12 +173,7 @@ class EvaluateConfig(ModelConfig):
         faults = super().faults()
         if self.dataset is not None and self.loss is None:
             faults.append("loss: needed to evaluate a dataset; name the loss that the model was trained with")
-        if self.sampling is not None:
-            for key in ("prompts", "compare_to"):
-                path = getattr(self.sampling, key)
-                if path is not None and not resolve_path(path).is_file():
-                    faults.append(f"sampling.{key}: no file at {resolve_path(path)}")
-        return faults
+        return faults + (self.sampling.faults() if self.sampling is not None else [])
 
 
 def checkpoint_faults(checkpointer: Component | None, model: Component | None) -> list[str]:
@@ -142,6 +191,17 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
     missing = [name for name in files if not (folder / name).is_file()] if isinstance(files, list) else []
     if missing:
         return [f"{checkpointer.key}.checkpoint_files: {missing[0]!r} is not in {folder.absolute()}"]
+    return []
+
+
+def transform_faults(transform: Component | None) -> list[str]:
+    """A transform that refuses its settings, found by trying it on one token."""
+    if transform is None:
+        return []
+    try:
+        transform.build(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), side="chosen")
+    except ConfigError as error:
+        return error.faults
     return []
 
 

@@ -68,7 +68,7 @@ class Evaluator:
             component = config.dataset
             dataset = self.world.together(lambda: component.build(self.tokenizer))
         weights = read_weights(config.checkpointer.build(), "checkpointer", self.world)
-        self.policy = build_scorer(config, weights, self.world)
+        self.policy = build_scorer(config, weights, self.world, model=config.model)
         results: dict[str, Any] = {}
         if dataset is not None:
             check_data_fits(dataset, component, self.policy.model)
@@ -86,9 +86,8 @@ class Evaluator:
         assert config.loss is not None  # the config was refused otherwise
         loss = config.loss.build()
         checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
-        reference = FrozenReference(
-            build_scorer(config, read_weights(checkpointer.build(), key, self.world), self.world, key=key)
-        )
+        weights = read_weights(checkpointer.build(), key, self.world)
+        reference = FrozenReference(build_scorer(config, weights, self.world, model=config.model, key=key))
         metrics = evaluate_pairs(
             self.policy,
             reference,

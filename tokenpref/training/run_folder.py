@@ -7,6 +7,8 @@ import json
 import os
 import shutil
 import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -22,12 +24,14 @@ from tokenpref.errors import ConfigError
 __all__ = ["Progress", "RunFolder", "config_fingerprint"]
 
 RUN_FILE = "run.json"
+FINISHED_FILE = "finished.json"
 CHECKPOINTS = "checkpoints"
 # Keys that change how a run is carried out or watched, not what it computes.
 INCIDENTAL = frozenset(
     {
         "resume_from_checkpoint", "save_every_n_steps", "keep_last", "log_every_n_steps", "log_peak_memory_stats",
         "metric_logger", "profiler", "run_val_every_n_steps", "batch_size_val", "epochs", "max_steps_per_epoch",
+        "dataset_val", "loss_val", "log_stats_val", "sampling",
     }
 )  # fmt: skip
 
@@ -97,11 +101,36 @@ class RunFolder:
 
         self.world.together(check)
 
+    @contextmanager
+    def removed_on_failure(self) -> Iterator[None]:
+        """Leave no empty folder behind for a run that never was (torchtune's checkpointers make it when they are built)."""
+        fresh = not self.path.exists()
+        try:
+            yield
+        except BaseException:
+            if fresh and self.world.is_main and self.path.is_dir() and not any(self.path.iterdir()):
+                self.path.rmdir()
+            raise
+
+    def finish(self, export: str) -> None:
+        """Mark the run as complete; ``export`` names the folder of its last weights."""
+        if self.world.is_main:
+            _write_json(self.path / FINISHED_FILE, {"weights": export})
+
+    def finished(self) -> Path | None:
+        """Folder of the last weights if this very run (same config) is complete."""
+        file = self.path / FINISHED_FILE
+        owner = self._owner()
+        if owner is None or owner["config"] != self._fingerprint or not file.is_file():
+            return None
+        return self.path / str(json.loads(file.read_text(encoding="utf-8"))["weights"])
+
     def claim(self, *, resume: bool) -> None:
         """Make the folder this run's. A run of the same config started anew replaces the earlier one's checkpoints."""
         if self.world.is_main and not resume:
             self.path.mkdir(parents=True, exist_ok=True)
             if self._owner() is not None:
+                (self.path / FINISHED_FILE).unlink(missing_ok=True)
                 for old in [self.checkpoints, *self.path.glob("epoch_*")]:
                     shutil.rmtree(old, ignore_errors=False) if old.exists() else None
             record = {

@@ -8,6 +8,7 @@ reported together, before anything is built.
 from __future__ import annotations
 
 import dataclasses
+import math
 import re
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
@@ -118,12 +119,14 @@ def integer(default: Any = dataclasses.MISSING, *, low: int = 1) -> Any:
     return _field(read, default)
 
 
-def number(default: Any = dataclasses.MISSING, *, low: float = 0.0) -> Any:
-    """A number above ``low``."""
+def number(default: Any = dataclasses.MISSING, *, low: float = 0.0, inclusive: bool = False) -> Any:
+    """A finite number above ``low``, or ``low`` itself where that is allowed."""
 
     def read(key: str, value: Any) -> float:
-        if isinstance(value, bool) or not isinstance(value, (int, float)) or not value > low:
-            raise ConfigError(f"{key}: expected a number above {low:g}, found {value!r}")
+        right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
+        if not right or value < low or (value == low and not inclusive):
+            bound = f"of at least {low:g}" if inclusive else f"above {low:g}"
+            raise ConfigError(f"{key}: expected a number {bound}, found {value!r}")
         return float(value)
 
     return _field(read, default)
@@ -153,8 +156,8 @@ def text(default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), h
     return _field(read, default)
 
 
-def texts(*, choices: tuple[str, ...]) -> Any:
-    """A list of ``choices``; empty by default."""
+def texts(default: tuple[str, ...] | None = (), *, choices: tuple[str, ...]) -> Any:
+    """A list of ``choices``."""
 
     def read(key: str, value: Any) -> tuple[str, ...]:
         if not isinstance(value, list):
@@ -167,7 +170,7 @@ def texts(*, choices: tuple[str, ...]) -> Any:
             )
         return tuple(value)
 
-    return _field(read, ())
+    return _field(read, default)
 
 
 def section(schema: type) -> Any:

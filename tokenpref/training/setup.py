@@ -23,7 +23,7 @@ from tokenpref.data import PairBatch, PreferenceDataset, collate_pairs, epoch_or
 from tokenpref.distributed import World, load_full_state_dict, shard
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.config import ModelConfig
+from tokenpref.training.config import ScoringConfig
 from tokenpref.training.schema import Component
 
 __all__ = ["DTYPES", "build_scorer", "check_data_fits", "check_state_fits", "pair_batches", "read_weights"]
@@ -78,20 +78,22 @@ def check_state_fits(state: dict[str, Tensor], model: TransformerDecoder, key: s
 
 
 def build_scorer(
-    config: ModelConfig,
+    config: ScoringConfig,
     state: dict[str, Tensor],
     world: World,
     *,
+    model: Component,
     key: str = "checkpointer",
     trainable: bool = False,
     activation_checkpointing: bool = False,
 ) -> ScoringModel:
-    """Build the config's model on the meta device, shard it, and fill it with weights.
+    """Build a model on the meta device, shard it, and fill it with weights.
 
     Args:
-        config: names the model, its dtype and how it is sharded.
+        config: the model's dtype, and how it is sharded.
         state: whole weights on the main process (see :func:`read_weights`).
         world: the run's processes.
+        model: what to build.
         key: config key of the checkpointer, for errors.
         trainable: False freezes the parameters and sets evaluation mode.
         activation_checkpointing: recompute every layer's activations in the backward.
@@ -104,33 +106,33 @@ def build_scorer(
     """
     dtype = DTYPES[config.dtype]
     with set_default_dtype(dtype), torch.device("meta"):
-        model: TransformerDecoder = config.model.build()
+        decoder: TransformerDecoder = model.build()
 
     def check() -> None:
         if world.is_main:
-            check_state_fits(state, model, key)
+            check_state_fits(state, decoder, key)
 
     world.together(check)
-    _switch_dropout_off(model)
+    _switch_dropout_off(decoder)
     if config.compile:
-        compile_model(model, verbose=False)
+        compile_model(decoder, verbose=False)
     if activation_checkpointing:
-        set_activation_checkpointing(model, auto_wrap_policy={TransformerSelfAttentionLayer})
-    model.requires_grad_(trainable)
-    shard(model, world, reshard_after_forward=config.fsdp_reshard_after_forward)
-    model.to_empty(device=world.device)
+        set_activation_checkpointing(decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
+    decoder.requires_grad_(trainable)
+    shard(decoder, world, reshard_after_forward=config.fsdp_reshard_after_forward)
+    decoder.to_empty(device=world.device)
     with torch.device(world.device):
-        for module in model.modules():
+        for module in decoder.modules():
             # Rotary caches are not in checkpoints; they are float32 whatever the model's dtype.
             if hasattr(module, "rope_init"):
                 module.rope_init()
-    load_full_state_dict(model, state, world)
-    validate_no_params_on_meta_device(model)
-    model.train(trainable)
+    load_full_state_dict(decoder, state, world)
+    validate_no_params_on_meta_device(decoder)
+    decoder.train(trainable)
     try:
-        return ScoringModel(model, head_chunk_size=config.head_chunk_size)
+        return ScoringModel(decoder, head_chunk_size=config.head_chunk_size)
     except TypeError as error:
-        raise ConfigError(f"model ({config.model.path}): {error}") from error
+        raise ConfigError(f"model ({model.path}): {error}") from error
 
 
 def _switch_dropout_off(model: TransformerDecoder) -> None:

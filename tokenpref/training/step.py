@@ -16,10 +16,12 @@ from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import LossOutput, PairStats, TokenStats
 from tokenpref.training.metrics import MetricSums, loss_metrics
+from tokenpref.training.token_weights import clipped_share
+from tokenpref.weights import TransformedWeights
 
 __all__ = ["BatchWeights", "StepResult", "score_pairs", "split_pair", "train_step"]
 
-BatchWeights = Callable[[PairBatch], "Tensor | None"]
+BatchWeights = Callable[[PairBatch], "TransformedWeights | None"]
 """Token weights ``[2B, T]`` of a micro-batch, or None where the loss takes none."""
 
 
@@ -55,7 +57,7 @@ def score_pairs(
     reference: Reference,
     batch: PairBatch,
     needs: frozenset[str],
-    weights: Tensor | None,
+    weights: TransformedWeights | None,
     use: Callable[[PairStats], LossOutput],
 ) -> LossOutput:
     """Statistics of a micro-batch, handed to ``use`` while the reference's side is at hand.
@@ -65,7 +67,7 @@ def score_pairs(
         reference: the model compared with.
         batch: chosen and rejected rows together.
         needs: statistics wanted.
-        weights: token weights ``[2B, T]``, if the loss takes any.
+        weights: token weights ``[2B, T]``, if the loss takes any; ``weights/clipped`` joins the metrics.
         use: computes the loss (and its backward) from the statistics.
 
     Returns:
@@ -79,9 +81,12 @@ def score_pairs(
             ref_logps=ref.logps,
             ref_hidden=ref.hidden,
             ref_head_weight=ref.head_weight,
-            weights=weights,
+            weights=None if weights is None else weights.weights,
         )
-        return use(split_pair(stats, len(batch.rows)))
+        output = use(split_pair(stats, len(batch.rows)))
+    return (
+        output if weights is None else replace(output, metrics=output.metrics | clipped_share(weights, batch))
+    )
 
 
 def train_step(

@@ -8,22 +8,21 @@ from typing import Any, ClassVar
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import Tensor
 from tqdm import tqdm
 
 from tokenpref._torchtune import get_lr
-from tokenpref.data import PairBatch, PreferenceDataset, adapt_tokenizer, steps_per_epoch
-from tokenpref.distributed import full_state_dict, init_world
+from tokenpref.data import PreferenceDataset, adapt_tokenizer, steps_per_epoch
+from tokenpref.distributed import World, full_state_dict, init_world
 from tokenpref.errors import ConfigError
-from tokenpref.models.reference import KL_STATISTICS, FrozenReference, Reference
+from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
 from tokenpref.training.config import TrainConfig, loss_faults
-from tokenpref.training.evaluation import evaluate_pairs
 from tokenpref.training.memory import peak_memory_gib
 from tokenpref.training.metrics import LogInterval
 from tokenpref.training.run_folder import Progress, RunFolder
 from tokenpref.training.schema import Component, read_config
 from tokenpref.training.setup import build_scorer, check_data_fits, pair_batches, read_weights
-from tokenpref.training.step import StepResult, train_step
+from tokenpref.training.step import BatchWeights, StepResult, train_step
+from tokenpref.training.validation import Validation
 
 __all__ = ["PreferenceTrainer"]
 
@@ -38,33 +37,43 @@ class PreferenceTrainer:
 
     Args:
         cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
+        world: the processes of a run that this training is a part of; None: the trainer joins its own.
 
     Raises:
         ConfigError: with every fault of the config; no weight has been read and nothing written.
     """
 
     recipe: ClassVar[str] = "recipes/tdpo_distributed"
+    schema: ClassVar[type[TrainConfig]] = TrainConfig
+    """The recipe's config."""
     provides: ClassVar[frozenset[str]] = KL_STATISTICS | {"ref"}
     """Statistics that the recipe can serve to a loss."""
 
-    def __init__(self, cfg: DictConfig) -> None:
+    def __init__(self, cfg: DictConfig, world: World | None = None) -> None:
         self._cfg = cfg
-        self.config = read_config(TrainConfig, cfg, lambda c: loss_faults(c.loss, self.provides, self.recipe))
+        self.config = read_config(self.schema, cfg, self._loss_faults)
         self.progress = Progress()
         self.logger: Any = None
+        self._given_world = world
+
+    def _loss_faults(self, config: TrainConfig) -> list[str]:
+        losses = (config.loss, config.loss_val)
+        return [fault for loss in losses for fault in loss_faults(loss, self.provides, self.recipe)]
 
     # --- what a recipe may override ------------------------------------------------------------------------------
 
-    def batch_weights(self, batch: PairBatch) -> Tensor | None:
-        """Token weights ``[2B, T]`` of a micro-batch; None where the loss takes none."""
-        return None
+    def load_weights(self, dataset: PreferenceDataset) -> BatchWeights:
+        """Token weights of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
+        raise ConfigError(f"loss: {self.recipe} has no token weights; use recipes/tis_dpo_distributed")
 
     def build_reference(self) -> Reference:
-        """The reference of this run: a second frozen copy of the model."""
+        """The reference of this run: a second frozen copy of the model, or none where nothing asks for one."""
         config = self.config
+        if not (self.needs | self.validation.needs) & FrozenReference.provides:
+            return NoReference()
         checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
         weights = read_weights(checkpointer.build(), key, self.world)
-        return FrozenReference(build_scorer(config, weights, self.world, key=key))
+        return FrozenReference(build_scorer(config, weights, self.world, model=config.model, key=key))
 
     # --- setup ---------------------------------------------------------------------------------------------------
 
@@ -76,30 +85,21 @@ class PreferenceTrainer:
         """
         config = self.config
         torch.manual_seed(config.seed)
-        self.world = init_world(config.device)
+        self.world = self._given_world or init_world(config.device)
         self.loss = config.loss.build()
         self.needs = frozenset(self.loss.needs) | frozenset(config.log_stats)
         self.tokenizer = adapt_tokenizer(config.tokenizer.build())
         self.dataset = self._dataset(config.dataset)
+        self._weigh = self._weights_of(self.dataset, self.needs)
         self.dataset_val = self._dataset(config.dataset_val) if config.dataset_val is not None else None
+        self.validation = self._build_validation()
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         self.folder = RunFolder(
             Path(config.output_dir).expanduser().absolute(), plain, self.recipe, self.world
         )
         self.folder.check(resume=config.resume_from_checkpoint)
-        fresh = not self.folder.path.exists()
-        try:
+        with self.folder.removed_on_failure():
             self._setup_models()
-        except BaseException:
-            # torchtune's checkpointers make the folder when they are built; leave none behind for a run that never was
-            if (
-                fresh
-                and self.world.is_main
-                and self.folder.path.is_dir()
-                and not any(self.folder.path.iterdir())
-            ):
-                self.folder.path.rmdir()
-            raise
         self.folder.claim(resume=config.resume_from_checkpoint)
         if config.resume_from_checkpoint:
             self.progress = self.folder.load(self.policy.model, self.optimizer, self.scheduler)
@@ -119,6 +119,18 @@ class PreferenceTrainer:
             )
         return dataset
 
+    def _weights_of(self, dataset: PreferenceDataset | None, needs: frozenset[str]) -> BatchWeights:
+        if dataset is None or "weights" not in needs:
+            return lambda batch: None
+        return self.world.together(lambda: self.load_weights(dataset))
+
+    def _build_validation(self) -> Validation:
+        config, world = self.config, self.world
+        loss = (config.loss_val or config.loss).build()
+        watched = bool(config.run_val_every_n_steps)
+        weigh = self._weights_of(self.dataset_val if watched else None, frozenset(loss.needs))
+        return Validation(config, self.dataset_val, self.tokenizer, world, weigh)
+
     def _setup_models(self) -> None:
         config = self.config
         self.checkpointer = config.checkpointer.build()
@@ -127,6 +139,7 @@ class PreferenceTrainer:
             config,
             weights,
             self.world,
+            model=config.model,
             trainable=True,
             activation_checkpointing=config.enable_activation_checkpointing,
         )
@@ -179,6 +192,7 @@ class PreferenceTrainer:
         if self.profiler is not None:
             self.profiler.stop()
         bar.close()
+        self.folder.finish(f"epoch_{(self.total_steps - 1) // self.steps_per_epoch}")
 
     def _step(self) -> tuple[StepResult, float]:
         """One optimizer step; returns its result and the learning rate that it used."""
@@ -204,7 +218,7 @@ class PreferenceTrainer:
             self.world,
             step=self.progress.step + 1,
             needs=self.needs,
-            weigh=self.batch_weights,
+            weigh=self._weigh,
             clip_grad_norm=config.clip_grad_norm,
         )
         if self.scheduler is not None:
@@ -212,19 +226,9 @@ class PreferenceTrainer:
         return result, rate
 
     def evaluate(self) -> None:
-        """Log held-out metrics under ``eval_`` names."""
-        if self.dataset_val is None:
-            return
-        metrics = evaluate_pairs(
-            self.policy,
-            self.reference,
-            self.loss,
-            self.dataset_val,
-            self.world,
-            batch_size=self.config.batch_size_val or self.config.batch_size,
-            pad_id=self.tokenizer.pad_id,
-            needs=self.needs,
-            weigh=self.batch_weights,
+        """Log held-out metrics and the reward of samples under ``eval_`` names."""
+        metrics = self.validation.run(
+            self.policy, self.reference, step=self.progress.step, folder=self.folder.path
         )
         self._log({f"eval_{name}": value for name, value in metrics.items()})
 
@@ -270,5 +274,5 @@ class PreferenceTrainer:
         """Close the logger and leave the process group."""
         if self.logger is not None:
             self.logger.close()
-        if hasattr(self, "world"):
+        if hasattr(self, "world") and self._given_world is None:
             self.world.close()

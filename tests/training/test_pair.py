@@ -1,0 +1,108 @@
+"""The pair's folder: what is written is read, and every way in which it can be wrong is one error."""
+
+import pytest
+import yaml
+
+from tokenpref.components import COMPONENT
+from tokenpref.errors import DataError
+from tokenpref.training.pair import PAIR_FILE, read_pair, weights_digest, write_pair
+from tokenpref.training.schema import Component
+
+MODEL = Component("model", "tokenpref.models.tiny_llama", {})
+
+
+@pytest.fixture
+def pair(tmp_path):
+    folder = tmp_path / "pair"
+    for side in ("positive", "negative"):
+        (folder / side / "epoch_0").mkdir(parents=True)
+        (folder / side / "epoch_0" / "model.safetensors").write_bytes(side.encode())
+    (tmp_path / "base").mkdir()
+    (tmp_path / "base" / "model.safetensors").write_bytes(b"base")
+    base = Component(
+        "checkpointer",
+        "torchtune.training.FullModelHFCheckpointer",
+        {
+            "checkpoint_dir": str(tmp_path / "base"),
+            "checkpoint_files": ["model.safetensors"],
+            "model_type": "LLAMA3_2",
+        },
+    )
+    sides = {side: {"checkpoint": f"{side}/epoch_0", "prompt": None} for side in ("positive", "negative")}
+    write_pair(
+        folder,
+        method="dpo",
+        tokenizer="f" * 64,
+        model=MODEL,
+        base=base,
+        sides=sides,
+        config={"method": "dpo"},
+    )
+    return folder
+
+
+def changed(folder, change):
+    record = yaml.safe_load((folder / PAIR_FILE).read_text())
+    change(record)
+    (folder / PAIR_FILE).write_text(yaml.safe_dump(record))
+
+
+def test_round_trip(pair):
+    found = read_pair(pair)
+    assert found.method == "dpo" and found.tokenizer == "f" * 64 and found.model.path == MODEL.path
+    assert found.positive.checkpointer.kwargs["checkpoint_dir"] == str(pair / "positive" / "epoch_0")
+    assert found.positive.checkpointer.kwargs["checkpoint_files"] == ["model.safetensors"]
+    assert not found.shares_weights
+    assert weights_digest(found.positive) != weights_digest(found.negative)
+
+
+def test_prompt_pair_shares_its_base(pair):
+    changed(
+        pair, lambda r: r.update({s: {"checkpoint": None, "prompt": s} for s in ("positive", "negative")})
+    )
+    found = read_pair(pair)
+    assert found.shares_weights and (found.positive.prompt, found.negative.prompt) == ("positive", "negative")
+
+
+@pytest.mark.parametrize(
+    ("change", "message"),
+    [
+        (lambda r: r.update(format="x"), "format is 'x', expected"),
+        (lambda r: r.update(method="ppo"), "method is 'ppo', expected one of prompt, sft, dpo"),
+        (lambda r: r.pop("negative"), "'negative'.*is missing or of the wrong type"),
+        (
+            lambda r: r["negative"].update(tokenizer="0" * 64),
+            "the sides have different tokenizers .ffffffffffff and 0000",
+        ),
+        (
+            lambda r: r["negative"].update(model={COMPONENT: "torchtune.models.gemma.gemma_2b"}),
+            "the sides have different architectures",
+        ),
+        (
+            lambda r: r["positive"].update(checkpoint="../base"),
+            "positive.checkpoint '../base' leaves the pair's folder",
+        ),
+        (lambda r: r["positive"].update(checkpoint="elsewhere"), "no weights of the positive side"),
+    ],
+)
+def test_faults(pair, change, message):
+    changed(pair, change)
+    with pytest.raises(DataError, match=message):
+        read_pair(pair)
+
+
+def test_half_built(pair):
+    (pair / PAIR_FILE).unlink()
+    (pair / "positive" / "finished.json").write_text("{}")
+    with pytest.raises(DataError, match="half built .positive is done, negative is not.*it continues"):
+        read_pair(pair)
+
+
+def test_no_pair(tmp_path):
+    with pytest.raises(DataError, match="no contrastive pair there; build one with"):
+        read_pair(tmp_path / "nowhere")
+    with pytest.raises(DataError, match="is no contrastive pair"):
+        read_pair(tmp_path)
+    (tmp_path / PAIR_FILE).write_text("{: :")
+    with pytest.raises(DataError, match="not valid YAML"):
+        read_pair(tmp_path)

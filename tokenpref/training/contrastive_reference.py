@@ -1,0 +1,181 @@
+"""Building a contrastive pair: two prompts on one model, or two trainings that differ in which answer they prefer."""
+
+from __future__ import annotations
+
+import logging
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar
+
+from omegaconf import DictConfig, OmegaConf
+
+from tokenpref.components import COMPONENT, accepts
+from tokenpref.data import adapt_tokenizer
+from tokenpref.distributed import World, init_world
+from tokenpref.training.config import TrainConfig, loss_faults
+from tokenpref.training.pair import METHODS, SIDES, write_pair
+from tokenpref.training.run_folder import RunFolder
+from tokenpref.training.schema import Component, component, read_config, text
+from tokenpref.training.trainer import PreferenceTrainer
+
+__all__ = ["ContrastiveConfig", "ContrastiveReference"]
+
+log = logging.getLogger("tokenpref")
+
+DEFAULT_LOSS = {
+    "sft": {COMPONENT: "tokenpref.losses.NLLLoss"},
+    "dpo": {COMPONENT: "tokenpref.losses.DPOLoss", "beta": 0.1},
+}
+OWN_KEYS = ("method", "positive_prompt", "negative_prompt")
+
+
+@dataclass(frozen=True, kw_only=True)
+class ContrastiveConfig(TrainConfig):
+    """How a pair is built; the training keys are those of one side's training."""
+
+    method: str = text(choices=METHODS)
+    positive_prompt: str | None = text(None)
+    """For ``method: prompt``: stands before the data's prompts on the positive side."""
+    negative_prompt: str | None = text(None)
+    loss: Component | None = component(optional=True)  # type: ignore[assignment]  # widened: null is allowed here
+    """Null: the method's own, ``NLLLoss`` for sft and ``DPOLoss`` for dpo."""
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        faults = super().faults()
+        prompts = (self.positive_prompt, self.negative_prompt)
+        if self.method == "prompt" and (None in prompts or prompts[0] == prompts[1]):
+            faults.append(
+                "positive_prompt, negative_prompt: method prompt needs two different texts, "
+                f"found {prompts[0]!r} and {prompts[1]!r}"
+            )
+        if (
+            self.method in DEFAULT_LOSS
+            and self.dataset is not None
+            and not accepts(self.dataset.target(), "swap")
+        ):
+            faults.append(
+                f"dataset ({self.dataset.path}): takes no `swap`, which the negative side is trained with; use "
+                "tokenpref.data.preference_dataset, or give yours that argument"
+            )
+        return faults
+
+
+class ContrastiveReference:
+    """Builds both sides, phase by phase, and writes the pair's folder last.
+
+    ``prompt`` trains nothing. ``sft`` and ``dpo`` train the positive side on the data and the negative side on the data with
+    chosen and rejected exchanged, each from the same start, in ``output_dir/positive`` and ``output_dir/negative``. Started again
+    with the same config, a finished side is kept and an unfinished one goes on from its newest checkpoint.
+
+    Args:
+        cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
+
+    Raises:
+        ConfigError: with every fault of the config.
+    """
+
+    recipe: ClassVar[str] = "recipes/contrastive_reference_distributed"
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
+        self.config = read_config(ContrastiveConfig, cfg, self._faults)
+        self.world: World | None = None
+
+    def _faults(self, config: ContrastiveConfig) -> list[str]:
+        faults = loss_faults(config.loss, PreferenceTrainer.provides, self.recipe)
+        if config.method == "sft" and config.loss is not None and not faults and config.loss.build().needs:
+            faults.append(
+                f"loss ({config.loss.path}): compares two answers, but method is sft; set loss=null or method=dpo"
+            )
+        return faults
+
+    def run(self) -> Path:
+        """Build what is missing.
+
+        Returns:
+            The pair's folder.
+        """
+        config = self.config
+        folder = Path(config.output_dir).expanduser().absolute()
+        self.world = init_world(config.device)
+        plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
+        own = RunFolder(folder, plain, self.recipe, self.world)
+        own.check(resume=False)
+        sides: dict[str, dict[str, Any]] = {}
+        if config.method == "prompt":
+            prompts = (config.positive_prompt, config.negative_prompt)
+            sides = {s: {"checkpoint": None, "prompt": p} for s, p in zip(SIDES, prompts, strict=True)}
+            own.claim(resume=False)
+        else:
+            for side in SIDES:
+                weights = self._build_side(folder, side, own)
+                sides[side] = {"checkpoint": weights.relative_to(folder).as_posix(), "prompt": None}
+        if self.world.is_main:
+            write_pair(
+                folder,
+                method=config.method,
+                tokenizer=adapt_tokenizer(config.tokenizer.build()).fingerprint(),
+                model=config.model,
+                base=_with_absolute_folders(config.checkpointer),
+                sides=sides,
+                config=plain,
+            )
+            log.info(f"contrastive pair ({config.method}) in {folder}")
+        self.world.barrier()
+        return folder
+
+    def _build_side(self, folder: Path, side: str, own: RunFolder) -> Path:
+        """Train a side unless it is there; returns the folder of its weights."""
+        assert self.world is not None  # run() joins it
+        cfg = self._side_config(folder, side)
+        plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        run = RunFolder(folder / side, plain, PreferenceTrainer.recipe, self.world)
+        weights: Path | None = self.world.broadcast_object(run.finished() if self.world.is_main else None)
+        if weights is not None:
+            self._say(f"{side} side: done already ({weights})")
+            return weights
+        cfg.resume_from_checkpoint = self.world.broadcast_object(run.latest() is not None)
+        self._say(f"{side} side: {'goes on' if cfg.resume_from_checkpoint else 'begins'}")
+        trainer = PreferenceTrainer(cfg, self.world)
+        try:
+            trainer.setup()
+            if not own.path.joinpath("run.json").is_file():
+                own.claim(resume=False)
+            trainer.train()
+        finally:
+            trainer.close()
+        done = run.finished()
+        assert done is not None  # train() marked it, or raised
+        return done
+
+    def _side_config(self, folder: Path, side: str) -> DictConfig:
+        cfg: DictConfig = self._cfg.copy()
+        for key in OWN_KEYS:
+            cfg.pop(key, None)
+        cfg.output_dir = str(folder / side)
+        if cfg.get("loss") is None:
+            cfg.loss = DEFAULT_LOSS[self.config.method]
+        if side == "negative":
+            for key in ("dataset", "dataset_val"):
+                if cfg.get(key) is not None:
+                    cfg[key].swap = not cfg[key].get("swap", False)
+        return cfg
+
+    def _say(self, message: str) -> None:
+        if self.world is not None and self.world.is_main:
+            log.info(message)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if self.world is not None:
+            self.world.close()
+
+
+def _with_absolute_folders(checkpointer: Component) -> Component:
+    """The pair is read from other directories than the one where it was built."""
+    kwargs = dict(checkpointer.kwargs)
+    for name in ("checkpoint_dir", "output_dir"):
+        if isinstance(kwargs.get(name), str):
+            kwargs[name] = str(Path(kwargs[name]).expanduser().absolute())
+    return Component(checkpointer.key, checkpointer.path, kwargs)

@@ -1,0 +1,268 @@
+"""Scoring a data set's answer tokens and writing a weight store, as ``recipes/estimate_weights_distributed`` runs it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, ClassVar, Protocol
+
+import numpy as np
+import torch
+from omegaconf import DictConfig
+from torch import Tensor
+from tqdm import tqdm
+
+from tokenpref import __version__
+from tokenpref._paths import resolve_path
+from tokenpref.data import PreferenceDataset, Tokenizer, adapt_tokenizer, provenance
+from tokenpref.distributed import World, init_world
+from tokenpref.errors import DataError
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.config import ScoringConfig
+from tokenpref.training.online import answer_batch, check_context, prompted_answers
+from tokenpref.training.pair import ContrastivePair, PairSide, read_pair, weights_digest
+from tokenpref.training.schema import Component, component, integer, read_config
+from tokenpref.training.setup import build_scorer, read_weights
+from tokenpref.weights import StoredRow, StoreWriter, WeightStore, contrastive_log_ratios
+
+__all__ = ["ContrastiveEstimator", "EstimateConfig", "Estimator", "WeightEstimation"]
+
+log = logging.getLogger("tokenpref")
+
+STORE = "weights"
+SIDES = ("chosen", "rejected")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(ScoringConfig):
+    """What is scored, with what, and in which portions."""
+
+    dataset: Component = component(positional=1)
+    estimator: Component = component()
+    batch_tokens: int = integer(4096)
+    """Tokens of a batch, padding included; a longer sequence is a batch of its own."""
+    shard_rows: int = integer(256)
+    """Pairs of a shard: what an interrupted run loses at most."""
+
+
+class Estimator(Protocol):
+    """Scores answer tokens; named in the config by dotted path."""
+
+    kind: str
+    """What the scores are; see :data:`tokenpref.weights.SCORE_KINDS`."""
+
+    def describe(self) -> dict[str, Any]:
+        """Everything about the estimator that would change its scores, as plain data."""
+        ...
+
+    def setup(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """Load models and check that they fit the data."""
+        ...
+
+    def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Scores of answers, each given as (position in the data set, 0 for chosen or 1 for rejected).
+
+        Every rank calls it equally often; an empty list asks for the same forwards without a result.
+        """
+        ...
+
+
+class ContrastiveEstimator:
+    """log pi+ - log pi- of every answer token, from the pair that ``recipes/contrastive_reference_distributed`` built.
+
+    Args:
+        pair: the pair's folder.
+
+    Raises:
+        DataError: if the pair is missing, half built or damaged.
+    """
+
+    kind = "log_ratio"
+
+    def __init__(self, pair: str) -> None:
+        self.pair: ContrastivePair = read_pair(resolve_path(pair))
+
+    def describe(self) -> dict[str, Any]:
+        """See :class:`Estimator`."""
+        sides = {"positive": self.pair.positive, "negative": self.pair.negative}
+        return {
+            "name": "contrastive",
+            "method": self.pair.method,
+            "model": self.pair.record["model"],
+            **{
+                name: {"weights": weights_digest(side), "prompt": side.prompt} for name, side in sides.items()
+            },
+        }
+
+    def setup(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """See :class:`Estimator`.
+
+        Raises:
+            DataError: if the tokenizer is not the pair's.
+            ConfigError: if a side's weights do not fit the model, or a sequence its context.
+        """
+        if tokenizer.fingerprint() != self.pair.tokenizer:
+            raise DataError(
+                f"{self.pair.folder}: the pair was built with another tokenizer ({self.pair.tokenizer[:12]}, here "
+                f"{tokenizer.fingerprint()[:12]}); set tokenizer to the pair's"
+            )
+        self._dataset, self._pad_id, self._device = dataset, tokenizer.pad_id, world.device
+        self._positive = self._scorer(config, self.pair.positive, "positive", world)
+        self._negative = (
+            self._positive
+            if self.pair.shares_weights
+            else self._scorer(config, self.pair.negative, "negative", world)
+        )
+
+    def _scorer(self, config: EstimateConfig, side: PairSide, name: str, world: World) -> ScoringModel:
+        key = f"pair's {name} side"
+        state = read_weights(side.checkpointer.build(), key, world)
+        return build_scorer(config, state, world, model=self.pair.model, key=key)
+
+    def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """See :class:`Estimator`."""
+        sides = [
+            self._batch(answers, side.prompt, scorer)
+            for side, scorer in ((self.pair.positive, self._positive), (self.pair.negative, self._negative))
+        ]
+        ratios = contrastive_log_ratios(self._positive.logps, self._negative.logps, sides[0], sides[1])
+        return ratios if answers else []
+
+    def _batch(
+        self, answers: Sequence[tuple[int, int]], prompt: str | None, scorer: ScoringModel
+    ) -> tuple[Tensor, Tensor]:
+        filler = ([self._pad_id] * 2, 2)
+        sequences = [prompted_answers(self._dataset, i, prompt)[side] for i, side in answers] or [filler]
+        check_context(sequences, scorer)
+        tokens, labels = answer_batch(sequences, self._pad_id)
+        return tokens.to(self._device), labels.to(self._device)
+
+
+class WeightEstimation:
+    """One pass over a data set: batches by length, spread over the ranks, shards written as they finish.
+
+    Which answers share a batch depends on the data alone, so any number of ranks writes the same store. Writes
+    ``output_dir/weights``; started again with the same config it goes on after the last whole shard.
+
+    Args:
+        cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
+
+    Raises:
+        ConfigError: with every fault of the config.
+    """
+
+    recipe: ClassVar[str] = "recipes/estimate_weights_distributed"
+
+    def __init__(self, cfg: DictConfig) -> None:
+        self.config = read_config(EstimateConfig, cfg)
+
+    def run(self) -> WeightStore:
+        """Score what is missing.
+
+        Returns:
+            The finished store.
+        """
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.world = world = init_world(config.device)
+        tokenizer = adapt_tokenizer(config.tokenizer.build())
+        self.dataset: PreferenceDataset = world.together(lambda: config.dataset.build(tokenizer))
+        self._say(f"dataset: {self.dataset.report.summary()}")
+        self.estimator: Estimator = world.together(config.estimator.build)
+        path = Path(config.output_dir).expanduser().absolute() / STORE
+        shards = -(-len(self.dataset) // config.shard_rows)
+        job = {
+            **provenance(self.dataset),
+            "estimator": self.estimator.describe(),
+            "dtype": config.dtype,
+            "batch_tokens": config.batch_tokens,
+            "shard_rows": config.shard_rows,
+            "tokenpref": __version__,
+        }
+        # The models come before the folder: a pair that does not fit leaves nothing behind.
+        self.estimator.setup(config, self.dataset, tokenizer, world)
+        writer = world.together(
+            lambda: (
+                StoreWriter(path, kind=self.estimator.kind, job=job, shards=shards) if world.is_main else None
+            )
+        )
+        missing: list[int] = world.broadcast_object(writer.missing() if writer is not None else None)
+        if len(missing) < shards:
+            self._say(f"{shards - len(missing)} of {shards} shards are there already")
+        self._score(missing, writer)
+        if writer is not None:
+            writer.finish()
+            self._say(f"weight store in {path}")
+        world.barrier()
+        return WeightStore.open(path)
+
+    def _score(self, shards: Sequence[int], writer: StoreWriter | None) -> None:
+        world = self.world
+        plan = {shard: self._batches(shard) for shard in shards}
+        total = sum(
+            self._tokens(answer) for batches in plan.values() for batch in batches for answer in batch
+        )
+        bar = tqdm(total=total, disable=not world.is_main, unit="tok", unit_scale=True, desc="scoring")
+        for shard, batches in plan.items():
+            found: dict[tuple[int, int], np.ndarray] = {}
+            for start in range(0, len(batches), world.size):
+                mine = batches[start + world.rank] if start + world.rank < len(batches) else []
+                for answer, scores in zip(mine, self.estimator.score(mine), strict=True):
+                    found[answer] = scores.float().cpu().numpy()
+                bar.update(
+                    sum(self._tokens(a) for batch in batches[start : start + world.size] for a in batch)
+                )
+            parts = world.gather_objects(found)
+            if writer is not None:
+                whole = {answer: scores for part in parts for answer, scores in part.items()}
+                writer.write(shard, [self._row(index, whole) for index in self._rows(shard)])
+        bar.close()
+
+    def _rows(self, shard: int) -> range:
+        size = self.config.shard_rows
+        return range(shard * size, min((shard + 1) * size, len(self.dataset)))
+
+    def _tokens(self, answer: tuple[int, int]) -> int:
+        example = self.dataset[answer[0]]
+        return len(example.rejected_ids if answer[1] else example.chosen_ids)
+
+    def _batches(self, shard: int) -> list[list[tuple[int, int]]]:
+        """The shard's answers, longest first, cut into batches of ``batch_tokens`` with their padding."""
+        lengths = {(i, side): self._tokens((i, side)) for i in self._rows(shard) for side in (0, 1)}
+        batches: list[list[tuple[int, int]]] = []
+        width = 0
+        for answer in sorted(lengths, key=lambda a: (-lengths[a], a)):
+            if not batches or (len(batches[-1]) + 1) * width > self.config.batch_tokens:
+                batches.append([])
+                width = lengths[answer]
+            batches[-1].append(answer)
+        return batches
+
+    def _row(self, index: int, scores: dict[tuple[int, int], np.ndarray]) -> StoredRow:
+        example, texts = self.dataset[index], self.dataset.text(index)
+        return StoredRow(
+            row=example.row,
+            key=example.key,
+            prompt=texts.prompt,
+            chosen_text=texts.chosen,
+            rejected_text=texts.rejected,
+            chosen=scores[index, 0],
+            rejected=scores[index, 1],
+            chosen_spans=example.chosen_offsets,
+            rejected_spans=example.rejected_offsets,
+        )
+
+    def _say(self, message: str) -> None:
+        if self.world.is_main:
+            log.info(message)
+
+    def close(self) -> None:
+        """Leave the process group."""
+        if hasattr(self, "world"):
+            self.world.close()
