@@ -1,4 +1,4 @@
-"""The whole way on a real model: prepare, evaluate, train with TDPO, evaluate again, one table.
+"""The whole way on a real model: a contrastive pair, token weights, TIS-DPO; DPO and TDPO2 beside it; one table.
 
 Run by ``make demo``. Every stage is the command that a user would type; a stage whose result is there already is not
 repeated (remove ``outputs/demo`` to start anew).
@@ -17,6 +17,14 @@ from typing import Any
 
 OUTPUT = Path("outputs/demo")
 BIN = Path(sys.executable).parent
+# One pass over the first 192 pairs in 24 steps, at a rate that makes up for the few steps; the same for every method.
+TRAINING = [
+    "dataset.max_rows=192",
+    "max_steps_per_epoch=24",
+    "optimizer.lr=1e-4",
+    "lr_scheduler.num_warmup_steps=4",
+]
+SAMPLES = "sampling.num_samples=8"
 TRAINED = "checkpointer.checkpoint_files=[model-00001-of-00001.safetensors]"
 # Keep freed memory instead of handing it back to the kernel after each large temporary (glibc reads these at start).
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
@@ -28,30 +36,48 @@ def call(*command: str | Path) -> None:
     subprocess.run([str(part) for part in command], check=True, env={**os.environ, **MALLOC})
 
 
+def tune(recipe: str, config: str, *overrides: str) -> None:
+    """``tune run`` of one of our recipes."""
+    call(BIN / "tune", "run", f"recipes/{recipe}", "--config", f"smollm2/135M_{config}", *overrides)
+
+
 def evaluate(name: str, *overrides: str) -> dict[str, Any]:
     """Held-out numbers and samples of one model."""
     folder = OUTPUT / name
     if not (folder / "evaluation.json").is_file():
-        recipe = [BIN / "tune", "run", "recipes/evaluate_distributed", "--config", "smollm2/135M_evaluate"]
-        call(*recipe, f"output_dir={folder}", *overrides)
+        tune("evaluate_distributed", "evaluate", f"output_dir={folder}", SAMPLES, *overrides)
     result: dict[str, Any] = json.loads((folder / "evaluation.json").read_text(encoding="utf-8"))
     return result
 
 
-def train(name: str, config: str, *overrides: str) -> Path:
+def evaluate_trained(name: str, weights: Path) -> dict[str, Any]:
+    """The same of a trained model, its samples paired with the starting model's."""
+    start = OUTPUT / "start" / "samples.jsonl"
+    folder = f"checkpointer.checkpoint_dir={weights}"
+    return evaluate(f"{name}_evaluation", folder, TRAINED, f"sampling.compare_to={start}")
+
+
+def train(name: str, recipe: str, config: str, *overrides: str) -> Path:
     """Train a model; returns the folder of its weights."""
     folder = OUTPUT / name
-    if not (folder / "epoch_0" / "model.safetensors.index.json").is_file():
-        call(
-            BIN / "tune",
-            "run",
-            "recipes/tdpo_distributed",
-            "--config",
-            config,
-            f"output_dir={folder}",
-            *overrides,
-        )
+    if not (folder / "finished.json").is_file():
+        tune(recipe, config, f"output_dir={folder}", *TRAINING, *overrides)
     return folder / "epoch_0"
+
+
+def token_weights(pair: Path) -> Path:
+    """Score the training pairs' tokens with the contrastive pair; returns the store."""
+    folder = OUTPUT / "estimate_weights"
+    if not (folder / "weights" / "metadata.json").is_file():
+        rows = TRAINING[0]
+        tune(
+            "estimate_weights_distributed",
+            "estimate_weights",
+            f"output_dir={folder}",
+            f"estimator.pair={pair}",
+            rows,
+        )
+    return folder / "weights"
 
 
 def row(name: str, result: dict[str, Any]) -> list[str]:
@@ -95,15 +121,24 @@ def main() -> None:
     start = time.perf_counter()
     call(BIN / "tokenpref", "prepare", "smollm2")
     before = evaluate("start", "~dataset", "~loss")  # its own reference: nothing to measure on pairs
-    weights = train("tdpo", "smollm2/135M_tdpo")
-    after = evaluate(
-        "tdpo_evaluation",
-        f"checkpointer.checkpoint_dir={weights}",
-        TRAINED,
-        f"sampling.compare_to={OUTPUT / 'start' / 'samples.jsonl'}",
+    pair = OUTPUT / "pair"
+    if not (pair / "pair.yaml").is_file():
+        tune("contrastive_reference_distributed", "contrastive_reference", f"output_dir={pair}", *TRAINING)
+    store = token_weights(pair)
+    trained = {
+        # The positive side of a DPO pair is the model that DPO gives.
+        "DPO (the pair's positive side)": evaluate_trained("dpo", pair / "positive" / "epoch_0"),
+        "TDPO2": evaluate_trained("tdpo", train("tdpo", "tdpo_distributed", "tdpo")),
+        "TIS-DPO": evaluate_trained(
+            "tis", train("tis", "tis_dpo_distributed", "tis_dpo", f"token_weights.path={store}")
+        ),
+    }
+    text = table(
+        [row("SmolLM2-135M-Instruct", before), *(row(name, result) for name, result in trained.items())]
     )
-    text = table([row("SmolLM2-135M-Instruct", before), row("after TDPO2", after)])
     (OUTPUT / "table.md").write_text(text + "\n", encoding="utf-8")
+    call(BIN / "tokenpref", "show-weights", store, "--row", "0")
+    after = trained["TIS-DPO"]
     print(f"\n{text}\n")
     print(
         f"{after['num_pairs']} held-out pairs; {after['num_samples']} samples of each model, same openings and noise."

@@ -8,12 +8,14 @@ exactly 0.
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["NEEDS", "STATISTICS", "LossOutput", "PairStats", "TokenStats"]
+__all__ = ["NEEDS", "SIDES", "STATISTICS", "LossOutput", "PairStats", "TokenStats", "split_pair"]
+
+SIDES = ("chosen", "rejected")
 
 STATISTICS: Mapping[str, str] = {
     "ref": "ref_logps",
@@ -154,6 +156,24 @@ class PairStats:
                 "the statistic 'anchor' (PairStats.anchor) is missing: score a third answer per prompt"
             )
         return self.anchor
+
+
+def split_pair(stats: TokenStats, sides: tuple[str, ...] = SIDES) -> PairStats:
+    """Statistics of a joint forward, taken apart.
+
+    Args:
+        stats: rows ``[:B]`` of the first side, then those of the second.
+        sides: which sides there are; one that is not gets answers without tokens.
+    """
+    count = stats.mask.shape[0] // len(sides)
+
+    def rows(part: slice, columns: slice) -> TokenStats:
+        present = {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
+        return replace(stats, **{name: value[part, columns] for name, value in present.items()})
+
+    found = {side: rows(slice(i * count, (i + 1) * count), slice(None)) for i, side in enumerate(sides)}
+    nothing = rows(slice(None, count), slice(0))
+    return PairStats(*(found.get(side, nothing) for side in SIDES))
 
 
 @dataclass(frozen=True, eq=False)

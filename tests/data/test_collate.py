@@ -53,3 +53,15 @@ def test_no_pairs_without_filler():
 def test_to_keeps_everything():
     batch = collate_pairs([example(0, [1, 2], 1, [1, 3], 1)], 0).to("cpu")
     assert batch.tokens.tolist() == [[1, 2], [1, 3]] and batch.rows == [0] and batch.num_tokens == 4
+
+
+def test_one_side_alone_is_cut_to_its_longest():
+    batch = collate_pairs(
+        [example(7, [5, 6, 7], 2, [5, 6, 8, 9], 2), example(3, [5, 1], 1, [4, 0, 3], 2)], pad_id=0
+    )
+    chosen, rejected = batch.only("chosen"), batch.only("rejected")
+    assert chosen.tokens.tolist() == [[5, 6, 7], [5, 1, 0]] and chosen.sides == ("chosen",)
+    assert rejected.tokens.tolist() == [[5, 6, 8, 9], [4, 0, 3, 0]]
+    assert (chosen.num_tokens, rejected.num_tokens) == (3 + 2, 4 + 3) and chosen.num_pairs == 2
+    filler = collate_pairs([], pad_id=9, filler=True).only("rejected")
+    assert filler.tokens.tolist() == [[9, 9]] and filler.num_tokens == 0

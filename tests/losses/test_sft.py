@@ -42,6 +42,7 @@ def test_a_likelihood_has_no_reward_and_no_margin():
     assert output.chosen_rewards.tolist() == output.rejected_rewards.tolist() == [0.0] * 3
     assert "rewards/train_margins" not in output.metrics
     assert output.metrics["logps/chosen"].tolist() == [-9.0, -4.0, 0.0]
+    assert "logps/rejected" not in output.metrics  # the side that it does not read may not have been scored
 
 
 def test_needs_nothing():

@@ -8,8 +8,8 @@ from support.evaluating import pairs
 from tokenpref.data import StoredScores, collate_pairs, provenance
 from tokenpref.losses import TISDPOLoss
 from tokenpref.ops import token_stats_from_logits
+from tokenpref.stats import split_pair
 from tokenpref.training.schema import Component
-from tokenpref.training.step import split_pair
 from tokenpref.training.token_weights import TokenWeights, Weighing
 from tokenpref.weights import StoredRow, StoreWriter
 
@@ -51,7 +51,7 @@ def pushes(data, source, transform="exponential"):
     reference = logits.clone()
     logits.requires_grad_()
     stats = token_stats_from_logits(logits, reference, batch.labels, weights=weights(batch).weights.double())
-    TISDPOLoss()(split_pair(stats, len(data))).losses.sum().backward()
+    TISDPOLoss()(split_pair(stats)).losses.sum().backward()
     starts = [e.chosen_start for e in data] + [e.rejected_start for e in data]
     moved = torch.stack(
         [

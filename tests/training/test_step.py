@@ -8,7 +8,7 @@ from support import small, workers
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import TrainingDiverged
-from tokenpref.losses import DPOLoss, TokenDPOLoss
+from tokenpref.losses import DPOLoss, NLLLoss, TokenDPOLoss
 from tokenpref.training.step import train_step
 
 ROWS = [0, 1, 2, 3, 4]
@@ -33,6 +33,15 @@ def test_micro_batches_equal_one_batch(tied):
     assert_same(alone(loss, [ROWS], tied=tied), alone(loss, [[0, 1], [2], [3, 4]], tied=tied))
 
 
+@pytest.mark.parametrize("side", ["chosen", "rejected"])
+def test_leaving_out_the_side_that_a_loss_does_not_read_changes_nothing(side):
+    loss, whole = NLLLoss(side), NLLLoss(side)
+    whole.sides = ("chosen", "rejected")
+    part, both = alone(loss, [[0, 1, 2], []], tied=True), alone(whole, [[0, 1, 2], []], tied=True)
+    assert part["tokens"] < both["tokens"]
+    assert_same({**part, "tokens": 0}, {**both, "tokens": 0})
+
+
 def test_a_filler_micro_batch_adds_exactly_nothing():
     loss = TokenDPOLoss()
     whole, padded = alone(loss, [ROWS], tied=True), alone(loss, [ROWS, []], tied=True)
@@ -51,6 +60,7 @@ def test_a_filler_micro_batch_adds_exactly_nothing():
             True,
             [[[0, 1], [2]], [[3, 4], []]],
         ),  # a rank without pairs, two micros
+        (NLLLoss("rejected"), True, True, [[[0, 1, 2]], [[3, 4]]]),  # one side alone
         (DPOLoss(), True, False, [[ROWS], [[]]]),  # a rank without any pair; the reference scores itself
     ],
 )

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor
 
 from tokenpref.data.dataset import PairExample
+from tokenpref.stats import SIDES
 
 __all__ = ["IGNORE_INDEX", "PairBatch", "collate_pairs"]
 
@@ -30,6 +31,7 @@ class PairBatch:
         rows: row of each pair in the data set; -1 for a filler pair.
         num_pairs: number of real pairs.
         num_tokens: tokens of real pairs that are not padding, the prompt counted in both answers.
+        sides: the sides that the rows hold, in their order.
     """
 
     tokens: Tensor
@@ -38,17 +40,30 @@ class PairBatch:
     rows: list[int]
     num_pairs: int
     num_tokens: int
+    sides: tuple[str, ...] = SIDES
+
+    def only(self, side: str) -> PairBatch:
+        """The rows of one side, cut to their longest; for a loss that reads no other."""
+        count = len(self.rows)
+        part = slice(0, count) if side == self.sides[0] else slice(count, 2 * count)
+        labels = self.labels[part]
+        places = torch.arange(1, labels.shape[1] + 1, device=labels.device)
+        lengths = torch.where(labels != IGNORE_INDEX, places, 0).amax(1)
+        longest = max(int(lengths.max()), _FILLER_LENGTH)
+        return replace(
+            self,
+            tokens=self.tokens[part, :longest],
+            labels=labels[:, :longest],
+            num_tokens=int(lengths[self.real].sum()),
+            sides=(side,),
+        )
 
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch with its tensors on a device."""
-        return PairBatch(
-            tokens=self.tokens.to(device, non_blocking=True),
-            labels=self.labels.to(device, non_blocking=True),
-            real=self.real.to(device, non_blocking=True),
-            rows=self.rows,
-            num_pairs=self.num_pairs,
-            num_tokens=self.num_tokens,
-        )
+        tensors = {
+            name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "real")
+        }
+        return replace(self, **tensors)
 
 
 def collate_pairs(examples: Sequence[PairExample], pad_id: int, filler: bool = False) -> PairBatch:

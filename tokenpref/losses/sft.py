@@ -21,7 +21,8 @@ class NLLLoss(nn.Module):
     answer counts alike, whatever its length; an answer without tokens has loss 0 and no gradient.
 
     A likelihood has no reference, hence no implicit reward: both rewards are 0, and so are accuracy and margin in the
-    log. There is no ``rewards/train_margins``, because nothing is trained on a margin.
+    log. There is no ``rewards/train_margins``, because nothing is trained on a margin. ``sides`` names the one side that
+    it reads, so that a trainer leaves the other out.
 
     Args:
         side: "chosen" or "rejected".
@@ -34,6 +35,7 @@ class NLLLoss(nn.Module):
         super().__init__()
         self.side = check_choice("side", side, ("chosen", "rejected"))
         self.needs: frozenset[str] = frozenset()
+        self.sides = (self.side,)  # the trainer runs no model over the other one
         self.invariants: frozenset[str] = frozenset()
 
     def forward(self, pair: PairStats) -> LossOutput:
@@ -48,7 +50,8 @@ class NLLLoss(nn.Module):
         stats = pair.chosen if self.side == "chosen" else pair.rejected
         losses = -stats.policy_logps.sum(-1) / stats.lengths.clamp(min=1)
         no_reward = torch.zeros_like(losses)
-        return LossOutput(losses, no_reward, no_reward, answer_metrics(pair))
+        metrics = {k: v for k, v in answer_metrics(pair).items() if k.endswith(f"/{self.side}")}
+        return LossOutput(losses, no_reward, no_reward, metrics)
 
     def extra_repr(self) -> str:
         """Settings, for ``print(loss)``."""

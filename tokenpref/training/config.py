@@ -199,9 +199,16 @@ def transform_faults(transform: Component | None) -> list[str]:
     if transform is None:
         return []
     try:
-        transform.build(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), side="chosen")
+        result = transform.build(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), side="chosen")
     except ConfigError as error:
         return error.faults
+    if not (
+        isinstance(result, tuple) and len(result) == 2 and all(isinstance(r, torch.Tensor) for r in result)
+    ):
+        return [
+            f"{transform.key} ({transform.path}): must return weights and the mask of clipped tokens, two tensors [B, T]; "
+            f"found {type(result).__name__}"
+        ]
     return []
 
 

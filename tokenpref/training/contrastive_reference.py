@@ -106,7 +106,7 @@ class ContrastiveReference:
         if config.method == "prompt":
             prompts = (config.positive_prompt, config.negative_prompt)
             sides = {s: {"checkpoint": None, "prompt": p} for s, p in zip(SIDES, prompts, strict=True)}
-            own.claim(resume=False)
+            own.claim_once()
         else:
             for side in SIDES:
                 weights = self._build_side(folder, side, own)
@@ -140,8 +140,7 @@ class ContrastiveReference:
         trainer = PreferenceTrainer(cfg, self.world)
         try:
             trainer.setup()
-            if not own.path.joinpath("run.json").is_file():
-                own.claim(resume=False)
+            own.claim_once()
             trainer.train()
         finally:
             trainer.close()

@@ -25,7 +25,7 @@ from tokenpref.training.online import answer_batch, check_context, prompted_answ
 from tokenpref.training.pair import ContrastivePair, PairSide, read_pair, weights_digest
 from tokenpref.training.schema import Component, component, integer, read_config
 from tokenpref.training.setup import build_scorer, read_weights
-from tokenpref.weights import StoredRow, StoreWriter, WeightStore, contrastive_log_ratios
+from tokenpref.weights import StoredRow, StoreWriter, contrastive_log_ratios
 
 __all__ = ["ContrastiveEstimator", "EstimateConfig", "Estimator", "WeightEstimation"]
 
@@ -162,11 +162,11 @@ class WeightEstimation:
     def __init__(self, cfg: DictConfig) -> None:
         self.config = read_config(EstimateConfig, cfg)
 
-    def run(self) -> WeightStore:
+    def run(self) -> Path:
         """Score what is missing.
 
         Returns:
-            The finished store.
+            The store's folder.
         """
         config = self.config
         torch.manual_seed(config.seed)
@@ -174,6 +174,7 @@ class WeightEstimation:
         tokenizer = adapt_tokenizer(config.tokenizer.build())
         self.dataset: PreferenceDataset = world.together(lambda: config.dataset.build(tokenizer))
         self._say(f"dataset: {self.dataset.report.summary()}")
+        self._lengths = [(len(e.chosen_ids), len(e.rejected_ids)) for e in self.dataset]
         self.estimator: Estimator = world.together(config.estimator.build)
         path = Path(config.output_dir).expanduser().absolute() / STORE
         shards = -(-len(self.dataset) // config.shard_rows)
@@ -200,7 +201,7 @@ class WeightEstimation:
             writer.finish()
             self._say(f"weight store in {path}")
         world.barrier()
-        return WeightStore.open(path)
+        return path
 
     def _score(self, shards: Sequence[int], writer: StoreWriter | None) -> None:
         world = self.world
@@ -229,8 +230,7 @@ class WeightEstimation:
         return range(shard * size, min((shard + 1) * size, len(self.dataset)))
 
     def _tokens(self, answer: tuple[int, int]) -> int:
-        example = self.dataset[answer[0]]
-        return len(example.rejected_ids if answer[1] else example.chosen_ids)
+        return self._lengths[answer[0]][answer[1]]
 
     def _batches(self, shard: int) -> list[list[tuple[int, int]]]:
         """The shard's answers, longest first, cut into batches of ``batch_tokens`` with their padding."""

@@ -21,7 +21,7 @@ from tokenpref.training.config import SamplingConfig
 from tokenpref.training.generation import sample
 from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval
 from tokenpref.training.setup import pair_batches
-from tokenpref.training.step import BatchWeights, score_pairs
+from tokenpref.training.step import BatchWeights, score_pairs, what_is_read
 
 __all__ = ["evaluate_pairs", "paired_gain", "sample_rewards"]
 
@@ -62,7 +62,8 @@ def evaluate_pairs(
     sums = MetricSums()
     steps = steps_per_epoch(len(dataset), batch_size=batch_size, accumulation=1, world_size=world.size)
     for step in tqdm(range(steps), desc=progress, disable=progress is None or not world.is_main, leave=False):
-        for batch in pair_batches(dataset, world, pad_id=pad_id, step=step, batch_size=batch_size):
+        for whole in pair_batches(dataset, world, pad_id=pad_id, step=step, batch_size=batch_size):
+            batch = what_is_read(loss, whole)
             output = score_pairs(policy, reference, batch, needs, weigh(batch), loss)
             sums.add(loss_metrics(output), batch.real)
     policy.model.train(training)

@@ -30,6 +30,7 @@ FORMAT = "tokenpref-pair/1"
 PAIR_FILE = "pair.yaml"
 METHODS = ("prompt", "sft", "dpo")
 SIDES = ("positive", "negative")
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 @dataclass(frozen=True)
@@ -180,7 +181,8 @@ def _component(key: str, node: Mapping[str, Any]) -> Component:
 def _side(folder: Path, side: str, node: Mapping[str, Any], base: Component) -> PairSide:
     prompt = node.get("prompt")
     if node.get("checkpoint") is None:
-        return PairSide(base, prompt)
+        kwargs = {**base.kwargs, "output_dir": str(folder)}
+        return PairSide(Component(side, base.path, kwargs), prompt)
     checkpoint = (folder / str(node["checkpoint"])).resolve()
     if not checkpoint.is_relative_to(folder.resolve()):
         raise DataError(
@@ -207,7 +209,10 @@ def weights_digest(side: PairSide) -> str:
     """
     hasher = hashlib.sha256()
     folder = Path(str(side.checkpointer.kwargs.get("checkpoint_dir", "")))
-    for name in side.checkpointer.kwargs.get("checkpoint_files", []):
+    files = side.checkpointer.kwargs.get("checkpoint_files")
+    if not isinstance(files, list):  # torchtune also takes a pattern of names
+        files = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+    for name in files:
         file = folder / str(name)
         if not file.is_file():
             raise ConfigError(f"pair: no file {file}; build the pair anew or restore its base model")

@@ -143,6 +143,12 @@ class RunFolder:
             _write_json(self.path / RUN_FILE, record)
         self.world.barrier()
 
+    def claim_once(self) -> None:
+        """Make the folder this run's unless it is already; nothing in it is removed."""
+        # Decided by the main process alone: its file may appear while another process looks.
+        if self.world.broadcast_object(self._owner() is None if self.world.is_main else None):
+            self.claim(resume=False)
+
     def _owner(self) -> dict[str, Any] | None:
         path = self.path / RUN_FILE
         if not path.is_file():

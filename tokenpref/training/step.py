@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from dataclasses import dataclass, fields, replace
+from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
@@ -14,12 +14,12 @@ from tokenpref.distributed import World, gradient_sync
 from tokenpref.errors import TrainingDiverged
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.stats import LossOutput, PairStats, TokenStats
+from tokenpref.stats import SIDES, LossOutput, PairStats, split_pair
 from tokenpref.training.metrics import MetricSums, loss_metrics
 from tokenpref.training.token_weights import clipped_share
 from tokenpref.weights import TransformedWeights
 
-__all__ = ["BatchWeights", "StepResult", "score_pairs", "split_pair", "train_step"]
+__all__ = ["BatchWeights", "StepResult", "score_pairs", "train_step", "what_is_read"]
 
 BatchWeights = Callable[[PairBatch], "TransformedWeights | None"]
 """Token weights ``[2B, T]`` of a micro-batch, or None where the loss takes none."""
@@ -42,14 +42,10 @@ class StepResult:
     grad_norm: float
 
 
-def split_pair(stats: TokenStats, num_pairs: int) -> PairStats:
-    """Chosen rows ``[:B]`` and rejected rows ``[B:]`` of a joint forward."""
-
-    def rows(part: slice) -> TokenStats:
-        present = {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
-        return replace(stats, **{name: value[part] for name, value in present.items()})
-
-    return PairStats(chosen=rows(slice(None, num_pairs)), rejected=rows(slice(num_pairs, None)))
+def what_is_read(loss: nn.Module, batch: PairBatch) -> PairBatch:
+    """The side of a batch that a loss with ``sides`` reads; the whole batch for all others."""
+    sides = getattr(loss, "sides", SIDES)
+    return batch if set(sides) == set(SIDES) else batch.only(sides[0])
 
 
 def score_pairs(
@@ -83,7 +79,7 @@ def score_pairs(
             ref_head_weight=ref.head_weight,
             weights=None if weights is None else weights.weights,
         )
-        output = use(split_pair(stats, len(batch.rows)))
+        output = use(split_pair(stats, batch.sides))
     return (
         output if weights is None else replace(output, metrics=output.metrics | clipped_share(weights, batch))
     )
@@ -110,6 +106,7 @@ def train_step(
     Raises:
         TrainingDiverged: on every rank, before the update, if a loss or the gradient is not finite on any.
     """
+    micro_batches = [what_is_read(loss, batch) for batch in micro_batches]
     counts = torch.tensor([[b.num_pairs, b.num_tokens] for b in micro_batches], device=world.device).sum(0)
     pairs, tokens = (int(n) for n in world.sum(counts))
     # FSDP2 averages gradients over ranks; the loss below is a sum over ranks divided by the pairs of all.

@@ -13,12 +13,12 @@ from torch.nn.utils.rnn import pad_sequence
 from tokenpref.components import accepts
 from tokenpref.data import IGNORE_INDEX, PairBatch, PreferenceDataset, ScoreSource
 from tokenpref.errors import ConfigError, DataError
+from tokenpref.stats import SIDES
 from tokenpref.training.schema import Component
 from tokenpref.weights import TransformedWeights, normalized
 
 __all__ = ["TokenWeights", "Weighing", "clipped_share", "in_columns"]
 
-SIDES = ("chosen", "rejected")
 _CHUNK = 1024  # answers transformed at a time
 
 
@@ -161,7 +161,8 @@ class TokenWeights:
     def __call__(self, batch: PairBatch) -> TransformedWeights:
         """Weights ``[2B, T]`` of a micro-batch, and which of them a bound has cut; 0 outside the answers."""
         answers: list[tuple[Tensor, Tensor]] = []
-        for weighed in self._sides:
+        for side in batch.sides:
+            weighed = self._sides[SIDES.index(side)]
             for row in batch.rows:
                 nothing = torch.zeros(0)
                 answers.append(weighed[self._position[row]] if row >= 0 else (nothing, nothing.bool()))
@@ -187,6 +188,5 @@ def in_columns(answers: Sequence[tuple[Tensor, Tensor]], batch: PairBatch) -> Tr
 def clipped_share(weights: TransformedWeights, batch: PairBatch) -> dict[str, Tensor]:
     """``weights/clipped``: the share of a pair's answer tokens whose score a bound has cut, ``[B]``."""
     mask = batch.labels[:, 1:] != IGNORE_INDEX
-    half = len(batch.rows)
-    cut, count = weights.clipped.sum(-1), mask.sum(-1)
-    return {"weights/clipped": (cut[:half] + cut[half:]) / (count[:half] + count[half:]).clamp(min=1)}
+    cut, count = (marks.sum(-1).view(len(batch.sides), -1).sum(0) for marks in (weights.clipped, mask))
+    return {"weights/clipped": cut / count.clamp(min=1)}

@@ -1,0 +1,1 @@
+"""Side-by-side scripts that print one table each."""

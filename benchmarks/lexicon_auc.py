@@ -1,0 +1,120 @@
+"""How well each contrastive pair finds the words that make an answer preferred, on the real small model.
+
+    python -m benchmarks.lexicon_auc               # builds the pairs that are missing, scores data/sentiment/eval.jsonl
+    python -m benchmarks.lexicon_auc --write-docs  # and writes docs/results/lexicon_auc.md
+
+The data comes with the lexicon's valence of every word, which decided what was preferred. Two questions of each token's log
+pi+ - log pi-: does its size tell lexicon words from the rest, and does its sign tell good words from bad ones?
+"""
+
+from __future__ import annotations
+
+import argparse
+import platform
+from pathlib import Path
+
+import numpy as np
+import torch
+
+from benchmarks import tables
+from benchmarks.frontier import PAIR, ROOT, tune
+from tokenpref.data import load_rows
+from tokenpref.weights import WeightStore, values_of_tokens
+
+DATA = "package://data/sentiment/eval.jsonl"
+DOC = ROOT / "docs" / "results" / "lexicon_auc.md"
+METHODS = ("prompt", "sft", "dpo")
+INTRO = """# Which tokens a contrastive pair finds
+
+What `python -m benchmarks.lexicon_auc --write-docs` found on `data/sentiment/eval.jsonl`: SmolLM2-135M-Instruct, {versions},
+CPU, float32. `dpo` and `sft`: 50 steps of 8 pairs a side, AdamW 5e-5, on `train.jsonl`; `prompt`: the two prompts of
+`configs/smollm2/135M_contrastive_reference.yaml`. One seed; 0.5 is chance. The lexicon decided what was preferred, and knows
+neither negation nor context.
+
+"""
+
+
+def auc(scores: np.ndarray, positive: np.ndarray) -> float:
+    """Probability that a positive token scores above a negative one, ties counted half."""
+    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
+    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
+    hits = int(positive.sum())
+    return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * (len(scores) - hits)))
+
+
+def pair_folder(method: str) -> Path:
+    return ROOT / (PAIR if method == "dpo" else f"{PAIR}_{method}")
+
+
+def store(method: str) -> WeightStore:
+    """The scores of the held-out pairs under one construction, made where missing."""
+    pair, output = pair_folder(method), ROOT / "outputs" / f"lexicon_{method}"
+    if not (pair / "pair.yaml").is_file():
+        tune(
+            "recipes/contrastive_reference_distributed",
+            "smollm2/135M_contrastive_reference",
+            f"method={method}",
+            f"output_dir={pair}",
+        )
+    if not (output / "weights" / "metadata.json").is_file():
+        tune(
+            "recipes/estimate_weights_distributed",
+            "smollm2/135M_estimate_weights",
+            f"estimator.pair={pair}",
+            f"dataset.source={DATA}",
+            f"output_dir={output}",
+        )
+    return WeightStore.open(output / "weights")
+
+
+def measured(found: WeightStore) -> dict[str, float]:
+    """AUCs over all answer tokens of both sides."""
+    valences = load_rows(DATA).table
+    ratios, values = [], []
+    for row in found:
+        for side in ("chosen", "rejected"):
+            ratios.append(getattr(row, side))
+            spans = [(int(start), int(end)) for start, end, _ in valences[row.row][f"{side}_valence"]]
+            known = [value for _, _, value in valences[row.row][f"{side}_valence"]]
+            values.append(values_of_tokens(getattr(row, f"{side}_spans"), spans, known, default=0.0))
+    ratio, valence = np.concatenate(ratios), np.concatenate(values)
+    lexicon = valence != 0
+    return {
+        "tokens": len(ratio),
+        "lexicon tokens": int(lexicon.sum()),
+        "size": auc(np.abs(ratio), lexicon),
+        "sign": auc(ratio[lexicon], valence[lexicon] > 0),
+        "mean": float(np.abs(ratio).mean()),
+    }
+
+
+def main() -> None:
+    """Measure all constructions, print and perhaps write the table."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--write-docs", action="store_true")
+    arguments = parser.parse_args()
+    found = {method: measured(store(method)) for method in arguments.methods}
+    rows = [
+        [method, f"{m['size']:.3f}", f"{m['sign']:.3f}", f"{m['mean']:.3f}"] for method, m in found.items()
+    ]
+    head = [
+        "construction",
+        "AUC of the size, lexicon word or not",
+        "AUC of the sign, good or bad word",
+        "mean size",
+    ]
+    text = tables.markdown(head, rows)
+    first = next(iter(found.values()))
+    words = first["lexicon tokens"]
+    text += (
+        f"\n\n{first['tokens']} answer tokens of 122 held-out pairs, {words} of them in words of the lexicon."
+    )
+    print(text)
+    if arguments.write_docs:
+        versions = f"torch {torch.__version__}, Python {platform.python_version()}"
+        DOC.write_text(INTRO.format(versions=versions) + text + "\n", encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()
