@@ -200,7 +200,9 @@ def sentences(ranking: dict[float, list[tuple[float, str]]], half_width: float) 
             (best, winner), *others = sorted(found, reverse=True)
             rest = ", ".join(f"{title} {value:+.3f}" for value, title in others)
             lines.append(f"- At KL {level:g}: **{winner}** {best:+.3f}; then {rest}.")
-    lines.append(f"\nA reward's own 95 % interval is about ±{half_width:.2f}: smaller differences decide nothing.")
+    lines.append(
+        f"\nA reward's own 95 % interval is about ±{half_width:.2f}: smaller differences decide nothing."
+    )
     return "\n".join(lines)
 
 

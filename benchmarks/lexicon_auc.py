@@ -18,6 +18,7 @@ import torch
 
 from benchmarks import tables
 from benchmarks.frontier import PAIR, ROOT, tune
+from benchmarks.planted.measures import auc
 from tokenpref.data import load_rows
 from tokenpref.weights import WeightStore, values_of_tokens
 
@@ -32,14 +33,6 @@ CPU, float32. `dpo` and `sft`: 50 steps of 8 pairs a side, AdamW 5e-5, on `train
 neither negation nor context.
 
 """
-
-
-def auc(scores: np.ndarray, positive: np.ndarray) -> float:
-    """Probability that a positive token scores above a negative one, ties counted half."""
-    _, inverse, counts = np.unique(scores, return_inverse=True, return_counts=True)
-    ranks = (np.cumsum(counts) - (counts - 1) / 2)[inverse]
-    hits = int(positive.sum())
-    return float((ranks[positive].sum() - hits * (hits + 1) / 2) / (hits * (len(scores) - hits)))
 
 
 def pair_folder(method: str) -> Path:

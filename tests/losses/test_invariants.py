@@ -150,8 +150,9 @@ def test_output_is_per_pair_finite_and_only_the_loss_has_a_gradient(cls, setting
 @of()
 def test_metrics_have_the_common_names(cls, settings):
     sides = random_sides()
-    metrics = run(cls(**settings), sides)[0].metrics
-    for side in ("chosen", "rejected"):
+    loss = cls(**settings)
+    metrics = run(loss, sides)[0].metrics
+    for side in getattr(loss, "sides", ("chosen", "rejected")):
         mask = sides[side]["mask"]
         sums = {k: torch.where(mask, v, 0).sum(-1) for k, v in sides[side].items()}
         for name, value in (

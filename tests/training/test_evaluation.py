@@ -17,6 +17,7 @@ from tokenpref.rewards import KeywordReward
 from tokenpref.training.config import EvaluateConfig, SamplingConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.schema import read_config
+from tokenpref.weights import TransformedWeights
 
 WORLD = single_process_world()
 
@@ -113,7 +114,9 @@ def test_token_weights_come_from_weigh(policy, reference, data):
     seen = []
 
     def weigh(batch):
-        return torch.arange(batch.tokens[:, 1:].numel(), dtype=torch.float64).view_as(batch.tokens[:, 1:])
+        columns = batch.tokens[:, 1:]
+        numbered = torch.arange(columns.numel(), dtype=torch.float64).view_as(columns)
+        return TransformedWeights(numbered, torch.zeros_like(columns, dtype=torch.bool))
 
     class Spy(torch.nn.Module):
         def forward(self, pair):

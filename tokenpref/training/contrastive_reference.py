@@ -131,7 +131,7 @@ class ContrastiveReference:
         cfg = self._side_config(folder, side)
         plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         run = RunFolder(folder / side, plain, PreferenceTrainer.recipe, self.world)
-        weights: Path | None = self.world.broadcast_object(run.finished() if self.world.is_main else None)
+        weights = run.finished()
         if weights is not None:
             self._say(f"{side} side: done already ({weights})")
             return weights

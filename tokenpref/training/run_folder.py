@@ -116,9 +116,15 @@ class RunFolder:
         """Mark the run as complete; ``export`` names the folder of its last weights."""
         if self.world.is_main:
             _write_json(self.path / FINISHED_FILE, {"weights": export})
+        self.world.barrier()
 
     def finished(self) -> Path | None:
-        """Folder of the last weights if this very run (same config) is complete."""
+        """Folder of the last weights if this very run (same config) is complete; the same on every rank."""
+        # The main process alone looks: files may appear while another process does.
+        weights: Path | None = self.world.broadcast_object(self._finished() if self.world.is_main else None)
+        return weights
+
+    def _finished(self) -> Path | None:
         file = self.path / FINISHED_FILE
         owner = self._owner()
         if owner is None or owner["config"] != self._fingerprint or not file.is_file():
