@@ -68,8 +68,8 @@ def main() -> None:
                 "method=prompt",
                 f"output_dir={pair}",
                 # One character each: the tokens of both sides stay the data's own but for one.
-                "positive_prompt=+",
-                "negative_prompt=-",
+                "positive_prompt=a",
+                "negative_prompt=b",
             )
             ContrastiveReference(cfg).run()
         rates = []
