@@ -18,10 +18,10 @@ import torch
 from omegaconf import OmegaConf
 
 from benchmarks.frontier import ROOT
+from tokenpref.data import padded
 from tokenpref.models.scoring import logits_of
 from tokenpref.training import ContrastiveReference, WeightEstimation
 from tokenpref.training.estimate import ContrastiveEstimator
-from tokenpref.training.online import answer_batch
 
 
 def config(name: str, *overrides: str) -> OmegaConf:
@@ -40,7 +40,7 @@ def bare(estimation: WeightEstimation, batches: list[list[tuple[int, int]]]) -> 
             (e.rejected_ids, e.rejected_start) if side else (e.chosen_ids, e.chosen_start)
             for e, side in ((examples[i], side) for i, side in batch)
         ]
-        prepared.append(answer_batch(answers, 0)[0])
+        prepared.append(padded(answers, 0)[0])
     start = time.perf_counter()
     with torch.no_grad():
         for tokens in prepared:

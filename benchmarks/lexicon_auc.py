@@ -1,15 +1,17 @@
-"""How well each contrastive pair finds the words that make an answer preferred, on the real small model.
+"""How well contrastive pairs and attribution find the words that make an answer preferred, on the real small model.
 
     python -m benchmarks.lexicon_auc               # builds the pairs that are missing, scores data/sentiment/eval.jsonl
     python -m benchmarks.lexicon_auc --write-docs  # and writes docs/results/lexicon_auc.md
 
 The data comes with the lexicon's valence of every word, which decided what was preferred. Two questions of each token's log
-pi+ - log pi-: does its size tell lexicon words from the rest, and does its sign tell good words from bad ones?
+pi+ - log pi-: does its size tell lexicon words from the rest, and does its sign tell good words from bad ones? Attribution
+weights have no sign and answer the first alone.
 """
 
 from __future__ import annotations
 
 import argparse
+import math
 import platform
 from pathlib import Path
 
@@ -25,12 +27,20 @@ from tokenpref.weights import WeightStore, values_of_tokens
 DATA = "package://data/sentiment/eval.jsonl"
 DOC = ROOT / "docs" / "results" / "lexicon_auc.md"
 METHODS = ("prompt", "sft", "dpo")
+# Attribution alone (mixture 1), on the starting model: target, its settings, norm.
+ATTRIBUTIONS = {
+    "max_last": ("MaxLogit", ["estimator.target.position=last_valid"], "l1"),
+    "max_before_last": ("MaxLogit", ["estimator.target.position=before_last"], "l1"),
+    "answer": ("AnswerLogp", [], "l1"),
+    "margin_ixg": ("PreferenceMargin", [], "input_times_gradient"),
+}
 INTRO = """# Which tokens a contrastive pair finds
 
 What `python -m benchmarks.lexicon_auc --write-docs` found on `data/sentiment/eval.jsonl`: SmolLM2-135M-Instruct, {versions},
 CPU, float32. `dpo` and `sft`: 50 steps of 8 pairs a side, AdamW 5e-5, on `train.jsonl`; `prompt`: the two prompts of
 `configs/smollm2/135M_contrastive_reference.yaml`. One seed; 0.5 is chance. The lexicon decided what was preferred, and knows
-neither negation nor context.
+neither negation nor context. Attribution: weights of the starting model by target and norm, no prior (mixture 1), mean one
+over each answer, so they cannot say which answers hold more of such words.
 
 """
 
@@ -60,6 +70,24 @@ def store(method: str) -> WeightStore:
     return WeightStore.open(output / "weights")
 
 
+def attribution_store(name: str) -> WeightStore:
+    """The same pairs' attribution weights under the starting model, made where missing."""
+    target, settings, norm = ATTRIBUTIONS[name]
+    output = ROOT / "outputs" / f"lexicon_attribution_{name}"
+    if not (output / "weights" / "metadata.json").is_file():
+        tune(
+            "recipes/estimate_weights_distributed",
+            "smollm2/135M_estimate_weights_attribution",
+            f"estimator.target=tokenpref.weights.attribution.{target}",
+            *settings,
+            f"estimator.norm={norm}",
+            "estimator.mixture=1.0",
+            f"dataset.source={DATA}",
+            f"output_dir={output}",
+        )
+    return WeightStore.open(output / "weights")
+
+
 def measured(found: WeightStore) -> dict[str, float]:
     """AUCs over all answer tokens of both sides."""
     valences = load_rows(DATA).table
@@ -76,7 +104,7 @@ def measured(found: WeightStore) -> dict[str, float]:
         "tokens": len(ratio),
         "lexicon tokens": int(lexicon.sum()),
         "size": auc(np.abs(ratio), lexicon),
-        "sign": auc(ratio[lexicon], valence[lexicon] > 0),
+        "sign": auc(ratio[lexicon], valence[lexicon] > 0) if found.kind == "log_ratio" else float("nan"),
         "mean": float(np.abs(ratio).mean()),
     }
 
@@ -85,11 +113,22 @@ def main() -> None:
     """Measure all constructions, print and perhaps write the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--methods", nargs="*", default=list(METHODS), choices=METHODS)
+    parser.add_argument("--attributions", nargs="*", default=list(ATTRIBUTIONS), choices=list(ATTRIBUTIONS))
     parser.add_argument("--write-docs", action="store_true")
     arguments = parser.parse_args()
     found = {method: measured(store(method)) for method in arguments.methods}
+    for name in arguments.attributions:
+        target, settings, norm = ATTRIBUTIONS[name]
+        where = "".join(f", {s.rpartition('=')[2]}" for s in settings)
+        found[f"attribution: {target}{where}, {norm}"] = measured(attribution_store(name))
     rows = [
-        [method, f"{m['size']:.3f}", f"{m['sign']:.3f}", f"{m['mean']:.3f}"] for method, m in found.items()
+        [
+            method,
+            f"{m['size']:.3f}",
+            "-" if math.isnan(m["sign"]) else f"{m['sign']:.3f}",
+            f"{m['mean']:.3f}",
+        ]
+        for method, m in found.items()
     ]
     head = [
         "construction",

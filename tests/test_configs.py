@@ -7,8 +7,8 @@ from omegaconf import OmegaConf
 from tokenpref._registry import config_files, recipe_of
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models.scoring import install_head
-from tokenpref.training import Evaluator, PreferenceTrainer, WeightedTrainer, config
-from tokenpref.training.config import EvaluateConfig, TrainConfig, WeightedConfig, loss_faults
+from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer, config, estimate
+from tokenpref.training.config import EvaluateConfig, TrainConfig, TripletConfig, WeightedConfig, loss_faults
 from tokenpref.training.contrastive_reference import ContrastiveConfig
 from tokenpref.training.estimate import EstimateConfig
 from tokenpref.training.schema import read_config
@@ -16,6 +16,7 @@ from tokenpref.training.schema import read_config
 RECIPES = {
     "tdpo_distributed": (TrainConfig, PreferenceTrainer),
     "tis_dpo_distributed": (WeightedConfig, WeightedTrainer),
+    "ti_dpo_distributed": (TripletConfig, TripletTrainer),
     "contrastive_reference_distributed": (ContrastiveConfig, PreferenceTrainer),
     "estimate_weights_distributed": (EstimateConfig, None),
     "evaluate_distributed": (EvaluateConfig, Evaluator),
@@ -27,7 +28,8 @@ FILES = config_files()
 @pytest.fixture(params=sorted(FILES))
 def shipped(request, monkeypatch):
     # The weights of the larger models are not here; their paths are the user's to make.
-    monkeypatch.setattr(config, "checkpoint_faults", lambda checkpointer, model: [])
+    for module in (config, estimate):
+        monkeypatch.setattr(module, "checkpoint_faults", lambda checkpointer, model: [])
     file = FILES[request.param]
     schema, recipe = RECIPES[recipe_of(file.stem)]
     loaded = OmegaConf.load(file)
@@ -48,6 +50,9 @@ def test_components_can_be_built(shipped):
         assert cfg.loss is None and cfg.method == "dpo"
     else:
         assert cfg.loss.build().needs
+    if isinstance(cfg, TripletConfig):
+        assert cfg.token_weights.build().kind == "weight" and cfg.weight_transform is None
+        assert ("anchor" in cfg.loss.build().needs) == (cfg.anchors.build() is not None)
     if isinstance(cfg, TrainConfig):
         optimizer = cfg.optimizer.build(model.parameters())
         if cfg.lr_scheduler is not None:
@@ -123,3 +128,27 @@ def test_tis_settings_are_the_releases():
         assert (cfg.optimizer._component_, cfg.optimizer.lr) == ("torch.optim.RMSprop", 5e-7)
         assert cfg.lr_scheduler.num_warmup_steps == 150 and cfg.clip_grad_norm == 10.0
         assert (cfg.dataset.max_prompt_len, cfg.dataset.max_seq_len) == (256, 512)
+
+
+@pytest.mark.parametrize("model", ["smollm2/135M", "llama3_2/1B", "llama3_2/3B", "mistral/7B"])
+def test_ti_settings_are_the_papers_and_the_codes(model):
+    """Paper: table B13 and equations 5 to 14. Code: the released yaml, and what its forward passes."""
+    paper, code = (OmegaConf.load(FILES[f"{model}_{n}"]) for n in ("ti_paper", "ti_code"))
+    loss = {k: v for k, v in paper.loss.items() if k in ("beta", "gamma", "alpha", "length_normalization")}
+    assert loss == {"beta": 0.1, "gamma": 0.1, "alpha": 0.0, "length_normalization": "none"}
+    loss = {k: v for k, v in code.loss.items() if k in ("beta", "gamma", "margin", "alpha")}
+    assert loss == {"beta": 0.2, "gamma": 0.001, "margin": 0.001, "alpha": 0.5}
+    for cfg, position, span, mixture, sigma, normalized in (
+        (paper, "before_last", "answer", 0.7, 1 / 4, False),
+        (code, "last_valid", "prompt_and_answer", 0.2, 1 / 8, True),
+    ):
+        found = cfg.token_weights
+        assert found.target._component_.endswith("MaxLogit") and found.target.position == position
+        assert (found.norm, found.span, found.mixture, found.refresh) == ("l1", span, mixture, "every_step")
+        assert (found.prior.sigma, found.prior.normalized) == (sigma, normalized)
+    sampling = {k: code.anchors[k] for k in ("temperature", "top_k", "top_p", "start")}
+    assert sampling == {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "start": "prompt"}
+    assert paper.anchors.start == "chosen_prefix" and paper.loss.anchor_grad and code.loss.anchor_grad
+    if model != "smollm2/135M":
+        assert (code.dataset.max_prompt_len, code.dataset.max_seq_len) == (128, 256)
+        assert (code.optimizer._component_, code.optimizer.lr) == ("torch.optim.RMSprop", 5e-6)

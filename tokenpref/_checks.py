@@ -7,7 +7,7 @@ import math
 from collections.abc import Collection, Iterable
 from typing import Any
 
-__all__ = ["check_choice", "check_known", "check_number", "check_ordered"]
+__all__ = ["check_choice", "check_flag", "check_known", "check_number", "check_ordered"]
 
 
 def _suggestion(value: Any, choices: Collection[str]) -> str:
@@ -25,6 +25,17 @@ def check_choice(name: str, value: Any, choices: Collection[str]) -> str:
         listed = ", ".join(repr(c) for c in choices)
         raise ValueError(f"{name} must be one of {listed}, got {value!r}{_suggestion(value, choices)}")
     return str(value)
+
+
+def check_flag(name: str, value: Any) -> bool:
+    """``value`` if it is True or False.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    if not isinstance(value, bool):
+        raise ValueError(f"{name} must be true or false, got {value!r}")
+    return value
 
 
 def check_known(name: str, values: Iterable[str], known: Collection[str]) -> frozenset[str]:

@@ -14,6 +14,7 @@ RECIPE_OF_METHOD = {
     "dpo": "tdpo_distributed",
     "tdpo": "tdpo_distributed",
     "tis": "tis_dpo_distributed",
+    "ti": "ti_dpo_distributed",
     "contrastive_reference": "contrastive_reference_distributed",
     "estimate_weights": "estimate_weights_distributed",
     "evaluate": "evaluate_distributed",

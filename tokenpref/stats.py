@@ -162,8 +162,8 @@ def split_pair(stats: TokenStats, sides: tuple[str, ...] = SIDES) -> PairStats:
     """Statistics of a joint forward, taken apart.
 
     Args:
-        stats: rows ``[:B]`` of the first side, then those of the second.
-        sides: which sides there are; one that is not gets answers without tokens.
+        stats: rows ``[:B]`` of the first side, then those of the second, and perhaps those of the anchors.
+        sides: which sides there are; of chosen and rejected, one that is not gets answers without tokens.
     """
     count = stats.mask.shape[0] // len(sides)
 
@@ -173,7 +173,8 @@ def split_pair(stats: TokenStats, sides: tuple[str, ...] = SIDES) -> PairStats:
 
     found = {side: rows(slice(i * count, (i + 1) * count), slice(None)) for i, side in enumerate(sides)}
     nothing = rows(slice(None, count), slice(0))
-    return PairStats(*(found.get(side, nothing) for side in SIDES))
+    chosen, rejected = (found.get(side, nothing) for side in SIDES)
+    return PairStats(chosen, rejected, found.get("anchor"))
 
 
 @dataclass(frozen=True, eq=False)

@@ -15,13 +15,34 @@ from tokenpref.data import IGNORE_INDEX, PairBatch
 from tokenpref.losses import DPOLoss, NLLLoss
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.step import BatchWeights, train_step
-from tokenpref.weights import answer_scores, contrastive_log_ratios, random, uniform
+from tokenpref.training.attribution import token_importances
+from tokenpref.training.scoring import BatchWeights
+from tokenpref.training.step import train_step
+from tokenpref.weights import (
+    AnswerLogp,
+    MaxLogit,
+    answer_scores,
+    attribution_weights,
+    contrastive_log_ratios,
+    random,
+    uniform,
+)
+from tokenpref.weights.attribution import Target
 
-__all__ = ["CONSTRUCTIONS", "LogRatios", "fit", "log_ratios", "recovery"]
+__all__ = ["CONSTRUCTIONS", "PAIRS", "TRAINED", "LogRatios", "fit", "log_ratios", "recovery"]
 
-CONSTRUCTIONS = ("prompt", "sft", "dpo", "random", "uniform")
-TRAINED = ("sft", "dpo")
+CONSTRUCTIONS = (
+    "prompt",
+    "sft",
+    "dpo",
+    "attribution_max",
+    "attribution_answer",
+    "attribution_dpo",
+    "random",
+    "uniform",
+)
+PAIRS = ("prompt", "sft", "dpo")
+TRAINED = ("sft", "dpo", "attribution_dpo")
 LogRatios = Callable[[PairBatch], "list[Tensor]"]
 """log pi+ - log pi- of the 2B answers of a batch, in its order."""
 
@@ -81,8 +102,11 @@ def log_ratios(
         seed: of the order of the pairs, and of the random scores.
 
     Returns:
-        A function that scores answers; those of "random" and "uniform" are the library's control weights, less one.
+        A function that scores answers; those of "random", "uniform" and attribution are the library's weights, less one.
     """
+    if construction in ("attribution_max", "attribution_answer"):
+        target = MaxLogit("before_last") if construction == "attribution_max" else AnswerLogp()
+        return attribution(load(settings, base, frozen=True), target)
     if construction in ("random", "uniform"):
 
         def control(batch: PairBatch) -> list[Tensor]:
@@ -114,10 +138,24 @@ def log_ratios(
         policy = load(settings, base)
         return fit(policy, reference, loss, data, lr=lr, steps=steps, batch=settings.batch, seed=seed)
 
+    if construction == "attribution_dpo":
+        return attribution(side(pairs), AnswerLogp())
     positive, negative = side(pairs), side(swapped(pairs))
     return lambda batch: contrastive_log_ratios(
         positive.logps, negative.logps, (batch.tokens, batch.labels), (batch.tokens, batch.labels)
     )
+
+
+def attribution(scorer: ScoringModel, target: Target) -> LogRatios:
+    """Weights from attribution alone (no prior) on one model, less one."""
+
+    def weights(batch: PairBatch) -> list[Tensor]:
+        found = token_importances(scorer, batch.tokens, batch.labels, target=target)
+        answer = batch.labels != IGNORE_INDEX
+        made = attribution_weights(found, answer, answer, mixture=1.0)
+        return [row[kept] - 1 for row, kept in zip(made, answer, strict=True)]
+
+    return weights
 
 
 def score_all(ratios: LogRatios, pairs: Pairs) -> list[tuple[Tensor, Tensor]]:

@@ -18,7 +18,7 @@ from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.metrics import mean_interval
 from tokenpref.training.schema import Component
-from tokenpref.training.step import BatchWeights
+from tokenpref.training.scoring import BatchWeights
 from tokenpref.training.token_weights import Weighing, in_columns
 
 __all__ = ["ARMS", "Arm", "run_arm", "sign_check"]

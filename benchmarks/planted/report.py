@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from benchmarks.planted.constructions import CONSTRUCTIONS, TRAINED
+from benchmarks.planted.constructions import CONSTRUCTIONS, PAIRS, TRAINED
 from benchmarks.planted.frontier import ARMS
 from benchmarks.planted.measures import at_level
 from benchmarks.planted.task import Settings
@@ -98,7 +98,7 @@ def signs(results: Results) -> list[Sign]:
     seeds = results.seeds
     most = max(results.settings.pair_counts)
     checks = []
-    for name in ("prompt", *TRAINED):
+    for name in PAIRS:
         values = [results.recovery[seed, name, most if name in TRAINED else 0]["sign"] for seed in seeds]
         checks.append(
             Sign(
@@ -226,7 +226,10 @@ def _recovery_table(results: Results) -> str:
     text = f"""Held-out answers, chosen and rejected ({results.settings.heldout} pairs a seed); mean over seeds, in brackets the
     least and the most. *AUC planted*: |log ratio| finds tokens that are worth something. *AUC sign*: among them, the log ratio
     tells good from bad. *Spearman*: log ratio and hidden reward over all tokens; as most rewards are exactly 0, even a
-    perfect log ratio stays below 1 unless it is 0 there too. *random* and *uniform*: the library's control weights, less one."""
+    perfect log ratio stays below 1 unless it is 0 there too. *attribution*: weights without prior, less one, by the largest
+    logit where the last token is predicted (max) or the answer's log-probability (answer) on the base model, and the latter on
+    a model trained by DPO on so many pairs (dpo); they have no sign of their own. *random* and *uniform*: the library's
+    control weights, less one."""
     lines += ["", _paragraph(text)]
     return "\n".join(lines)
 
@@ -247,7 +250,7 @@ def _recovery_words(results: Results) -> str:
     tokens and {results.settings.distractors} distractors, by construction of the task; the numbers say how well the style is
     read, not how good prompts are."""
     lines.append(_paragraph(text, "  "))
-    for name in TRAINED:
+    for name in (n for n in TRAINED if n in PAIRS):
         enough = [
             n
             for n in results.settings.pair_counts

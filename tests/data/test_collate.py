@@ -3,7 +3,7 @@ from __future__ import annotations
 import pytest
 import torch
 
-from tokenpref.data import PairExample, collate_pairs
+from tokenpref.data import PairExample, collate_anchors, collate_pairs
 
 
 def example(
@@ -65,3 +65,29 @@ def test_one_side_alone_is_cut_to_its_longest():
     assert (chosen.num_tokens, rejected.num_tokens) == (3 + 2, 4 + 3) and chosen.num_pairs == 2
     filler = collate_pairs([], pad_id=9, filler=True).only("rejected")
     assert filler.tokens.tolist() == [[9, 9]] and filler.num_tokens == 0
+
+
+def test_anchors_are_padded_and_compared():
+    pairs = collate_pairs(
+        [example(0, [1, 2, 3], 1, [1, 2, 4, 5], 1), example(1, [1, 6], 1, [1, 7], 1)], pad_id=9
+    )
+    anchors = collate_anchors([([1, 2, 3], 1), ([1, 8], 2)], pairs, pad_id=9)
+    assert anchors.tokens.tolist() == [[1, 2, 3], [1, 8, 9]]
+    assert anchors.labels.tolist() == [[-100, 2, 3], [-100, -100, -100]]
+    assert {name: values.tolist() for name, values in anchors.metrics.items()} == {
+        "anchors/tokens": [2, 0],
+        "anchors/empty": [0, 1],
+        "anchors/equal_chosen": [1, 0],
+        "anchors/equal_rejected": [0, 0],
+    }
+    whole = pairs.with_anchors(anchors)
+    assert whole.sides == ("chosen", "rejected", "anchor") and whole.num_tokens == pairs.num_tokens
+    assert whole.tokens.shape == whole.labels.shape == (6, 4)
+    assert whole.labels[4:, 3].tolist() == [-100, -100]
+    assert whole.answer_ids("anchor") == [[2, 3], []] and whole.answer_ids("rejected") == [[2, 4, 5], [7]]
+
+
+def test_a_filler_has_an_anchor_without_tokens():
+    filler = collate_pairs([], pad_id=0, filler=True)
+    anchors = collate_anchors([None], filler, pad_id=0)
+    assert anchors.tokens.shape == (1, 2) and (anchors.labels == -100).all()

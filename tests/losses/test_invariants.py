@@ -28,6 +28,13 @@ SETTINGS = {
         {"kl": "reference", "alpha": 0.5},
         {"kl": "reference", "alpha": 1},
     ],
+    "TripletTIDPOLoss": [
+        {},
+        {"gamma": 0},
+        {"gamma": 0, "alpha": 0.5},
+        {"gamma": 0.5, "margin": 0, "length_normalization": "tokens"},
+        {"gamma": 0.5, "alpha": 1, "length_normalization": "overlap", "anchor_grad": False},
+    ],
 }
 
 

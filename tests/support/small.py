@@ -5,9 +5,10 @@ from __future__ import annotations
 import torch
 
 from tokenpref._torchtune import TransformerDecoder, llama3_2
-from tokenpref.data import PairBatch
+from tokenpref.data import AnchorBatch, Answer, PairBatch, collate_anchors
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.weights import TransformedWeights
 
 VOCAB = 61
 
@@ -76,3 +77,24 @@ def batch(rows: list[int], *, length: int = 12, filler: bool = False) -> PairBat
         num_pairs=len(rows),
         num_tokens=count,
     )
+
+
+def anchor(row: int) -> Answer | None:
+    """A third answer that depends on the row alone; one in three is empty, a filler has none."""
+    if row < 0:
+        return None
+    generator = torch.Generator().manual_seed(2000 + row)
+    prompt = 3 + row % 2
+    return torch.randint(1, VOCAB, (prompt + row * 5 % 3 * 2,), generator=generator).tolist(), prompt
+
+
+def anchors(pairs: PairBatch) -> AnchorBatch:
+    """:func:`anchor` of a batch's rows."""
+    return collate_anchors([anchor(row) for row in pairs.rows], pairs, pad_id=0)
+
+
+def weights(pairs: PairBatch) -> TransformedWeights:
+    """Weights that depend on the token ids alone."""
+    mask = pairs.labels[:, 1:] != -100
+    values = 0.5 + (pairs.tokens[:, 1:] % 5).double() / 4.0
+    return TransformedWeights(torch.where(mask, values, 0), torch.zeros_like(mask))

@@ -8,12 +8,16 @@ from typing import Any
 
 import torch
 
-from support import small
+from support import evaluating, small
 from tokenpref.distributed import World, full_state_dict, load_sharded, save_sharded, shard
 from tokenpref.errors import TokenprefError
-from tokenpref.models.reference import FrozenReference
+from tokenpref.models.reference import FrozenReference, NoReference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.step import train_step
+from tokenpref.training.anchors import AnchorSampler
+from tokenpref.training.attribution import Attribution
+from tokenpref.training.live import LiveModels
+from tokenpref.training.step import no_anchors, train_step
+from tokenpref.weights.attribution import AnswerLogp
 
 
 def one_step(
@@ -47,7 +51,8 @@ def one_step(
             world,
             step=step + 1,
             needs=loss.needs,
-            weigh=lambda batch: None,
+            weigh=small.weights if "weights" in loss.needs else lambda batch: None,
+            anchor=small.anchors if "anchor" in loss.needs else no_anchors,
             clip_grad_norm=1.0,
         )
     metrics = result.sums.reduce(world)
@@ -133,3 +138,49 @@ def save_and_load(world: World, folder: str, load: bool) -> dict[str, Any]:
         load_sharded(Path(folder), model, optimizer)
     step()
     return {name: tensor.numpy() for name, tensor in full_state_dict(model, world).items()}
+
+
+def attribution(world: World, split: list[list[list[int]]], tied: bool) -> dict[str, Any]:
+    """Attribution weights of this rank's rows, batch by batch, with gradients of a backward before them.
+
+    Args:
+        world: the rank's world.
+        split: ``split[rank][batch]`` lists the rows of a batch; an empty list is a filler.
+        tied: tied embeddings.
+    """
+    policy = small.decoder(0, tied=tied)
+    shard(policy, world)
+    scorer = ScoringModel(policy, head_chunk_size=4)
+    other = small.batch([5, 6])
+    scorer.token_stats(other.tokens, other.labels, needs=frozenset()).policy_logps.sum().backward()
+    before = [p.grad.to_local().clone() for p in policy.parameters() if p.grad is not None]
+    source = Attribution(AnswerLogp(), refresh="once")
+    models = LiveModels(scorer, NoReference(), world, pad_id=0, eos_id=1, step=0)
+    found: dict[int, list[list[float]]] = {}
+    for _ in range(2):  # the second time all rows are known, on every rank
+        for rows in split[world.rank]:
+            weights = source.score(small.batch(rows, filler=not rows), models)
+            for place, row in enumerate(rows):
+                found[row] = [weights[side * len(rows) + place].tolist() for side in (0, 1)]
+    after = [p.grad.to_local() for p in policy.parameters() if p.grad is not None]
+    same = len(after) == len(before) and all(torch.equal(a, b) for a, b in zip(after, before, strict=True))
+    return {"weights": found, "grads_unchanged": same}
+
+
+def sampled_anchors(world: World, split: list[list[list[int]]]) -> dict[int, Any]:
+    """Anchors of this rank's rows of the tiny data, batch by batch.
+
+    Args:
+        world: the rank's world.
+        split: ``split[rank][batch]`` lists rows; -1 is a filler.
+    """
+    tokenizer = evaluating.tokenizer()
+    source = AnchorSampler(max_new_tokens=5, top_k=5, top_p=None, temperature=1.0, refresh="once")
+    source.bind(evaluating.pairs(6))
+    policy = evaluating.scorer(0, world)
+    models = LiveModels(policy, NoReference(), world, tokenizer.pad_id, tokenizer.eos_id, step=0)
+    found = {}
+    for _ in range(2):
+        for rows in split[world.rank]:
+            found.update({r: a for r, a in zip(rows, source.answers(rows, models), strict=True) if r >= 0})
+    return found

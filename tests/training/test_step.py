@@ -8,7 +8,7 @@ from support import small, workers
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import TrainingDiverged
-from tokenpref.losses import DPOLoss, NLLLoss, TokenDPOLoss
+from tokenpref.losses import DPOLoss, NLLLoss, TokenDPOLoss, TripletTIDPOLoss
 from tokenpref.training.step import train_step
 
 ROWS = [0, 1, 2, 3, 4]
@@ -27,9 +27,9 @@ def assert_same(one, other, tolerance=1e-12):
         np.testing.assert_allclose(other["state"][name], tensor, rtol=0, atol=tolerance, err_msg=name)
 
 
+@pytest.mark.parametrize("loss", [TokenDPOLoss(), TripletTIDPOLoss(gamma=0.5)], ids=["tdpo", "triplet"])
 @pytest.mark.parametrize("tied", [True, False])
-def test_micro_batches_equal_one_batch(tied):
-    loss = TokenDPOLoss()
+def test_micro_batches_equal_one_batch(tied, loss):
     assert_same(alone(loss, [ROWS], tied=tied), alone(loss, [[0, 1], [2], [3, 4]], tied=tied))
 
 
@@ -61,6 +61,9 @@ def test_a_filler_micro_batch_adds_exactly_nothing():
             [[[0, 1], [2]], [[3, 4], []]],
         ),  # a rank without pairs, two micros
         (NLLLoss("rejected"), True, True, [[[0, 1, 2]], [[3, 4]]]),  # one side alone
+        (TripletTIDPOLoss(gamma=0.5), True, True, [[[0, 1], [2]], [[3, 4], []]]),
+        (TripletTIDPOLoss(gamma=0.5, alpha=0.5), False, True, [[[0, 1, 2]], [[3, 4]]]),
+        (TripletTIDPOLoss(gamma=0.5, anchor_grad=False), True, True, [[ROWS], [[]]]),
         (DPOLoss(), True, False, [[ROWS], [[]]]),  # a rank without any pair; the reference scores itself
     ],
 )
@@ -142,3 +145,40 @@ def test_nan_on_one_rank_stops_both():
     messages = run_distributed(workers.nan_on_one_rank, DPOLoss())
     for message in messages:
         assert message.startswith("unmoved: step 7: the loss of rows [1] is not finite")
+
+
+def test_anchors_in_the_pairs_forward_or_in_their_own_give_the_same_loss():
+    """And without gradient through them the anchor's rows move nothing."""
+    joint, apart = (TripletTIDPOLoss(gamma=0.5, anchor_grad=grad) for grad in (True, False))
+    one, two = alone(joint, [ROWS], tied=True), alone(apart, [ROWS], tied=True)
+    assert one["metrics"] == pytest.approx(two["metrics"], rel=1e-12)
+    assert one["norm"] != pytest.approx(two["norm"], rel=1e-3)
+    assert one["metrics"]["anchors/empty"] == 2 / 5 and one["metrics"]["triplet/active"] > 0
+    assert one["metrics"]["anchors/tokens"] == (0 + 4 + 2 + 0 + 4) / 5
+
+
+def test_weights_and_anchors_come_before_any_graph():
+    """All micro-batches are prepared while no gradient of this step exists."""
+    scorer, loss = small.scorer(0), TripletTIDPOLoss()
+    seen = []
+
+    def watched(name, make):
+        def look(batch):
+            seen.append((name, all(p.grad is None for p in scorer.model.parameters())))
+            return make(batch)
+
+        return look
+
+    train_step(
+        scorer,
+        small.reference(1),
+        loss,
+        torch.optim.SGD(scorer.model.parameters(), lr=0.1),
+        [small.batch([0]), small.batch([1])],
+        single_process_world(),
+        step=1,
+        needs=loss.needs,
+        weigh=watched("weights", small.weights),
+        anchor=watched("anchors", small.anchors),
+    )
+    assert seen == [("weights", True), ("anchors", True)] * 2

@@ -3,7 +3,16 @@
 from __future__ import annotations
 
 from tokenpref.data.chat import ChatTemplate, TemplateError, normalize_messages
-from tokenpref.data.collate import IGNORE_INDEX, PairBatch, collate_pairs
+from tokenpref.data.collate import (
+    IGNORE_INDEX,
+    AnchorBatch,
+    Answer,
+    PairBatch,
+    collate_anchors,
+    collate_pairs,
+    padded,
+)
+from tokenpref.data.column_anchors import ColumnAnchors
 from tokenpref.data.column_scores import SCORED_UNITS, ColumnScores
 from tokenpref.data.dataset import (
     DataReport,
@@ -22,7 +31,10 @@ from tokenpref.data.tokenizers import JsonTokenizer, Tokenizer, adapt_tokenizer,
 __all__ = [
     "IGNORE_INDEX",
     "SCORED_UNITS",
+    "AnchorBatch",
+    "Answer",
     "ChatTemplate",
+    "ColumnAnchors",
     "ColumnScores",
     "DataReport",
     "EncodedAnswer",
@@ -39,6 +51,7 @@ __all__ = [
     "Tokenizer",
     "WholeAnswer",
     "adapt_tokenizer",
+    "collate_anchors",
     "collate_pairs",
     "encode_chat_answer",
     "encode_prompt",
@@ -46,6 +59,7 @@ __all__ = [
     "epoch_order",
     "load_rows",
     "normalize_messages",
+    "padded",
     "preference_dataset",
     "provenance",
     "step_micro_batches",

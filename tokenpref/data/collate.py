@@ -6,12 +6,16 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
+import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpref.data.dataset import PairExample
 from tokenpref.stats import SIDES
 
-__all__ = ["IGNORE_INDEX", "PairBatch", "collate_pairs"]
+__all__ = ["IGNORE_INDEX", "AnchorBatch", "Answer", "PairBatch", "collate_anchors", "collate_pairs", "padded"]
+
+Answer = tuple[list[int], int]
+"""Token ids of prompt and answer, and the index of the answer's first token."""
 
 IGNORE_INDEX = -100
 """Label of a token that is not scored; torchtune's and PyTorch's convention."""
@@ -58,12 +62,93 @@ class PairBatch:
             sides=(side,),
         )
 
+    def with_anchors(self, anchors: AnchorBatch) -> PairBatch:
+        """The pairs with their anchors as a third block of rows, for one forward of all; counts stay the pairs'."""
+        width = max(self.tokens.shape[1], anchors.tokens.shape[1])
+        return replace(
+            self,
+            # Right padding is neither seen nor scored, so any valid token id will do.
+            tokens=torch.cat([_widened(t, width, 0) for t in (self.tokens, anchors.tokens)]),
+            labels=torch.cat([_widened(t, width, IGNORE_INDEX) for t in (self.labels, anchors.labels)]),
+            sides=(*self.sides, "anchor"),
+        )
+
+    def answer_ids(self, side: str) -> list[list[int]]:
+        """Token ids of the answers of one side."""
+        count = len(self.rows)
+        labels = self.labels[self.sides.index(side) * count :][:count]
+        return [row[row != IGNORE_INDEX].tolist() for row in labels]
+
     def to(self, device: torch.device | str) -> PairBatch:
         """The same batch with its tensors on a device."""
         tensors = {
             name: getattr(self, name).to(device, non_blocking=True) for name in ("tokens", "labels", "real")
         }
         return replace(self, **tensors)
+
+
+@dataclass(frozen=True)
+class AnchorBatch:
+    """Third answers to the prompts of a micro-batch.
+
+    Attributes:
+        tokens: [B, L] int64, padded on the right.
+        labels: [B, L] int64, -100 on prompt and padding.
+        metrics: [B] each: ``anchors/tokens`` (length of the answer), ``anchors/empty``, ``anchors/equal_chosen``,
+            ``anchors/equal_rejected`` (1 or 0).
+    """
+
+    tokens: Tensor
+    labels: Tensor
+    metrics: dict[str, Tensor]
+
+
+def collate_anchors(answers: Sequence[Answer | None], batch: PairBatch, pad_id: int) -> AnchorBatch:
+    """Pad the anchors of a micro-batch, and compare them with the answers of their pairs.
+
+    Args:
+        answers: an anchor for each pair; None for a filler.
+        batch: the pairs.
+        pad_id: token id of the padding.
+
+    Returns:
+        The anchors, on the batch's device.
+    """
+    filler: Answer = ([pad_id] * _FILLER_LENGTH, _FILLER_LENGTH)
+    given = [filler if answer is None else answer for answer in answers]
+    tokens, labels = padded(given, pad_id)
+    ids = [ids[start:] for ids, start in given]
+    metrics = {
+        "anchors/tokens": [float(len(answer)) for answer in ids],
+        "anchors/empty": [float(not answer) for answer in ids],
+        **{
+            f"anchors/equal_{side}": [float(a == b) for a, b in zip(ids, batch.answer_ids(side), strict=True)]
+            for side in SIDES
+        },
+    }
+    device = batch.tokens.device
+    return AnchorBatch(
+        tokens.to(device),
+        labels.to(device),
+        {name: torch.tensor(values, device=device) for name, values in metrics.items()},
+    )
+
+
+def padded(answers: Sequence[Answer], pad_id: int) -> tuple[Tensor, Tensor]:
+    """Tokens and labels ``[N, L]`` of answers, padded on the right; labels are -100 on prompt and padding."""
+    # Without a second token there is no column to score, and every rank has to run the same forwards.
+    width = max(_FILLER_LENGTH, *(len(ids) for ids, _ in answers))
+    tokens = torch.full((len(answers), width), pad_id, dtype=torch.int64)
+    labels = torch.full_like(tokens, IGNORE_INDEX)
+    for row, (ids, start) in enumerate(answers):
+        values = torch.tensor(ids, dtype=torch.int64)
+        tokens[row, : len(ids)] = values
+        labels[row, start : len(ids)] = values[start:]
+    return tokens, labels
+
+
+def _widened(values: Tensor, width: int, fill: int) -> Tensor:
+    return F.pad(values, (0, width - values.shape[1]), value=fill)
 
 
 def collate_pairs(examples: Sequence[PairExample], pad_id: int, filler: bool = False) -> PairBatch:
@@ -91,12 +176,7 @@ def collate_pairs(examples: Sequence[PairExample], pad_id: int, filler: bool = F
     sides = [(e.chosen_ids, e.chosen_start) for e in examples] + [
         (e.rejected_ids, e.rejected_start) for e in examples
     ]
-    tokens = torch.full((len(sides), max(len(ids) for ids, _ in sides)), pad_id, dtype=torch.int64)
-    labels = torch.full_like(tokens, IGNORE_INDEX)
-    for row, (ids, start) in enumerate(sides):
-        values = torch.tensor(ids, dtype=torch.int64)
-        tokens[row, : len(ids)] = values
-        labels[row, start : len(ids)] = values[start:]
+    tokens, labels = padded(sides, pad_id)
     return PairBatch(
         tokens=tokens,
         labels=labels,

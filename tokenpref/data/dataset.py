@@ -13,7 +13,14 @@ import datasets
 import numpy as np
 
 from tokenpref.data.chat import TemplateError
-from tokenpref.data.formats import PairRow, RowFault, detect_format, mapped_columns, parse_row
+from tokenpref.data.formats import (
+    PairRow,
+    RowFault,
+    detect_format,
+    further_answer,
+    mapped_columns,
+    parse_row,
+)
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.tokenization import (
     EncodedAnswer,
@@ -295,6 +302,35 @@ class PreferenceDataset:
         ids = encode_prompt(self.tokenizer, self._pair(index).prompt, self._settings.add_bos)
         num_special = 1 if self.tokenizer.bos_id is not None and ids[:1] == [self.tokenizer.bos_id] else 0
         return cut_prompt(ids, num_special, self._settings.max_prompt_len)
+
+    def further_answer(self, index: int, column: str) -> tuple[list[int], int]:
+        """Another answer to a pair's prompt, tokenised, cut and ended like the pair's own.
+
+        Args:
+            index: position in the data set.
+            column: where it stands; laid out like the columns of the pair.
+
+        Returns:
+            Token ids, and the index of the first token of the answer; an empty answer has none.
+
+        Raises:
+            RowFault: if it cannot be used.
+        """
+        pair = self._pair(index)
+        answer = further_answer(self.raw(index), column, pair.prompt, self._settings.layout)
+        if not (answer if isinstance(answer, str) else answer["content"]):
+            prompt = self.prompt_ids(index)
+            return prompt, len(prompt)
+        # A mark that both answers share is the row's; marks of one side say nothing about a third answer.
+        mark = pair.chosen_complete if pair.chosen_complete == pair.rejected_complete else None
+        try:
+            whole = _encode_side(
+                self.tokenizer, pair, answer, _wants_eos(self._settings, mark), self._settings.add_bos
+            )
+        except (TemplateError, ValueError) as error:
+            raise RowFault("tokenizer", column, str(error)) from error
+        fitted, _, _ = _fitted(whole, column, self._settings)
+        return fitted.ids, fitted.start
 
     def with_side_prompt(self, index: int, side: str, prompt: str) -> tuple[list[int], int]:
         """An answer after a prompt of one side of a contrastive pair.

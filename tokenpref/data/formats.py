@@ -10,7 +10,16 @@ from typing import Any
 from tokenpref.data.chat import normalize_messages
 from tokenpref.errors import DataError
 
-__all__ = ["FORMATS", "PairRow", "RowFault", "detect_format", "mapped_columns", "parse_row", "shared_prefix"]
+__all__ = [
+    "FORMATS",
+    "PairRow",
+    "RowFault",
+    "detect_format",
+    "further_answer",
+    "mapped_columns",
+    "parse_row",
+    "shared_prefix",
+]
 
 FORMATS = ("explicit", "implicit", "conversational", "hh")
 """What ``format:`` may say besides auto."""
@@ -151,6 +160,40 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
     both = _mark(row, columns, "complete")
     marks = [_mark(row, columns, f"{side}_complete") for side in ("chosen", "rejected")]
     return PairRow(prompt, chosen, rejected, *(both if mark is None else mark for mark in marks))
+
+
+def further_answer(
+    row: Mapping[str, Any], column: str, prompt: str | Messages, layout: str
+) -> str | dict[str, Any]:
+    """Another answer to a row's prompt, from a column laid out like those of the pair.
+
+    Args:
+        row: the row.
+        column: where the answer stands.
+        prompt: the prompt of the row's pair.
+        layout: the pair's format; with ``implicit`` and ``hh`` the column repeats the prompt.
+
+    Returns:
+        Text, or the assistant's message; its text may be empty.
+
+    Raises:
+        RowFault: if the column has no value, or one of another layout or to another prompt.
+    """
+    if layout == "conversational":
+        messages = _side(row, column)
+        own = list(prompt) if not isinstance(prompt, str) else []
+        answer = messages[len(own) :] if own and messages[: len(own)] == own else messages
+        return _one_answer(answer, column)
+    text = _text(row, column)
+    if layout == "explicit":
+        return text
+    if not text.startswith(str(prompt)):
+        raise RowFault(
+            "different conversations",
+            column,
+            f"does not begin with the prompt of the pair; in format {layout} every column repeats it",
+        )
+    return text[len(str(prompt)) :]
 
 
 def _split_texts(
@@ -329,6 +372,12 @@ def _with_text_prompt(prompt: str, sides: list[Messages]) -> tuple[Messages, lis
 
 
 def _answer(side: Messages, column: str) -> dict[str, Any]:
+    answer = _one_answer(side, column)
+    _not_empty(answer["content"], column)
+    return answer
+
+
+def _one_answer(side: Messages, column: str) -> dict[str, Any]:
     if not side:
         raise RowFault("empty answer", column, "has no message after the shared beginning; remove the row")
     if len(side) > 1 or side[0]["role"] != "assistant":
@@ -338,5 +387,4 @@ def _answer(side: Messages, column: str) -> dict[str, Any]:
             column,
             f"must have one assistant message after the prompt, found {len(side)} message(s): {roles}",
         )
-    _not_empty(side[0]["content"], column)
     return side[0]

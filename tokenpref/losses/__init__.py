@@ -10,6 +10,16 @@ from tokenpref.losses._base import INVARIANTS, Centring, PreferenceLoss
 from tokenpref.losses.dpo import DPOLoss
 from tokenpref.losses.sft import NLLLoss
 from tokenpref.losses.tdpo import TokenDPOLoss
+from tokenpref.losses.ti_dpo import TripletTIDPOLoss
 from tokenpref.losses.tis_dpo import TISDPOLoss
 
-__all__ = ["INVARIANTS", "Centring", "DPOLoss", "NLLLoss", "PreferenceLoss", "TISDPOLoss", "TokenDPOLoss"]
+__all__ = [
+    "INVARIANTS",
+    "Centring",
+    "DPOLoss",
+    "NLLLoss",
+    "PreferenceLoss",
+    "TISDPOLoss",
+    "TokenDPOLoss",
+    "TripletTIDPOLoss",
+]

@@ -131,13 +131,20 @@ class ScoringModel:
         finally:
             self.head.job = None
 
-    def _run(self, tokens: Tensor, job: HeadJob) -> Any:
+    def run(self, tokens: Tensor, job: HeadJob) -> Any:
+        """One forward, in which ``job`` takes the head's place.
+
+        Args:
+            tokens: ``[B, L]`` ids, right padded.
+            job: last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``, whole inside the call alone, to what
+                is returned. Under FSDP2 what it returns has to be a tensor or a dict of tensors: their backward is hooked.
+        """
         with self._job(job):
             return self.model(tokens)[0]
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Last hidden states ``[B, L, D]``, after the final norm."""
-        hidden: Tensor = self._run(tokens, lambda hidden, _weight: hidden)
+        hidden: Tensor = self.run(tokens, lambda hidden, _weight: hidden)
         return hidden
 
     def token_stats(
@@ -181,7 +188,7 @@ class ScoringModel:
             # A dict of tensors: FSDP2 looks for the tensors in a forward's output to hook its backward.
             return {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
 
-        return TokenStats(**self._run(tokens, job))
+        return TokenStats(**self.run(tokens, job))
 
     @torch.no_grad()
     def logps(self, tokens: Tensor, labels: Tensor) -> Tensor:

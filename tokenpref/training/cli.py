@@ -7,7 +7,7 @@ import logging
 import os
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from typing import Any
 
 from omegaconf import DictConfig, OmegaConf
@@ -92,7 +92,8 @@ def load_config(arguments: list[str], *, announce: bool = False) -> DictConfig:
         key, separator, value = override.partition("=")
         if not separator or not key or key.startswith("-"):
             raise ConfigError(f"{override!r}: an override is written key=value (or ~key to remove one)")
-        short = isinstance(OmegaConf.select(config, key), DictConfig) and COMPONENT in config.get(key, {})
+        node = OmegaConf.select(config, key)
+        short = isinstance(node, DictConfig) and COMPONENT in node
         given[f"{key}.{COMPONENT}" if short and value not in ("null", "") else key] = value
     for key in _dropped_arguments(config, given, announce=announce):
         _remove(config, key)
@@ -129,10 +130,8 @@ def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: b
     # Unresolved: interpolations may point to keys that only the command line sets.
     nodes = OmegaConf.to_container(config, resolve=False)
     dropped = []
-    for key, node in nodes.items() if isinstance(nodes, dict) else ():
-        if not isinstance(node, dict) or COMPONENT not in node:
-            continue
-        path = str(given.get(f"{key!s}.{COMPONENT}", node[COMPONENT]))
+    for key, node in _components(nodes):
+        path = str(given.get(f"{key}.{COMPONENT}", node[COMPONENT]))
         if path == node[COMPONENT]:
             continue
         try:
@@ -140,7 +139,7 @@ def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: b
         except ValueError:
             continue  # reading the config reports it together with its other faults
         for name in node:
-            argument = f"{key!s}.{name!s}"
+            argument = f"{key}.{name!s}"
             if name != COMPONENT and argument not in given and not accepts(component, str(name)):
                 dropped.append(argument)
                 if announce:
@@ -148,3 +147,12 @@ def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: b
                         f"{argument}: the config's value was for another component; {path} does not take it"
                     )
     return dropped
+
+
+def _components(nodes: Any, prefix: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
+    """All mappings with a component, with their dotted keys; those inside come before the one around them."""
+    for key, node in nodes.items() if isinstance(nodes, dict) else ():
+        if isinstance(node, dict):
+            yield from _components(node, f"{prefix}{key!s}.")
+            if COMPONENT in node:
+                yield f"{prefix}{key!s}", node

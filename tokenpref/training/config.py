@@ -17,6 +17,7 @@ __all__ = [
     "SamplingConfig",
     "ScoringConfig",
     "TrainConfig",
+    "TripletConfig",
     "WeightedConfig",
     "loss_faults",
 ]
@@ -145,7 +146,8 @@ class WeightedConfig(TrainConfig):
     """Training with token weights."""
 
     token_weights: Component = component()
-    """Where the tokens' scores come from: a store, the data's columns, a prompt pair online, or a component of the user's."""
+    """Where the tokens' scores come from: a store, the data's columns, a prompt pair or attribution as the training goes, or a
+    component of the user's."""
     weight_transform: Component | None = component(positional=2, provided=("side",), optional=True)
     """From log ratios to weights; null for scores that are weights."""
     normalize_weights: str = text("none", choices=("none", "answer"))
@@ -158,6 +160,14 @@ class WeightedConfig(TrainConfig):
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
         return super().faults() + transform_faults(self.weight_transform)
+
+
+@dataclass(frozen=True, kw_only=True)
+class TripletConfig(WeightedConfig):
+    """Training with token weights and anchors."""
+
+    anchors: Component | None = component(optional=True)
+    """Where third answers come from: sampled from the policy, a column of the data, or a component of the user's."""
 
 
 @dataclass(frozen=True, kw_only=True)

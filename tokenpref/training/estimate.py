@@ -16,12 +16,12 @@ from tqdm import tqdm
 
 from tokenpref import __version__
 from tokenpref._paths import resolve_path
-from tokenpref.data import PreferenceDataset, Tokenizer, adapt_tokenizer, provenance
+from tokenpref.data import PreferenceDataset, Tokenizer, adapt_tokenizer, padded, provenance
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import DataError
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.config import ScoringConfig
-from tokenpref.training.online import answer_batch, check_context, prompted_answers
+from tokenpref.training.config import ScoringConfig, checkpoint_faults
+from tokenpref.training.online import check_context, prompted_answers
 from tokenpref.training.pair import ContrastivePair, PairSide, read_pair, weights_digest
 from tokenpref.training.schema import Component, component, integer, read_config
 from tokenpref.training.setup import build_scorer, read_weights
@@ -41,10 +41,18 @@ class EstimateConfig(ScoringConfig):
 
     dataset: Component = component(positional=1)
     estimator: Component = component()
+    model: Component | None = component(optional=True)
+    """For an estimator that runs one model, such as attribution; a contrastive pair brings its own."""
+    checkpointer: Component | None = component(optional=True)
+    """Reads that model's weights."""
     batch_tokens: int = integer(4096)
     """Tokens of a batch, padding included; a longer sequence is a batch of its own."""
     shard_rows: int = integer(256)
     """Pairs of a shard: what an interrupted run loses at most."""
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        return checkpoint_faults(self.checkpointer, self.model)
 
 
 class Estimator(Protocol):
@@ -53,7 +61,7 @@ class Estimator(Protocol):
     kind: str
     """What the scores are; see :data:`tokenpref.weights.SCORE_KINDS`."""
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, config: EstimateConfig) -> dict[str, Any]:
         """Everything about the estimator that would change its scores, as plain data."""
         ...
 
@@ -66,7 +74,8 @@ class Estimator(Protocol):
     def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
         """Scores of answers, each given as (position in the data set, 0 for chosen or 1 for rejected).
 
-        Every rank calls it equally often; an empty list asks for the same forwards without a result.
+        Every rank calls it equally often; an empty list asks for the same forwards without a result. With an
+        attribute ``whole_pairs`` that is true, every list holds pairs: their chosen answers, then their rejected ones.
         """
         ...
 
@@ -86,7 +95,7 @@ class ContrastiveEstimator:
     def __init__(self, pair: str) -> None:
         self.pair: ContrastivePair = read_pair(resolve_path(pair))
 
-    def describe(self) -> dict[str, Any]:
+    def describe(self, config: EstimateConfig) -> dict[str, Any]:
         """See :class:`Estimator`."""
         sides = {"positive": self.pair.positive, "negative": self.pair.negative}
         return {
@@ -94,7 +103,8 @@ class ContrastiveEstimator:
             "method": self.pair.method,
             "model": self.pair.record["model"],
             **{
-                name: {"weights": weights_digest(side), "prompt": side.prompt} for name, side in sides.items()
+                name: {"weights": weights_digest(side.checkpointer), "prompt": side.prompt}
+                for name, side in sides.items()
             },
         }
 
@@ -140,7 +150,7 @@ class ContrastiveEstimator:
         filler = ([self._pad_id] * 2, 2)
         sequences = [prompted_answers(self._dataset, i, prompt)[side] for i, side in answers] or [filler]
         check_context(sequences, scorer)
-        tokens, labels = answer_batch(sequences, self._pad_id)
+        tokens, labels = padded(sequences, self._pad_id)
         return tokens.to(self._device), labels.to(self._device)
 
 
@@ -180,7 +190,7 @@ class WeightEstimation:
         shards = -(-len(self.dataset) // config.shard_rows)
         job = {
             **provenance(self.dataset),
-            "estimator": self.estimator.describe(),
+            "estimator": self.estimator.describe(config),
             "dtype": config.dtype,
             "batch_tokens": config.batch_tokens,
             "shard_rows": config.shard_rows,
@@ -234,15 +244,18 @@ class WeightEstimation:
 
     def _batches(self, shard: int) -> list[list[tuple[int, int]]]:
         """The shard's answers, longest first, cut into batches of ``batch_tokens`` with their padding."""
-        lengths = {(i, side): self._tokens((i, side)) for i in self._rows(shard) for side in (0, 1)}
+        whole_pairs = bool(getattr(self.estimator, "whole_pairs", False))
+        sides = ((0, 1),) if whole_pairs else ((0,), (1,))
+        groups = [[(i, side) for side in some] for i in self._rows(shard) for some in sides]
+        lengths = [max(self._tokens(answer) for answer in group) for group in groups]
         batches: list[list[tuple[int, int]]] = []
         width = 0
-        for answer in sorted(lengths, key=lambda a: (-lengths[a], a)):
-            if not batches or (len(batches[-1]) + 1) * width > self.config.batch_tokens:
+        for place in sorted(range(len(groups)), key=lambda p: (-lengths[p], groups[p])):
+            if not batches or (len(batches[-1]) + len(groups[place])) * width > self.config.batch_tokens:
                 batches.append([])
-                width = lengths[answer]
-            batches[-1].append(answer)
-        return batches
+                width = lengths[place]
+            batches[-1] += groups[place]
+        return [sorted(batch, key=lambda a: a[1]) for batch in batches] if whole_pairs else batches
 
     def _row(self, index: int, scores: dict[tuple[int, int], np.ndarray]) -> StoredRow:
         example, texts = self.dataset[index], self.dataset.text(index)

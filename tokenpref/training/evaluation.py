@@ -20,8 +20,15 @@ from tokenpref.rewards import checked_rewards
 from tokenpref.training.config import SamplingConfig
 from tokenpref.training.generation import sample
 from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval
+from tokenpref.training.scoring import (
+    BatchAnchors,
+    BatchWeights,
+    no_anchors,
+    no_weights,
+    score_pairs,
+    what_is_read,
+)
 from tokenpref.training.setup import pair_batches
-from tokenpref.training.step import BatchWeights, score_pairs, what_is_read
 
 __all__ = ["evaluate_pairs", "paired_gain", "sample_rewards"]
 
@@ -37,7 +44,8 @@ def evaluate_pairs(
     batch_size: int,
     pad_id: int,
     needs: frozenset[str],
-    weigh: BatchWeights = lambda batch: None,
+    weigh: BatchWeights = no_weights,
+    anchor: BatchAnchors = no_anchors,
     progress: str | None = None,
 ) -> dict[str, float]:
     """Means over all pairs of a data set, whatever the number of ranks.
@@ -52,6 +60,7 @@ def evaluate_pairs(
         pad_id: padding token.
         needs: statistics to compute.
         weigh: token weights of a batch, for a loss that takes them.
+        anchor: third answers of a batch, likewise.
         progress: label of a progress bar on the main process; None for none.
 
     Returns:
@@ -64,7 +73,7 @@ def evaluate_pairs(
     for step in tqdm(range(steps), desc=progress, disable=progress is None or not world.is_main, leave=False):
         for whole in pair_batches(dataset, world, pad_id=pad_id, step=step, batch_size=batch_size):
             batch = what_is_read(loss, whole)
-            output = score_pairs(policy, reference, batch, needs, weigh(batch), loss)
+            output = score_pairs(policy, reference, batch, needs, weigh(batch), loss, anchors=anchor(batch))
             sums.add(loss_metrics(output), batch.real)
     policy.model.train(training)
     return sums.reduce(world)

@@ -13,7 +13,7 @@ from torch import Tensor
 from tokenpref.distributed import World
 from tokenpref.stats import LossOutput
 
-__all__ = ["LogInterval", "MetricSums", "loss_metrics", "mean_interval", "wilson_interval"]
+__all__ = ["LogInterval", "MetricSums", "Stopwatch", "loss_metrics", "mean_interval", "wilson_interval"]
 
 
 class MetricSums:
@@ -82,6 +82,37 @@ class LogInterval:
         metrics["tokens_per_second"] = self._tokens / (time.perf_counter() - self._start - self._paused)
         self._restart()
         return metrics
+
+
+class Stopwatch:
+    """Wall-clock seconds of the parts of a step, on this rank."""
+
+    def __init__(self) -> None:
+        self._seconds: dict[str, float] = {}
+        self._steps = 0
+        self._running = True
+
+    @contextmanager
+    def time(self, part: str) -> Iterator[None]:
+        """Time what happens inside under a name; "step" is the whole step and counts it."""
+        start = time.perf_counter()
+        yield
+        if self._running:
+            self._seconds[part] = self._seconds.get(part, 0.0) + time.perf_counter() - start
+            self._steps += part == "step"
+
+    @contextmanager
+    def paused(self) -> Iterator[None]:
+        """Nothing counts inside."""
+        self._running = False
+        yield
+        self._running = True
+
+    def take(self) -> dict[str, float]:
+        """``time/<part>``: mean seconds a step since the last call."""
+        found = {f"time/{part}": seconds / max(self._steps, 1) for part, seconds in self._seconds.items()}
+        self._seconds, self._steps = {}, 0
+        return found
 
 
 def loss_metrics(output: LossOutput) -> dict[str, Tensor]:

@@ -201,21 +201,23 @@ def _side(folder: Path, side: str, node: Mapping[str, Any], base: Component) -> 
     return PairSide(Component(side, base.path, kwargs), prompt)
 
 
-def weights_digest(side: PairSide) -> str:
-    """What a side's weights are, cheaply: names, sizes and the headers of its safetensors files.
+def weights_digest(checkpointer: Component) -> str:
+    """What a checkpoint's weights are, cheaply: names and sizes of its files, and a part of their bytes.
 
     Raises:
         ConfigError: if a file is missing.
     """
     hasher = hashlib.sha256()
-    folder = Path(str(side.checkpointer.kwargs.get("checkpoint_dir", "")))
-    files = side.checkpointer.kwargs.get("checkpoint_files")
+    folder = Path(str(checkpointer.kwargs.get("checkpoint_dir", "")))
+    files = checkpointer.kwargs.get("checkpoint_files")
     if not isinstance(files, list):  # torchtune also takes a pattern of names
         files = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
     for name in files:
         file = folder / str(name)
         if not file.is_file():
-            raise ConfigError(f"pair: no file {file}; build the pair anew or restore its base model")
+            raise ConfigError(
+                f"no file {file}: the weights are gone; build the pair anew, or restore the model"
+            )
         with file.open("rb") as stream:
             size = file.stat().st_size
             hasher.update(f"{name}:{size};".encode())

@@ -18,7 +18,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref import __version__
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.distributed import World, load_sharded, save_sharded
+from tokenpref.distributed import World, full_state_dict, load_sharded, save_sharded
 from tokenpref.errors import ConfigError
 
 __all__ = ["Progress", "RunFolder", "config_fingerprint"]
@@ -111,6 +111,13 @@ class RunFolder:
             if fresh and self.world.is_main and self.path.is_dir() and not any(self.path.iterdir()):
                 self.path.rmdir()
             raise
+
+    def export(self, checkpointer: Any, model: TransformerDecoder, epoch: int) -> None:
+        """Write a model in its checkpointer's format to ``epoch_N``."""
+        state = full_state_dict(model, self.world)
+        if self.world.is_main:
+            checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
+        self.world.barrier()
 
     def finish(self, export: str) -> None:
         """Mark the run as complete; ``export`` names the folder of its last weights."""

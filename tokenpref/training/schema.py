@@ -44,7 +44,7 @@ class Component:
     Args:
         key: where it stands in the config.
         path: dotted path.
-        kwargs: its keywords, ``package://`` paths resolved.
+        kwargs: its keywords, ``package://`` paths resolved; a keyword with a ``_component_`` of its own is a component too.
     """
 
     key: str
@@ -58,7 +58,7 @@ class Component:
     def callable(self) -> Callable[..., Any]:
         """What is called later, for a key that takes both: an instance of a class, or a function with its keywords."""
         target = self.target()
-        return self.build() if isinstance(target, type) else partial(target, **self.kwargs)
+        return self.build() if isinstance(target, type) else partial(target, **self._built())
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Call it.
@@ -66,14 +66,19 @@ class Component:
         Raises:
             ConfigError: if it refuses its arguments with a ``ValueError``, ``TypeError`` or ``KeyError`` of its own.
         """
+        given = {**self._built(), **kwargs}
         try:
-            return self.target()(*args, **{**self.kwargs, **kwargs})
+            return self.target()(*args, **given)
         except (ValueError, TypeError) as error:
             if isinstance(error, ValueError) and type(error) is not ValueError:
                 raise  # a ConfigError or DataError says where it comes from
             raise ConfigError(f"{self.key} ({self.path}): {error}") from error
         except KeyError as error:  # how torchtune's checkpointers refuse a model_type
             raise ConfigError(f"{self.key} ({self.path}): it knows no {error}") from error
+
+    def _built(self) -> dict[str, Any]:
+        """The keywords, components among them built."""
+        return {k: v.build() if isinstance(v, Component) else v for k, v in self.kwargs.items()}
 
 
 # --- fields -----------------------------------------------------------------------------------------------------
@@ -92,20 +97,35 @@ def component(
     """
 
     def read(key: str, value: Any) -> Component:
-        if not isinstance(value, Mapping) or COMPONENT not in value:
-            raise ConfigError(f"{key}: expected a mapping with {COMPONENT}, found {value!r}")
-        kwargs = {k: v for k, v in value.items() if k != COMPONENT}
-        try:
-            target = find_component(str(value[COMPONENT]))
-        except ValueError as error:
-            raise ConfigError(f"{key}.{COMPONENT}: {error}") from error
-        by_position = positional if function is None or isinstance(target, type) else function
-        faults = signature_faults(target, kwargs, provided, by_position)
-        if faults:
-            raise ConfigError([f"{key}.{fault}" for fault in faults])
-        return Component(key, str(value[COMPONENT]), kwargs)
+        return _read_component(key, value, provided, positional, function)
 
     return _field(read, default=None if optional else dataclasses.MISSING)
+
+
+def _read_component(
+    key: str, value: Any, provided: tuple[str, ...] = (), positional: int = 0, function: int | None = None
+) -> Component:
+    if not isinstance(value, Mapping) or COMPONENT not in value:
+        raise ConfigError(f"{key}: expected a mapping with {COMPONENT}, found {value!r}")
+    kwargs, faults = {}, []
+    for name, item in value.items():
+        if name == COMPONENT:
+            continue
+        kwargs[str(name)] = item
+        if isinstance(item, Mapping) and COMPONENT in item:
+            try:
+                kwargs[str(name)] = _read_component(f"{key}.{name}", item)
+            except ConfigError as error:
+                faults += error.faults
+    try:
+        target = find_component(str(value[COMPONENT]))
+    except ValueError as error:
+        raise ConfigError([f"{key}.{COMPONENT}: {error}", *faults]) from error
+    by_position = positional if function is None or isinstance(target, type) else function
+    faults += [f"{key}.{fault}" for fault in signature_faults(target, kwargs, provided, by_position)]
+    if faults:
+        raise ConfigError(faults)
+    return Component(key, str(value[COMPONENT]), kwargs)
 
 
 def integer(default: Any = dataclasses.MISSING, *, low: int = 1) -> Any:

@@ -19,14 +19,31 @@ from tokenpref._torchtune import (
     set_default_dtype,
     validate_no_params_on_meta_device,
 )
-from tokenpref.data import PairBatch, PreferenceDataset, collate_pairs, epoch_order, step_micro_batches
+from tokenpref.data import (
+    PairBatch,
+    PreferenceDataset,
+    Tokenizer,
+    collate_pairs,
+    epoch_order,
+    step_micro_batches,
+    steps_per_epoch,
+)
 from tokenpref.distributed import World, load_full_state_dict, shard
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.config import ScoringConfig
+from tokenpref.training.config import ScoringConfig, TrainConfig
 from tokenpref.training.schema import Component
 
-__all__ = ["DTYPES", "build_scorer", "check_data_fits", "check_state_fits", "pair_batches", "read_weights"]
+__all__ = [
+    "DTYPES",
+    "build_pairs",
+    "build_scorer",
+    "check_data_fits",
+    "check_state_fits",
+    "pair_batches",
+    "planned_steps",
+    "read_weights",
+]
 
 log = logging.getLogger("tokenpref")
 
@@ -150,6 +167,23 @@ def _switch_dropout_off(model: TransformerDecoder) -> None:
         )
 
 
+def build_pairs(component: Component, tokenizer: Tokenizer, world: World) -> PreferenceDataset:
+    """A data set of pairs, with a line about it.
+
+    Raises:
+        ConfigError: if it has fewer pairs than the run has processes.
+    """
+    dataset: PreferenceDataset = world.together(lambda: component.build(tokenizer))
+    if world.is_main:
+        log.info(f"{component.key}: {dataset.report.summary()}")
+    if len(dataset) < world.size:
+        raise ConfigError(
+            f"{component.key}: {len(dataset)} pairs for {world.size} processes; "
+            f"run with at most --nproc_per_node {len(dataset)}"
+        )
+    return dataset
+
+
 def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:
     """Check that every sequence and token id of a data set can be fed to the model.
 
@@ -173,6 +207,17 @@ def check_data_fits(dataset: PreferenceDataset, component: Component, model: Tra
 
 def _examples(dataset: PreferenceDataset) -> Iterator[Any]:
     return (dataset[i] for i in range(len(dataset)))
+
+
+def planned_steps(config: TrainConfig, rows: int, world_size: int) -> int:
+    """Optimizer steps of an epoch over ``rows`` pairs."""
+    steps = steps_per_epoch(
+        rows,
+        batch_size=config.batch_size,
+        accumulation=config.gradient_accumulation_steps,
+        world_size=world_size,
+    )
+    return steps if config.max_steps_per_epoch is None else min(steps, config.max_steps_per_epoch)
 
 
 @lru_cache(maxsize=2)

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Sequence
+from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
@@ -14,15 +14,11 @@ from tokenpref.distributed import World, gradient_sync
 from tokenpref.errors import TrainingDiverged
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.stats import SIDES, LossOutput, PairStats, split_pair
+from tokenpref.stats import LossOutput, PairStats
 from tokenpref.training.metrics import MetricSums, loss_metrics
-from tokenpref.training.token_weights import clipped_share
-from tokenpref.weights import TransformedWeights
+from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, score_pairs, what_is_read
 
-__all__ = ["BatchWeights", "StepResult", "score_pairs", "train_step", "what_is_read"]
-
-BatchWeights = Callable[[PairBatch], "TransformedWeights | None"]
-"""Token weights ``[2B, T]`` of a micro-batch, or None where the loss takes none."""
+__all__ = ["StepResult", "train_step"]
 
 
 @dataclass(frozen=True)
@@ -42,49 +38,6 @@ class StepResult:
     grad_norm: float
 
 
-def what_is_read(loss: nn.Module, batch: PairBatch) -> PairBatch:
-    """The side of a batch that a loss with ``sides`` reads; the whole batch for all others."""
-    sides = getattr(loss, "sides", SIDES)
-    return batch if set(sides) == set(SIDES) else batch.only(sides[0])
-
-
-def score_pairs(
-    policy: ScoringModel,
-    reference: Reference,
-    batch: PairBatch,
-    needs: frozenset[str],
-    weights: TransformedWeights | None,
-    use: Callable[[PairStats], LossOutput],
-) -> LossOutput:
-    """Statistics of a micro-batch, handed to ``use`` while the reference's side is at hand.
-
-    Args:
-        policy: the model whose statistics carry gradient.
-        reference: the model compared with.
-        batch: chosen and rejected rows together.
-        needs: statistics wanted.
-        weights: token weights ``[2B, T]``, if the loss takes any; ``weights/clipped`` joins the metrics.
-        use: computes the loss (and its backward) from the statistics.
-
-    Returns:
-        What ``use`` returned.
-    """
-    with reference.outputs(batch, needs) as ref:
-        stats = policy.token_stats(
-            batch.tokens,
-            batch.labels,
-            needs=needs,
-            ref_logps=ref.logps,
-            ref_hidden=ref.hidden,
-            ref_head_weight=ref.head_weight,
-            weights=None if weights is None else weights.weights,
-        )
-        output = use(split_pair(stats, batch.sides))
-    return (
-        output if weights is None else replace(output, metrics=output.metrics | clipped_share(weights, batch))
-    )
-
-
 def train_step(
     policy: ScoringModel,
     reference: Reference,
@@ -96,11 +49,13 @@ def train_step(
     step: int,
     needs: frozenset[str],
     weigh: BatchWeights,
+    anchor: BatchAnchors = no_anchors,
     clip_grad_norm: float | None = None,
 ) -> StepResult:
     """Optimise the mean loss over all pairs of all ranks and micro-batches.
 
-    Every rank passes the same number of micro-batches; a rank without pairs passes filler ones, which run the same
+    Weights and anchors of all micro-batches come first, from the policy as the step finds it and before any graph of the
+    step exists. Every rank passes the same number of micro-batches; a rank without pairs passes filler ones, which run the same
     forwards (FSDP2 would hang otherwise) and add exactly nothing.
 
     Raises:
@@ -113,6 +68,8 @@ def train_step(
     scale = (world.size if world.is_distributed else 1) / pairs
     sums = MetricSums()
     losses: list[Tensor] = []
+    beside = [(weigh(batch), anchor(batch)) for batch in micro_batches]
+    anchor_grad = bool(getattr(loss, "anchor_grad", True))
     for index, batch in enumerate(micro_batches):
         gradient_sync(policy.model, index == len(micro_batches) - 1)
 
@@ -121,7 +78,17 @@ def train_step(
             (torch.where(real, output.losses, 0).sum() * scale).backward()
             return output
 
-        output = score_pairs(policy, reference, batch, needs, weigh(batch), optimise)
+        weights, anchors = beside[index]
+        output = score_pairs(
+            policy,
+            reference,
+            batch,
+            needs,
+            weights,
+            optimise,
+            anchors=anchors,
+            anchor_grad=anchor_grad,
+        )
         sums.add(loss_metrics(output), batch.real)
         losses.append(output.losses.detach()[batch.real])
     grads = [p.grad for p in policy.model.parameters() if p.grad is not None]

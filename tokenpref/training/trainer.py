@@ -11,17 +11,26 @@ from omegaconf import DictConfig, OmegaConf
 from tqdm import tqdm
 
 from tokenpref._torchtune import get_lr
-from tokenpref.data import PreferenceDataset, adapt_tokenizer, steps_per_epoch
-from tokenpref.distributed import World, full_state_dict, init_world
+from tokenpref.data import PreferenceDataset, adapt_tokenizer
+from tokenpref.distributed import World, init_world
 from tokenpref.errors import ConfigError
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
 from tokenpref.training.config import TrainConfig, loss_faults
+from tokenpref.training.live import LiveModels
 from tokenpref.training.memory import peak_memory_gib
-from tokenpref.training.metrics import LogInterval
+from tokenpref.training.metrics import LogInterval, Stopwatch
 from tokenpref.training.run_folder import Progress, RunFolder
-from tokenpref.training.schema import Component, read_config
-from tokenpref.training.setup import build_scorer, check_data_fits, pair_batches, read_weights
-from tokenpref.training.step import BatchWeights, StepResult, train_step
+from tokenpref.training.schema import read_config
+from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, no_weights
+from tokenpref.training.setup import (
+    build_pairs,
+    build_scorer,
+    check_data_fits,
+    pair_batches,
+    planned_steps,
+    read_weights,
+)
+from tokenpref.training.step import StepResult, train_step
 from tokenpref.training.validation import Validation
 
 __all__ = ["PreferenceTrainer"]
@@ -55,16 +64,30 @@ class PreferenceTrainer:
         self.progress = Progress()
         self.logger: Any = None
         self._given_world = world
+        self.stopwatch = Stopwatch()
 
     def _loss_faults(self, config: TrainConfig) -> list[str]:
         losses = (config.loss, config.loss_val)
         return [fault for loss in losses for fault in loss_faults(loss, self.provides, self.recipe)]
 
-    # --- what a recipe may override ------------------------------------------------------------------------------
-
     def load_weights(self, dataset: PreferenceDataset) -> BatchWeights:
         """Token weights of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
         raise ConfigError(f"loss: {self.recipe} has no token weights; use recipes/tis_dpo_distributed")
+
+    def load_anchors(self, dataset: PreferenceDataset) -> BatchAnchors:
+        """Third answers of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
+        raise ConfigError(f"loss: {self.recipe} has no anchors; use recipes/ti_dpo_distributed")
+
+    def live(self) -> LiveModels:
+        """The models as they are, for weights and anchors that are made along the training."""
+        return LiveModels(
+            policy=self.policy,
+            reference=self.reference,
+            world=self.world,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.eos_id,
+            step=self.progress.step,
+        )
 
     def build_reference(self) -> Reference:
         """The reference of this run: a second frozen copy of the model, or none where nothing asks for one."""
@@ -74,8 +97,6 @@ class PreferenceTrainer:
         checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
         weights = read_weights(checkpointer.build(), key, self.world)
         return FrozenReference(build_scorer(config, weights, self.world, model=config.model, key=key))
-
-    # --- setup ---------------------------------------------------------------------------------------------------
 
     def setup(self) -> None:
         """Build data, models, optimizer and loggers, and continue from a checkpoint where the config says so.
@@ -89,9 +110,10 @@ class PreferenceTrainer:
         self.loss = config.loss.build()
         self.needs = frozenset(self.loss.needs) | frozenset(config.log_stats)
         self.tokenizer = adapt_tokenizer(config.tokenizer.build())
-        self.dataset = self._dataset(config.dataset)
-        self._weigh = self._weights_of(self.dataset, self.needs)
-        self.dataset_val = self._dataset(config.dataset_val) if config.dataset_val is not None else None
+        self.dataset = build_pairs(config.dataset, self.tokenizer, self.world)
+        self._weigh, self._anchor = self._beside(self.dataset, self.needs)
+        held_out = config.dataset_val
+        self.dataset_val = build_pairs(held_out, self.tokenizer, self.world) if held_out is not None else None
         self.validation = self._build_validation()
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         self.folder = RunFolder(
@@ -109,27 +131,23 @@ class PreferenceTrainer:
             self.logger.log_config(self._cfg)
         self.profiler = config.profiler.build()[0] if config.profiler is not None else None
 
-    def _dataset(self, component: Component) -> PreferenceDataset:
-        dataset: PreferenceDataset = self.world.together(lambda: component.build(self.tokenizer))
-        self._say(f"{component.key}: {dataset.report.summary()}")
-        if len(dataset) < self.world.size:
-            raise ConfigError(
-                f"{component.key}: {len(dataset)} pairs for {self.world.size} processes; "
-                f"run with at most --nproc_per_node {len(dataset)}"
-            )
-        return dataset
-
-    def _weights_of(self, dataset: PreferenceDataset | None, needs: frozenset[str]) -> BatchWeights:
-        if dataset is None or "weights" not in needs:
-            return lambda batch: None
-        return self.world.together(lambda: self.load_weights(dataset))
+    def _beside(
+        self, dataset: PreferenceDataset | None, needs: frozenset[str]
+    ) -> tuple[BatchWeights, BatchAnchors]:
+        """Weights and anchors of a data set's batches, as far as they are needed."""
+        weigh: BatchWeights = no_weights
+        anchor: BatchAnchors = no_anchors
+        if dataset is not None and "weights" in needs:
+            weigh = self.world.together(lambda: self.load_weights(dataset))
+        if dataset is not None and "anchor" in needs:
+            anchor = self.world.together(lambda: self.load_anchors(dataset))
+        return weigh, anchor
 
     def _build_validation(self) -> Validation:
-        config, world = self.config, self.world
-        loss = (config.loss_val or config.loss).build()
-        watched = bool(config.run_val_every_n_steps)
-        weigh = self._weights_of(self.dataset_val if watched else None, frozenset(loss.needs))
-        return Validation(config, self.dataset_val, self.tokenizer, world, weigh)
+        config = self.config
+        needs = frozenset((config.loss_val or config.loss).build().needs)
+        beside = self._beside(self.dataset_val if config.run_val_every_n_steps else None, needs)
+        return Validation(config, self.dataset_val, self.tokenizer, self.world, *beside)
 
     def _setup_models(self) -> None:
         config = self.config
@@ -149,22 +167,13 @@ class PreferenceTrainer:
             check_data_fits(self.dataset_val, config.dataset_val, self.policy.model)
         self.reference = self.build_reference()
         self.optimizer = config.optimizer.build(self.policy.model.parameters())
-        self.steps_per_epoch = steps_per_epoch(
-            len(self.dataset),
-            batch_size=config.batch_size,
-            accumulation=config.gradient_accumulation_steps,
-            world_size=self.world.size,
-        )
-        if config.max_steps_per_epoch is not None:
-            self.steps_per_epoch = min(self.steps_per_epoch, config.max_steps_per_epoch)
+        self.steps_per_epoch = planned_steps(config, len(self.dataset), self.world.size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.scheduler = None
         if config.lr_scheduler is not None:
             self.scheduler = config.lr_scheduler.build(
                 self.optimizer, num_training_steps=self.total_steps, last_epoch=-1
             )
-
-    # --- the loop ------------------------------------------------------------------------------------------------
 
     def train(self) -> None:
         """Train to the end of the last epoch: step, log, evaluate, save."""
@@ -174,7 +183,8 @@ class PreferenceTrainer:
         if self.profiler is not None:
             self.profiler.start()
         while progress.step < self.total_steps:
-            result, rate = self._step()
+            with self.stopwatch.time("step"):
+                result, rate = self._step()
             interval.add(result.sums, result.tokens)
             progress.num_tokens += result.tokens
             progress.step += 1
@@ -183,7 +193,7 @@ class PreferenceTrainer:
                 metrics = interval.close(self.world)
                 bar.set_postfix_str(f"loss {metrics['loss']:.4f}")
                 self._log(metrics | self._run_metrics(result, rate))
-            with interval.pause():
+            with interval.pause(), self.stopwatch.paused():
                 if config.run_val_every_n_steps and progress.step % config.run_val_every_n_steps == 0:
                     self.evaluate()
                 self._save_if_due()
@@ -219,6 +229,7 @@ class PreferenceTrainer:
             step=self.progress.step + 1,
             needs=self.needs,
             weigh=self._weigh,
+            anchor=self._anchor,
             clip_grad_norm=config.clip_grad_norm,
         )
         if self.scheduler is not None:
@@ -242,14 +253,7 @@ class PreferenceTrainer:
                 self.policy.model, self.optimizer, self.scheduler, self.progress, keep_last=config.keep_last
             )
         if epoch_done or last:
-            self._export((step - 1) // self.steps_per_epoch)
-
-    def _export(self, epoch: int) -> None:
-        """Write the policy in its checkpointer's format to ``output_dir/epoch_N``."""
-        state = full_state_dict(self.policy.model, self.world)
-        if self.world.is_main:
-            self.checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
-        self.world.barrier()
+            self.folder.export(self.checkpointer, self.policy.model, (step - 1) // self.steps_per_epoch)
 
     def _run_metrics(self, result: StepResult, rate: float) -> dict[str, float]:
         metrics = {
@@ -257,6 +261,7 @@ class PreferenceTrainer:
             "learning_rate": rate,
             "num_tokens": self.progress.num_tokens,
             "epoch": self.progress.step / self.steps_per_epoch,
+            **self.stopwatch.take(),
         }
         if self.config.log_peak_memory_stats:
             metrics["peak_memory_gib"] = peak_memory_gib(self.world.device)

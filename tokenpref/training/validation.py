@@ -13,7 +13,7 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config import TrainConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.metrics import mean_interval
-from tokenpref.training.step import BatchWeights
+from tokenpref.training.scoring import BatchAnchors, BatchWeights
 
 __all__ = ["Validation"]
 
@@ -27,6 +27,7 @@ class Validation:
         tokenizer: the run's tokenizer.
         world: the run's processes.
         weigh: token weights of the held-out pairs, for a loss that takes them.
+        anchor: their third answers, likewise.
     """
 
     def __init__(
@@ -36,12 +37,14 @@ class Validation:
         tokenizer: Tokenizer,
         world: World,
         weigh: BatchWeights,
+        anchor: BatchAnchors,
     ) -> None:
         self._config = config
         self._dataset = dataset
         self._tokenizer = tokenizer
         self._world = world
         self._weigh = weigh
+        self._anchor = anchor
         self._loss = (config.loss_val or config.loss).build()
         stats = config.log_stats if config.log_stats_val is None else config.log_stats_val
         self.needs = frozenset(self._loss.needs) | frozenset(stats)
@@ -72,6 +75,7 @@ class Validation:
                 pad_id=self._tokenizer.pad_id,
                 needs=self.needs,
                 weigh=self._weigh,
+                anchor=self._anchor,
             )
         if config.sampling is not None:
             metrics |= self._sample(policy, folder / "samples" / f"step_{step}.jsonl")

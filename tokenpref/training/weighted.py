@@ -6,10 +6,10 @@ from typing import ClassVar
 
 from tokenpref.data import PairBatch, PreferenceDataset
 from tokenpref.errors import ConfigError
-from tokenpref.models.reference import FrozenReference
+from tokenpref.stats import SIDES
 from tokenpref.training.config import WeightedConfig
-from tokenpref.training.online import OnlinePrompts
-from tokenpref.training.step import BatchWeights
+from tokenpref.training.live import LiveScores
+from tokenpref.training.scoring import BatchWeights
 from tokenpref.training.token_weights import TokenWeights, Weighing, in_columns
 from tokenpref.training.trainer import PreferenceTrainer
 from tokenpref.weights import SCORE_KINDS, TransformedWeights
@@ -18,9 +18,10 @@ __all__ = ["WeightedTrainer"]
 
 
 class WeightedTrainer(PreferenceTrainer):
-    """The trainer with weights from the config's ``token_weights``: a store, the data's columns, or a prompt pair online.
+    """The trainer with weights from the config's ``token_weights``: stored, from the data's columns, or made as it goes.
 
-    A component of the user's own needs ``kind`` and ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says.
+    A component of the user's own needs ``kind`` and either ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says,
+    or ``bind(dataset)`` and ``score(batch, models)``, as :class:`tokenpref.training.live.LiveScores` says.
     """
 
     recipe: ClassVar[str] = "recipes/tis_dpo_distributed"
@@ -45,26 +46,35 @@ class WeightedTrainer(PreferenceTrainer):
         weighing = Weighing(
             kind, config.weight_transform, config.normalize_weights, config.eos_weight, config.use_eos_score
         )
-        if isinstance(source, OnlinePrompts):
+        if hasattr(source, "score") and hasattr(source, "bind"):
             source.bind(dataset)
-            return lambda batch: self._score_online(source, weighing, batch)
+            ends = {
+                side: {example.row: bool(getattr(example, f"{side}_has_eos")) for example in dataset}
+                for side in SIDES
+            }
+            return lambda batch: self._score_live(source, weighing, ends, batch)
         if not hasattr(source, "load"):
             raise ConfigError(
-                f"token_weights ({config.token_weights.path}): has no method load(dataset); name a source of scores such as "
-                "tokenpref.data.StoredScores, tokenpref.data.ColumnScores or tokenpref.training.OnlinePrompts"
+                f"token_weights ({config.token_weights.path}): has neither a method load(dataset) nor bind(dataset) and "
+                "score(batch, models); name a source of scores such as tokenpref.data.StoredScores, "
+                "tokenpref.data.ColumnScores, tokenpref.training.OnlinePrompts or tokenpref.training.Attribution"
             )
         weights = TokenWeights(dataset, source, weighing)
         self._say(weights.summary)
         return weights
 
-    def _score_online(
-        self, source: OnlinePrompts, weighing: Weighing, batch: PairBatch
+    def _score_live(
+        self, source: LiveScores, weighing: Weighing, ends: dict[str, dict[int, bool]], batch: PairBatch
     ) -> TransformedWeights:
-        reference = self.reference
-        assert isinstance(reference, FrozenReference)  # a loss with weights needs "ref"
-        ratios = [r.cpu() for r in source.score(reference.scorer, batch, self.tokenizer.pad_id)]
-        half = len(batch.rows)
+        with self.stopwatch.time(getattr(source, "timed_as", "weights")):
+            scores = [vector.cpu() for vector in source.score(batch, self.live())]
+        count = len(batch.rows)
         answers = []
-        for side, part in (("chosen", ratios[:half]), ("rejected", ratios[half:])):
-            answers += weighing(part, side=side, keys=batch.rows, ends=source.ends(side, batch.rows))
+        for number, side in enumerate(batch.sides):
+            answers += weighing(
+                scores[number * count : (number + 1) * count],
+                side=side,
+                keys=batch.rows,
+                ends=[ends[side].get(row, False) for row in batch.rows],
+            )
         return in_columns(answers, batch)

@@ -2,6 +2,14 @@
 
 from __future__ import annotations
 
+from tokenpref.weights.attribution import (
+    AnswerLogp,
+    GaussianPrior,
+    MaxLogit,
+    PreferenceMargin,
+    attribution_weights,
+    importances,
+)
 from tokenpref.weights.contrastive import answer_scores, contrastive_log_ratios
 from tokenpref.weights.spans import values_of_tokens
 from tokenpref.weights.store import SCORE_KINDS, StoredRow, StoreWriter, WeightStore
@@ -19,14 +27,20 @@ from tokenpref.weights.transforms import (
 
 __all__ = [
     "SCORE_KINDS",
+    "AnswerLogp",
+    "GaussianPrior",
+    "MaxLogit",
+    "PreferenceMargin",
     "StoreWriter",
     "StoredRow",
+    "TransformedWeights",
     "WeightStore",
     "answer_scores",
-    "contrastive_log_ratios",
-    "TransformedWeights",
+    "attribution_weights",
     "binary",
+    "contrastive_log_ratios",
     "exponential",
+    "importances",
     "normalized",
     "random",
     "rank_based",

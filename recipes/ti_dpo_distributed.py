@@ -1,0 +1,36 @@
+"""TI-DPO: token weights from gradient attribution, and a triplet with a third answer sampled from the policy.
+
+    tune run recipes/ti_dpo_distributed --config smollm2/135M_ti_dpo
+    tune run recipes/ti_dpo_distributed --config smollm2/135M_ti_paper anchors.refresh=once
+    tune run --nproc_per_node 8 recipes/ti_dpo_distributed --config llama3_2/1B_ti_dpo batch_size=4 loss.gamma=0 ~anchors
+
+Every part is a component: other weights (``token_weights=tokenpref.data.StoredScores token_weights.path=...``), other anchors
+(``anchors=tokenpref.data.ColumnAnchors``), another loss (``loss=tokenpref.losses.TISDPOLoss``), or classes in a file of your own.
+"""
+
+import sys
+
+from omegaconf import DictConfig
+
+from tokenpref.training import TripletTrainer, recipe_main
+
+
+class TIDPORecipe(TripletTrainer):
+    """Policy, frozen reference, token weights and anchors; loss and sources come from the config."""
+
+    recipe = "recipes/ti_dpo_distributed"
+
+
+@recipe_main
+def main(cfg: DictConfig) -> None:
+    """Set up, train, and leave the process group whatever happens."""
+    trainer = TIDPORecipe(cfg)
+    try:
+        trainer.setup()
+        trainer.train()
+    finally:
+        trainer.close()
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,164 @@
+"""What works along the training: sources of weights and anchors that look at the models, and how often they look anew."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Generic, Protocol, TypeVar
+
+from torch import Tensor
+
+from tokenpref._checks import check_choice
+from tokenpref.data import Answer, PairBatch, PreferenceDataset
+from tokenpref.distributed import World
+from tokenpref.errors import ConfigError
+from tokenpref.models.reference import FrozenReference, Reference
+from tokenpref.models.scoring import ScoringModel
+
+__all__ = ["AnchorSource", "LiveModels", "LiveScores", "Refresh", "RowCache"]
+
+T = TypeVar("T")
+REFRESH = ("every_step", "every_n_steps", "once")
+
+
+@dataclass(frozen=True)
+class LiveModels:
+    """The models of a run at one moment.
+
+    Args:
+        policy: the model in training.
+        reference: what it is compared with.
+        world: the run's processes.
+        pad_id: padding token.
+        eos_id: token that ends an answer.
+        step: optimizer steps done.
+    """
+
+    policy: ScoringModel
+    reference: Reference
+    world: World
+    pad_id: int
+    eos_id: int
+    step: int
+
+    def frozen(self, key: str) -> ScoringModel:
+        """The reference's own model.
+
+        Args:
+            key: what asks for it, for the error.
+
+        Raises:
+            ConfigError: if the run's reference is no model that can be asked.
+        """
+        if not isinstance(self.reference, FrozenReference):
+            raise ConfigError(
+                f"{key}: looks at the reference model, and this run has none (the loss needs no 'ref'); use a loss that "
+                "compares with a reference, or stored weights"
+            )
+        return self.reference.scorer
+
+
+class LiveScores(Protocol):
+    """Scores of tokens made from the models as they are. Named in configs (``token_weights``) by dotted path."""
+
+    kind: str
+    """``weight``, ``log_ratio`` or ``tis_release``; see :data:`tokenpref.weights.SCORE_KINDS`."""
+    timed_as: str
+    """Its time is logged as ``time/<timed_as>``."""
+
+    def bind(self, dataset: PreferenceDataset) -> None:
+        """Take the data whose batches will come."""
+        ...
+
+    def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
+        """One vector for each of the batch's 2B answers, in its order, as long as the answer; called on every rank."""
+        ...
+
+
+class AnchorSource(Protocol):
+    """Third answers. Named in configs (``anchors``) by dotted path."""
+
+    def bind(self, dataset: PreferenceDataset) -> None:
+        """Take the data whose rows will be asked for."""
+        ...
+
+    def answers(self, rows: Sequence[int], models: LiveModels) -> list[Answer | None]:
+        """An anchor for each row of the data, None for a filler (row -1); called on every rank."""
+        ...
+
+
+class Refresh:
+    """How long a row's result counts.
+
+    Args:
+        refresh: "every_step"; "every_n_steps": a row that comes again is looked at anew once its result is n steps old;
+            "once": the first time that the row comes.
+        every_n_steps: n, with "every_n_steps" only.
+
+    Raises:
+        ConfigError: for an unknown word, or an n that is missing, below 1 or out of place.
+    """
+
+    def __init__(self, refresh: str = "every_step", every_n_steps: int | None = None) -> None:
+        try:
+            self.refresh = check_choice("refresh", refresh, REFRESH)
+        except ValueError as error:
+            raise ConfigError(str(error)) from error
+        wanted = refresh == "every_n_steps"
+        good = isinstance(every_n_steps, int) and not isinstance(every_n_steps, bool) and every_n_steps >= 1
+        if wanted and not good:
+            raise ConfigError(
+                f"every_n_steps: refresh: every_n_steps needs a whole number of at least 1, found {every_n_steps!r}"
+            )
+        if not wanted and every_n_steps is not None:
+            raise ConfigError(
+                f"every_n_steps: is {every_n_steps!r}, but refresh is {refresh}; set refresh: every_n_steps, or remove it"
+            )
+        self._steps = every_n_steps
+
+    @property
+    def keeps(self) -> bool:
+        """Whether results outlive their step."""
+        return self.refresh != "every_step"
+
+    def is_stale(self, made_at: int, step: int) -> bool:
+        """Whether a result of an earlier step has to be made anew."""
+        return self.refresh == "every_step" or (self._steps is not None and step - made_at >= self._steps)
+
+
+class RowCache(Generic[T]):
+    """Results by row of the data, made anew as :class:`Refresh` says.
+
+    Args:
+        refresh: when.
+    """
+
+    def __init__(self, refresh: Refresh) -> None:
+        self._refresh = refresh
+        self._kept: dict[int, tuple[int, T]] = {}
+
+    def get(
+        self, rows: Sequence[int], models: LiveModels, make: Callable[[list[int]], Sequence[T]]
+    ) -> list[T | None]:
+        """Results of a batch's rows.
+
+        Args:
+            rows: row numbers; -1 for a filler, whose result is None.
+            models: the run as it is.
+            make: makes results for the rows of the given places of the batch. It runs on every rank or on none,
+                perhaps with no place at all, so that its forwards meet those of other ranks.
+        """
+        step = models.step
+        places = [
+            place
+            for place, row in enumerate(rows)
+            if row >= 0 and (row not in self._kept or self._refresh.is_stale(self._kept[row][0], step))
+        ]
+        found: dict[int, T] = {}
+        # With every_step all ranks agree without asking.
+        if not self._refresh.keeps or models.world.any(bool(places)):
+            found = dict(zip(places, make(places), strict=True))
+        if self._refresh.keeps:
+            self._kept.update({rows[place]: (step, result) for place, result in found.items()})
+            return [self._kept[row][1] if row >= 0 else None for row in rows]
+        return [found.get(place) for place in range(len(rows))]

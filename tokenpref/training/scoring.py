@@ -1,0 +1,104 @@
+"""The statistics of a micro-batch, with its weights and anchors, handed to whatever uses them."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from dataclasses import replace
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenpref.data import AnchorBatch, PairBatch
+from tokenpref.models.reference import Reference
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats, split_pair
+from tokenpref.training.token_weights import clipped_share
+from tokenpref.weights import TransformedWeights
+
+__all__ = ["BatchAnchors", "BatchWeights", "no_anchors", "no_weights", "score_pairs", "what_is_read"]
+
+BatchWeights = Callable[[PairBatch], "TransformedWeights | None"]
+"""Token weights ``[2B, T]`` of a micro-batch, or None where the loss takes none."""
+
+BatchAnchors = Callable[[PairBatch], "AnchorBatch | None"]
+"""Third answers of a micro-batch, or None where the loss takes none."""
+
+
+def no_weights(_batch: PairBatch) -> None:
+    """For losses without weights."""
+
+
+def no_anchors(_batch: PairBatch) -> None:
+    """For losses without a triplet."""
+
+
+def what_is_read(loss: nn.Module, batch: PairBatch) -> PairBatch:
+    """The side of a batch that a loss with ``sides`` reads; the whole batch for all others."""
+    sides = getattr(loss, "sides", SIDES)
+    return batch if set(sides) == set(SIDES) else batch.only(sides[0])
+
+
+def score_pairs(
+    policy: ScoringModel,
+    reference: Reference,
+    batch: PairBatch,
+    needs: frozenset[str],
+    weights: TransformedWeights | None,
+    use: Callable[[PairStats], LossOutput],
+    *,
+    anchors: AnchorBatch | None = None,
+    anchor_grad: bool = True,
+) -> LossOutput:
+    """Statistics of a micro-batch, handed to ``use`` while the reference's side is at hand.
+
+    Args:
+        policy: the model whose statistics carry gradient.
+        reference: the model compared with.
+        batch: chosen and rejected rows together.
+        needs: statistics wanted.
+        weights: token weights ``[2B, T]``, if the loss takes any; ``weights/clipped`` joins the metrics.
+        use: computes the loss (and its backward) from the statistics.
+        anchors: third answers, if the loss takes any; their counts join the metrics.
+        anchor_grad: whether they need a gradient: then they ride in the pairs' forward, else in one of their own.
+
+    Returns:
+        What ``use`` returned.
+    """
+    rows, apart = batch, None
+    if anchors is not None and anchor_grad:
+        rows = batch.with_anchors(anchors)
+    elif anchors is not None:
+        apart = _stats_without_gradient(policy, reference, batch, anchors)
+    with reference.outputs(rows, needs) as ref:
+        stats = policy.token_stats(
+            rows.tokens,
+            rows.labels,
+            needs=needs,
+            ref_logps=ref.logps,
+            ref_hidden=ref.hidden,
+            ref_head_weight=ref.head_weight,
+            weights=None if weights is None else _for_rows(weights.weights, rows),
+        )
+        pair = split_pair(stats, rows.sides)
+        output = use(pair if apart is None else replace(pair, anchor=apart))
+    more = {} if weights is None else clipped_share(weights, batch)
+    more |= {} if anchors is None else anchors.metrics
+    return replace(output, metrics=output.metrics | more) if more else output
+
+
+def _for_rows(weights: Tensor, rows: PairBatch) -> Tensor:
+    """Weights of the pairs' rows with zeros for the anchors' rows and columns."""
+    height, width = rows.tokens.shape
+    return F.pad(weights, (0, width - 1 - weights.shape[1], 0, height - weights.shape[0]))
+
+
+@torch.no_grad()
+def _stats_without_gradient(
+    policy: ScoringModel, reference: Reference, batch: PairBatch, anchors: AnchorBatch
+) -> TokenStats:
+    """The anchors' log-probabilities under both models."""
+    rows = replace(batch, tokens=anchors.tokens, labels=anchors.labels, sides=("anchor",))
+    needs = frozenset({"ref"})
+    with reference.outputs(rows, needs) as ref:
+        return policy.token_stats(rows.tokens, rows.labels, needs=needs, ref_logps=ref.logps)
