@@ -102,7 +102,8 @@ def log_ratios(
         seed: of the order of the pairs, and of the random scores.
 
     Returns:
-        A function that scores answers; those of "random", "uniform" and attribution are the library's weights, less one.
+        A function that scores answers; those of "random" and "uniform" are the library's control weights, less one, those of
+        attribution the weights.
     """
     if construction in ("attribution_max", "attribution_answer"):
         target = MaxLogit("before_last") if construction == "attribution_max" else AnswerLogp()
@@ -147,13 +148,13 @@ def log_ratios(
 
 
 def attribution(scorer: ScoringModel, target: Target) -> LogRatios:
-    """Weights from attribution alone (no prior) on one model, less one."""
+    """Weights from attribution alone (no prior) on one model. They are not negative: their size is what they say."""
 
     def weights(batch: PairBatch) -> list[Tensor]:
         found = token_importances(scorer, batch.tokens, batch.labels, target=target)
         answer = batch.labels != IGNORE_INDEX
         made = attribution_weights(found, answer, answer, mixture=1.0)
-        return [row[kept] - 1 for row, kept in zip(made, answer, strict=True)]
+        return [row[kept] for row, kept in zip(made, answer, strict=True)]
 
     return weights
 

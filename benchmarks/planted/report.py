@@ -226,10 +226,10 @@ def _recovery_table(results: Results) -> str:
     text = f"""Held-out answers, chosen and rejected ({results.settings.heldout} pairs a seed); mean over seeds, in brackets the
     least and the most. *AUC planted*: |log ratio| finds tokens that are worth something. *AUC sign*: among them, the log ratio
     tells good from bad. *Spearman*: log ratio and hidden reward over all tokens; as most rewards are exactly 0, even a
-    perfect log ratio stays below 1 unless it is 0 there too. *attribution*: weights without prior, less one, by the largest
-    logit where the last token is predicted (max) or the answer's log-probability (answer) on the base model, and the latter on
-    a model trained by DPO on so many pairs (dpo); they have no sign of their own. *random* and *uniform*: the library's
-    control weights, less one."""
+    perfect log ratio stays below 1 unless it is 0 there too. *attribution*: weights without prior, in place of the
+    log ratio, by the largest logit where the last token is predicted (max) or the answer's log-probability (answer) on the base
+    model, and the latter on a model trained by DPO on so many pairs (dpo); they have no sign, so the first column is theirs.
+    *random* and *uniform*: the library's control weights, less one."""
     lines += ["", _paragraph(text)]
     return "\n".join(lines)
 
@@ -239,7 +239,8 @@ def _recovery_words(results: Results) -> str:
     lines = []
     for name in TRAINED:
         parts = []
-        for key, title in (("planted", "AUC planted"), ("sign", "AUC sign"), ("spearman", "Spearman")):
+        measures = (("planted", "AUC planted"), ("sign", "AUC sign"), ("spearman", "Spearman"))
+        for key, title in measures if name in PAIRS else measures[:1]:
             first, last = (_mean(_measure(results, name, n, key)) for n in (least, most))
             verb = "grows" if last > first else "falls"
             parts.append(f"{title} {verb} from {first:.3f} to {last:.3f}")
