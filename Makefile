@@ -17,7 +17,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done)
 
-.PHONY: help install demo test test-slow lint type format clean
+.PHONY: help install demo test test-slow chaos lint type format clean
 
 help: ## show the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -34,6 +34,10 @@ test: $(STAMP) ## fast tests
 
 test-slow: $(STAMP) ## tests that take minutes or need the prepared SmolLM2 model
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
+
+chaos: export OMP_NUM_THREADS ?= 1
+chaos: $(STAMP) ## kill tiny runs in every way, let them go on, compare the bits
+	$(BIN)/python scripts/chaos.py
 
 lint: $(STAMP) ## style, imports and docstrings; changes nothing
 	$(BIN)/ruff check .

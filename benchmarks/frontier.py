@@ -107,7 +107,6 @@ def train(name: str, folder: Path, start: Path, arguments: argparse.Namespace, s
     if (folder / "finished.json").is_file():
         return
     arm = ARMS[name]
-    saved = list((folder / "checkpoints").glob("step_*/progress.json"))
     tune(
         arm.recipe,
         arm.config,
@@ -116,14 +115,14 @@ def train(name: str, folder: Path, start: Path, arguments: argparse.Namespace, s
         f"seed={seed}",
         f"max_steps_per_epoch={arguments.steps}",
         f"run_val_every_n_steps={arguments.every}",
-        f"save_every_n_steps={arguments.every}",
+        f"checkpoint_every_n_steps={arguments.every}",
         "batch_size_val=16",
         f"dataset_val.max_rows={arguments.pairs}",
         "loss_val._component_=tokenpref.losses.DPOLoss",
         "log_stats_val=[kl_ref_policy,kl_policy_ref]",
         *sampling(arguments.samples),
         f"sampling.compare_to={start}",
-        f"resume_from_checkpoint={'true' if saved else 'false'}",
+        "resume_from_checkpoint=auto",
     )
 
 

@@ -4,10 +4,25 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-__all__ = ["USER_ERROR_EXIT", "ConfigError", "DataError", "TokenprefError", "TrainingDiverged"]
+__all__ = [
+    "INTERRUPTED_EXIT",
+    "USER_ERROR_EXIT",
+    "ConfigError",
+    "DataError",
+    "Interrupted",
+    "TokenprefError",
+    "TrainingDiverged",
+]
 
 USER_ERROR_EXIT = 2
 """Exit code after an error that the user can mend."""
+
+INTERRUPTED_EXIT = 75
+"""Exit code of a run that a signal stopped and that can go on (EX_TEMPFAIL of sysexits.h)."""
+
+
+class Interrupted(Exception):
+    """A run has saved and stopped because it was asked to."""
 
 
 class TokenprefError(ValueError):

@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import re
+import signal
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 
 import torch
@@ -23,6 +25,23 @@ def tune(folder: Path, *words: str, ok: bool = True) -> subprocess.CompletedProc
     if ok:
         assert done.returncode == 0, done.stdout + done.stderr
     return done
+
+
+def kill_all(process: subprocess.Popen[bytes]) -> None:
+    """SIGKILL to a command and everything below it; torchrun's workers have sessions of their own and would live on."""
+    parents = {}
+    for stat in Path("/proc").glob("[0-9]*/stat"):
+        try:
+            parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+        except (FileNotFoundError, ProcessLookupError):
+            continue  # it has just ended
+    family = {process.pid}
+    while more := {pid for pid, parent in parents.items() if parent in family} - family:
+        family |= more
+    for pid in family:
+        with suppress(ProcessLookupError):
+            os.kill(pid, signal.SIGKILL)
+    process.wait()
 
 
 def logged(folder: Path, run: str) -> list[dict[str, float]]:

@@ -53,7 +53,7 @@ def test_round_trip(pair):
     assert found.positive.checkpointer.kwargs["checkpoint_dir"] == str(pair / "positive" / "epoch_0")
     assert found.positive.checkpointer.kwargs["checkpoint_files"] == ["model.safetensors"]
     assert not found.shares_weights
-    assert weights_digest(found.positive) != weights_digest(found.negative)
+    assert weights_digest(found.positive.checkpointer) != weights_digest(found.negative.checkpointer)
 
 
 def test_prompt_pair_shares_its_base(pair):

@@ -57,7 +57,7 @@ def test_the_head_chunk_changes_only_rounding(run, tmp_path):
     run("output_dir=whole")
     run("output_dir=chunked", "head_chunk_size=3")
     for one, other in zip(logged(tmp_path / "whole"), logged(tmp_path / "chunked"), strict=True):
-        for name in one.keys() - {"tokens_per_second"}:
+        for name in one.keys() - {"tokens_per_second", "time/step"}:
             assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
 
 
@@ -119,8 +119,12 @@ def test_a_log_line_covers_the_steps_since_the_last(run, tmp_path):
 
 
 def test_continuing_after_a_stop_gives_the_same_bits(run, tmp_path, monkeypatch):
-    words = ("epochs=2", "save_every_n_steps=3", "lr_scheduler._component_=torchtune.training.get_cosine_schedule_with_warmup",
-             "lr_scheduler.num_warmup_steps=2")  # fmt: skip
+    words = (
+        "epochs=2",
+        "checkpoint_every_n_steps=3",
+        "lr_scheduler._component_=torchtune.training.get_cosine_schedule_with_warmup",
+        "lr_scheduler.num_warmup_steps=2",
+    )
     run("output_dir=whole", *words)
     step = PreferenceTrainer._step
 
@@ -133,7 +137,7 @@ def test_continuing_after_a_stop_gives_the_same_bits(run, tmp_path, monkeypatch)
     with pytest.raises(KeyboardInterrupt):
         run("output_dir=stopped", *words)
     monkeypatch.setattr(PreferenceTrainer, "_step", step)
-    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").iterdir()] == ["step_6"]
+    assert [p.name for p in (tmp_path / "stopped" / "checkpoints").glob("step_*")] == ["step_6"]
     trainer = run("output_dir=stopped", *words, "resume_from_checkpoint=true")
     assert trainer.progress.step == 16
     for name, tensor in weights(tmp_path / "whole", 1).items():
@@ -158,7 +162,7 @@ def test_the_same_config_may_run_again_but_not_another(run, tmp_path):
 
 
 def test_resume_without_a_checkpoint_says_where_it_looked(run, tmp_path):
-    with pytest.raises(ConfigError, match=r"no checkpoint in .*nothing_here"):
+    with pytest.raises(ConfigError, match=r"no checkpoint that can be read in .*nothing_here"):
         run("output_dir=nothing_here", "resume_from_checkpoint=true")
     assert not (tmp_path / "nothing_here").exists()
 

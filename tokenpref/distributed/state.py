@@ -1,13 +1,26 @@
-"""State of sharded and plain models: whole copies for export, sharded files for resume."""
+"""State of sharded and plain models: whole copies for export, sharded files for resume.
+
+PyTorch's distributed checkpoints are read here without running anything that they say: their index is a pickle, from which only
+the classes of such an index are taken, and what is no tensor is read with ``weights_only``.
+"""
 
 from __future__ import annotations
 
-from pathlib import Path
+import io
+import pickle
+from collections import OrderedDict
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path, PurePosixPath
 from typing import Any
 
 import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
+from torch.distributed.checkpoint import filesystem, metadata
+from torch.distributed.checkpoint.api import CheckpointException
+from torch.distributed.checkpoint.default_planner import DefaultLoadPlanner
+from torch.distributed.checkpoint.planner import ReadItem
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -18,6 +31,7 @@ from torch.distributed.checkpoint.state_dict import (
 from torch.optim import Optimizer
 
 from tokenpref.distributed.world import World
+from tokenpref.errors import TokenprefError
 
 __all__ = ["full_state_dict", "load_full_state_dict", "load_sharded", "save_sharded"]
 
@@ -56,10 +70,104 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
     set_model_state_dict(model, typed, options=options)
 
 
+# What the index of a distributed checkpoint is made of; anything else in it is refused.
+_INDEX_CLASSES: dict[tuple[str, str], Any] = {
+    **{
+        (module.__name__, name): getattr(module, name)
+        for module, names in (
+            (
+                metadata,
+                (
+                    "BytesStorageMetadata",
+                    "ChunkStorageMetadata",
+                    "Metadata",
+                    "MetadataIndex",
+                    "StorageMeta",
+                    "TensorProperties",
+                    "TensorStorageMetadata",
+                    "_MEM_FORMAT_ENCODING",
+                ),
+            ),
+            (filesystem, ("_StorageInfo",)),
+        )
+        for name in names
+        if hasattr(module, name)
+    },
+    ("torch", "Size"): torch.Size,
+    ("torch.serialization", "_get_layout"): getattr(torch.serialization, "_get_layout", None),
+    ("collections", "OrderedDict"): OrderedDict,
+    # Where the writer put it; a path that is never opened.
+    ("pathlib", "PosixPath"): PurePosixPath,
+    ("pathlib", "PurePosixPath"): PurePosixPath,
+    ("pathlib._local", "PosixPath"): PurePosixPath,
+    **{
+        ("torch", str(t).removeprefix("torch.")): t
+        for t in vars(torch).values()
+        if isinstance(t, torch.dtype)
+    },
+}
+
+
+class _IndexUnpickler(pickle.Unpickler):
+    """Reads the index of a distributed checkpoint and nothing else."""
+
+    def find_class(self, module: str, name: str) -> Any:
+        """The named part of an index.
+
+        Raises:
+            pickle.UnpicklingError: for anything that an index does not hold; nothing is imported.
+        """
+        if (module, name) not in _INDEX_CLASSES:
+            raise pickle.UnpicklingError(
+                f"the checkpoint's index asks for {module}.{name}, which no checkpoint of this package does; it is not read"
+            )
+        return _INDEX_CLASSES[module, name]
+
+
+class _SafeReader(dcp.FileSystemReader):
+    """PyTorch's reader with :class:`_IndexUnpickler`."""
+
+    def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
+        """The checkpoint's index."""
+        with (Path(self.path) / ".metadata").open("rb") as stream:
+            index: metadata.Metadata = _IndexUnpickler(stream).load()
+        if getattr(index, "storage_meta", None) is None:
+            index.storage_meta = metadata.StorageMeta()
+        index.storage_meta.load_id = self.load_id  # type: ignore[union-attr]  # set above
+        return index
+
+
+class _SafePlanner(DefaultLoadPlanner):
+    """PyTorch's planner, which unpickles only plain data."""
+
+    def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
+        """Put what is no tensor into its place."""
+        plain = io.BytesIO()
+        torch.save(torch.load(value, weights_only=True), plain)
+        plain.seek(0)
+        super().load_bytes(read_item, plain)
+
+
+@contextmanager
+def _plain_failures(what: str) -> Iterator[None]:
+    """PyTorch's own exception is no ``Exception`` and hides its cause in a table; say the cause.
+
+    Raises:
+        TokenprefError: on every rank, with the first rank's cause.
+    """
+    try:
+        yield
+    except CheckpointException as error:
+        rank, (cause, _) = min(error.failures.items())
+        text = str(cause).strip().splitlines() or [""]
+        raise TokenprefError(f"{what} (rank {rank}: {type(cause).__name__}: {text[0]})") from error
+
+
 def save_sharded(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """Write model and optimizer to the folder ``path``, each process its own shards."""
     weights, state = get_state_dict(model, optimizer)
-    dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
+    with _plain_failures(f"{path}: the checkpoint cannot be written"):
+        dcp.save({"model": weights, "optimizer": state}, checkpoint_id=path)
 
 
 def load_sharded(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
@@ -69,6 +177,6 @@ def load_sharded(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     """
     weights, state = get_state_dict(model, optimizer)
     stored: dict[str, Any] = {"model": weights, "optimizer": state}
-    with torch.no_grad():
-        dcp.load(stored, checkpoint_id=path)
+    with torch.no_grad(), _plain_failures(f"{path}: the checkpoint cannot be read"):
+        dcp.load(stored, storage_reader=_SafeReader(path), planner=_SafePlanner())
     set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])

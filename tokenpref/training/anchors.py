@@ -7,6 +7,7 @@ from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
+import torch
 
 from tokenpref._checks import check_choice, check_number
 from tokenpref.data import Answer, PreferenceDataset
@@ -67,7 +68,12 @@ class AnchorSampler:
         self._prefix_share = check_number("prefix_share", prefix_share, above=0, at_most=1)
         self._max_new_tokens, self._batch_size, self._seed = max_new_tokens, batch_size, seed
         self._sampling: dict[str, Any] = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
-        self._cache: RowCache[Answer] = RowCache(Refresh(refresh, every_n_steps))
+        self._cache: RowCache[Answer] = RowCache(
+            Refresh(refresh, every_n_steps),
+            lambda answer: [torch.tensor(answer[0]), torch.tensor([answer[1]])],
+            lambda parts: (parts[0].tolist(), int(parts[1])),
+        )
+        self.state_dict, self.load_state_dict = self._cache.state_dict, self._cache.load_state_dict
         self._places: dict[int, int] = {}
 
     def bind(self, dataset: PreferenceDataset) -> None:

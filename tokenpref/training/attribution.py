@@ -230,7 +230,8 @@ class Attribution(_AttributedWeights):
     ) -> None:
         super().__init__(target, norm, span, mixture, prior)
         self._model = check_choice("model", model, ("policy", "reference"))
-        self._cache: RowCache[list[Tensor]] = RowCache(Refresh(refresh, every_n_steps))
+        self._cache: RowCache[list[Tensor]] = RowCache(Refresh(refresh, every_n_steps), list, list)
+        self.state_dict, self.load_state_dict = self._cache.state_dict, self._cache.load_state_dict
 
     def bind(self, dataset: PreferenceDataset) -> None:
         """See :class:`tokenpref.training.live.LiveScores`."""

@@ -16,7 +16,7 @@ from yaml import YAMLError
 
 from tokenpref._registry import find_config
 from tokenpref.components import COMPONENT, accepts, find_component
-from tokenpref.errors import USER_ERROR_EXIT, ConfigError, TokenprefError
+from tokenpref.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, ConfigError, Interrupted, TokenprefError
 
 __all__ = ["load_config", "recipe_main"]
 
@@ -26,7 +26,8 @@ log = logging.getLogger("tokenpref")
 def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """Decorator for a recipe's ``main(cfg)``: ``--config NAME key=value ~key`` as everywhere in torchtune.
 
-    An error that the user can mend is one message without a traceback, exit code 2; see :func:`load_config` for
+    An error that the user can mend is one message without a traceback, exit code 2; a run that a signal stopped exits
+    with 75; see :func:`load_config` for
     what the command line may say.
 
     Args:
@@ -42,6 +43,10 @@ def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         rank = int(os.environ.get("RANK", "0"))
         try:
             main(load_config(sys.argv[1:], announce=rank == 0))
+        except Interrupted as stop:
+            if rank == 0:
+                print(stop, file=sys.stderr, flush=True)
+            sys.exit(INTERRUPTED_EXIT)
         except TokenprefError as error:
             # Every rank finds the same fault; what only another rank found begins with that rank's number.
             if rank == 0 or str(error).startswith("rank "):

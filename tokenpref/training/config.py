@@ -9,7 +9,17 @@ import torch
 
 from tokenpref._paths import resolve_path
 from tokenpref.errors import ConfigError
-from tokenpref.training.schema import Component, component, flag, integer, number, section, text, texts
+from tokenpref.training.schema import (
+    Component,
+    component,
+    flag,
+    flag_or_text,
+    integer,
+    number,
+    section,
+    text,
+    texts,
+)
 
 __all__ = [
     "EvaluateConfig",
@@ -124,10 +134,12 @@ class TrainConfig(ModelConfig):
     shuffle: bool = flag(True)
     clip_grad_norm: float | None = number(None)
     enable_activation_checkpointing: bool = flag(False)
-    resume_from_checkpoint: bool = flag(False)
-    """Continue from the newest checkpoint of ``output_dir``."""
-    save_every_n_steps: int | None = integer(None)
-    """Steps between resumable checkpoints; null: one at each epoch's end."""
+    resume_from_checkpoint: bool | str = flag_or_text(False)
+    """``auto``: from the newest checkpoint of ``output_dir`` if there is one; true: there has to be one; or its path."""
+    checkpoint_every_n_steps: int | None = integer(None)
+    """Steps between resumable checkpoints; null (and no minutes): one at each epoch's end."""
+    checkpoint_every_minutes: float | None = number(None)
+    """Minutes between resumable checkpoints."""
     keep_last: int = integer(1)
     """Resumable checkpoints to keep."""
     log_every_n_steps: int = integer(1)

@@ -101,7 +101,7 @@ class ContrastiveReference:
         self.world = init_world(config.device)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         own = RunFolder(folder, plain, self.recipe, self.world)
-        own.check(resume=False)
+        own.start(False)
         sides: dict[str, dict[str, Any]] = {}
         if config.method == "prompt":
             prompts = (config.positive_prompt, config.negative_prompt)
@@ -135,8 +135,9 @@ class ContrastiveReference:
         if weights is not None:
             self._say(f"{side} side: done already ({weights})")
             return weights
-        cfg.resume_from_checkpoint = self.world.broadcast_object(run.latest() is not None)
-        self._say(f"{side} side: {'goes on' if cfg.resume_from_checkpoint else 'begins'}")
+        goes_on = self.world.broadcast_object(self.world.is_main and run.checkpoints.newest()[0] is not None)
+        cfg.resume_from_checkpoint = "auto"
+        self._say(f"{side} side: {'goes on' if goes_on else 'begins'}")
         trainer = PreferenceTrainer(cfg, self.world)
         try:
             trainer.setup()

@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Generic, Protocol, TypeVar
 
+import torch
 from torch import Tensor
 
 from tokenpref._checks import check_choice
@@ -131,11 +132,38 @@ class RowCache(Generic[T]):
 
     Args:
         refresh: when.
+        pack: a result as one-dimensional tensors, always as many, for a checkpoint.
+        unpack: the way back.
     """
 
-    def __init__(self, refresh: Refresh) -> None:
-        self._refresh = refresh
+    def __init__(
+        self, refresh: Refresh, pack: Callable[[T], list[Tensor]], unpack: Callable[[list[Tensor]], T]
+    ) -> None:
+        self._refresh, self._pack, self._unpack = refresh, pack, unpack
         self._kept: dict[int, tuple[int, T]] = {}
+
+    def state_dict(self) -> dict[str, Tensor]:
+        """What is kept, in tensors that can be joined over ranks."""
+        packed = {row: (step, self._pack(result)) for row, (step, result) in self._kept.items()}
+        if not packed:
+            return {}
+        return {
+            "rows": torch.tensor(list(packed)),
+            "steps": torch.tensor([step for step, _ in packed.values()]),
+            "lengths": torch.tensor([[len(part) for part in parts] for _, parts in packed.values()]),
+            "values": torch.cat([part.cpu() for _, parts in packed.values() for part in parts]),
+        }
+
+    def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
+        """Take what any ranks kept; of a row that several had, the newest."""
+        lengths = state["lengths"]
+        values = iter(state["values"].split(lengths.flatten().tolist()))
+        for row, step, parts in zip(
+            state["rows"].tolist(), state["steps"].tolist(), lengths.tolist(), strict=True
+        ):
+            result = self._unpack([next(values) for _ in parts])
+            if row not in self._kept or self._kept[row][0] < step:
+                self._kept[row] = (step, result)
 
     def get(
         self, rows: Sequence[int], models: LiveModels, make: Callable[[list[int]], Sequence[T]]

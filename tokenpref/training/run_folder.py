@@ -1,52 +1,42 @@
-"""The output folder of a run: whose it is, and its resumable checkpoints."""
+"""The output folder of a run: whose it is, whether someone is writing to it, and from where it goes on."""
 
 from __future__ import annotations
 
+import fcntl
 import hashlib
 import json
+import logging
 import os
 import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
-
 from tokenpref import __version__
+from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.distributed import World, full_state_dict, load_sharded, save_sharded
+from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
+from tokenpref.training.checkpoints import MANIFEST, PROGRESS, Checkpoints, fault_of, seal, write_json
 
-__all__ = ["Progress", "RunFolder", "config_fingerprint"]
+__all__ = ["RunFolder", "config_fingerprint"]
+
+log = logging.getLogger("tokenpref")
 
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
+LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
 # Keys that change how a run is carried out or watched, not what it computes.
 INCIDENTAL = frozenset(
     {
-        "resume_from_checkpoint", "save_every_n_steps", "keep_last", "log_every_n_steps", "log_peak_memory_stats",
-        "metric_logger", "profiler", "run_val_every_n_steps", "batch_size_val", "epochs", "max_steps_per_epoch",
-        "dataset_val", "loss_val", "log_stats_val", "sampling",
+        "resume_from_checkpoint", "checkpoint_every_n_steps", "checkpoint_every_minutes", "keep_last",
+        "log_every_n_steps", "log_peak_memory_stats", "metric_logger", "profiler", "run_val_every_n_steps",
+        "batch_size_val", "epochs", "max_steps_per_epoch", "dataset_val", "loss_val", "log_stats_val", "sampling",
     }
 )  # fmt: skip
-
-
-@dataclass
-class Progress:
-    """Where a run stands: enough, with the weights and the optimizer, to continue it.
-
-    Args:
-        step: optimizer steps done.
-        num_tokens: tokens seen.
-    """
-
-    step: int = 0
-    num_tokens: int = 0
 
 
 def config_fingerprint(config: dict[str, Any]) -> str:
@@ -70,36 +60,118 @@ class RunFolder:
         self.world = world
         self._fingerprint = config_fingerprint(config)
         self._recipe = recipe
+        self.checkpoints = Checkpoints(path / CHECKPOINTS, world)
+        self._lock: int | None = None
 
-    @property
-    def checkpoints(self) -> Path:
-        """Folder of the resumable checkpoints."""
-        return self.path / CHECKPOINTS
+    def start(self, resume: bool | str) -> Path | None:
+        """The checkpoint to continue from; the same on every rank. Writes nothing.
 
-    def check(self, *, resume: bool) -> None:
-        """Refuse a folder that another run owns, or a resume without a checkpoint. Writes nothing.
+        Args:
+            resume: False: none, a run from the beginning. "auto": the newest one in this folder that is sealed and
+                unharmed, if there is any. True: likewise, and there has to be one. A path: that checkpoint, or the newest
+                one of the run in that folder.
 
         Raises:
-            ConfigError: on every rank.
+            ConfigError: on every rank: for a folder that another run owns or is writing to, or if no checkpoint can be read
+                where there has to be one; damaged ones are named.
         """
 
-        def check() -> None:
+        def find() -> Path | None:
             if not self.world.is_main:
-                return
+                return None
+            self._refuse_if_locked()
+            found = self._find(resume)
             owner = self._owner()
-            if resume:
-                if self.latest() is None:
-                    raise ConfigError(
-                        f"resume_from_checkpoint: no checkpoint in {self.checkpoints}; set output_dir to the folder "
-                        "of the run to continue, or resume_from_checkpoint=false"
-                    )
-            elif owner is not None and owner["config"] != self._fingerprint:
+            if found is None and owner is not None and owner["config"] != self._fingerprint:
                 raise ConfigError(
                     f"output_dir: {self.path} holds another run ({owner['recipe']}, id {owner['id']}) with another "
                     "config; set another output_dir, or remove that folder"
                 )
+            return found
 
-        self.world.together(check)
+        found: Path | None = self.world.broadcast_object(self.world.together(find))
+        return found
+
+    def _find(self, resume: bool | str) -> Path | None:
+        if resume is False:
+            return None
+        if isinstance(resume, str) and resume != "auto":
+            return self._given(resolve_path(resume))
+        found, faults = self.checkpoints.newest()
+        for fault in faults:
+            log.info(f"skipped a damaged checkpoint: {fault}")
+        if found is not None:
+            log.info(f"continuing from {found}")
+        elif resume == "auto":
+            log.info(f"no checkpoint in {self.checkpoints.path}: a run from the beginning")
+        else:
+            raise ConfigError(
+                f"resume_from_checkpoint: no checkpoint that can be read in {self.checkpoints.path}; set output_dir to the "
+                "folder of the run to continue, or resume_from_checkpoint=auto or false"
+            )
+        return found
+
+    def _given(self, path: Path) -> Path:
+        """The checkpoint that a path means."""
+        found, faults = Checkpoints(path / CHECKPOINTS, self.world).newest()
+        if found is not None:
+            return found
+        if faults:
+            fault = faults[0]
+        elif not path.is_dir():
+            fault = f"there is no such folder: {path}"
+        elif not (path / PROGRESS).is_file():
+            fault = f"{path} is no checkpoint (it has no {PROGRESS})"
+        elif harm := fault_of(path):
+            fault = f"{path}: {harm}"
+        else:
+            return path
+        raise ConfigError(
+            f"resume_from_checkpoint: no checkpoint that can be read: {fault}. Name the folder of a checkpoint or of a run, or "
+            "set resume_from_checkpoint=auto or false"
+        )
+
+    def lock(self) -> None:
+        """Keep other runs out of the folder for as long as this process lives.
+
+        Raises:
+            ConfigError: if another process has it.
+        """
+
+        def lock() -> None:
+            if not self.world.is_main or self._lock is not None:
+                return
+            self.path.mkdir(parents=True, exist_ok=True)
+            descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
+            try:
+                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            except BlockingIOError:
+                os.close(descriptor)
+                raise ConfigError(self._locked()) from None
+            self._lock = descriptor
+
+        self.world.together(lock)
+
+    def unlock(self) -> None:
+        """Let other runs in again; a process that dies does so too."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+    def _refuse_if_locked(self) -> None:
+        file = self.path / LOCK_FILE
+        if not file.is_file() or self._lock is not None:
+            return
+        descriptor = os.open(file, os.O_RDWR)
+        try:
+            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        except BlockingIOError:
+            raise ConfigError(self._locked()) from None
+        finally:
+            os.close(descriptor)
+
+    def _locked(self) -> str:
+        return f"output_dir: another run is writing to {self.path} at this moment; wait for it, or set another output_dir"
 
     @contextmanager
     def removed_on_failure(self) -> Iterator[None]:
@@ -113,16 +185,25 @@ class RunFolder:
             raise
 
     def export(self, checkpointer: Any, model: TransformerDecoder, epoch: int) -> None:
-        """Write a model in its checkpointer's format to ``epoch_N``."""
+        """Write a model in its checkpointer's format to ``epoch_N``, with a manifest as last file."""
         state = full_state_dict(model, self.world)
-        if self.world.is_main:
+
+        def write() -> None:
+            if not self.world.is_main:
+                return
+            folder = self.path / f"epoch_{epoch}"
+            (folder / MANIFEST).unlink(missing_ok=True)
             checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
+            if folder.is_dir():  # a checkpointer of the user's own may write elsewhere
+                seal(folder)
+
+        self.world.together(write)
         self.world.barrier()
 
     def finish(self, export: str) -> None:
         """Mark the run as complete; ``export`` names the folder of its last weights."""
         if self.world.is_main:
-            _write_json(self.path / FINISHED_FILE, {"weights": export})
+            write_json(self.path / FINISHED_FILE, {"weights": export})
         self.world.barrier()
 
     def finished(self) -> Path | None:
@@ -140,11 +221,11 @@ class RunFolder:
 
     def claim(self, *, resume: bool) -> None:
         """Make the folder this run's. A run of the same config started anew replaces the earlier one's checkpoints."""
-        if self.world.is_main and not resume:
-            self.path.mkdir(parents=True, exist_ok=True)
+        self.lock()
+        if self.world.is_main and not (resume and self._owner() is not None):
             if self._owner() is not None:
                 (self.path / FINISHED_FILE).unlink(missing_ok=True)
-                for old in [self.checkpoints, *self.path.glob("epoch_*")]:
+                for old in [self.checkpoints.path, *self.path.glob("epoch_*")]:
                     shutil.rmtree(old, ignore_errors=False) if old.exists() else None
             record = {
                 "id": uuid.uuid4().hex,
@@ -153,7 +234,7 @@ class RunFolder:
                 "tokenpref": __version__,
                 "world_size": self.world.size,
             }
-            _write_json(self.path / RUN_FILE, record)
+            write_json(self.path / RUN_FILE, record)
         self.world.barrier()
 
     def claim_once(self) -> None:
@@ -171,80 +252,3 @@ class RunFolder:
             return {key: owner[key] for key in ("id", "recipe", "config")}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"output_dir: {path} is damaged ({error}); set another output_dir") from error
-
-    def latest(self) -> Path | None:
-        """The newest complete checkpoint, or None."""
-        found = [p for p in self.checkpoints.glob("step_*") if (p / "progress.json").is_file()]
-        return max(found, key=lambda p: int(p.name.removeprefix("step_")), default=None)
-
-    def save(
-        self,
-        model: TransformerDecoder,
-        optimizer: Optimizer,
-        scheduler: LRScheduler | None,
-        progress: Progress,
-        *,
-        keep_last: int,
-    ) -> Path:
-        """Write a resumable checkpoint. It gets its name only when it is complete.
-
-        Returns:
-            Its folder.
-        """
-        final = self.checkpoints / f"step_{progress.step}"
-        partial = self.checkpoints / f"step_{progress.step}.partial"
-        if self.world.is_main:
-            shutil.rmtree(partial, ignore_errors=True)
-            partial.mkdir(parents=True)
-        self.world.barrier()
-        save_sharded(partial, model, optimizer)
-        self.world.barrier()
-        if self.world.is_main:
-            schedule = scheduler.state_dict() if scheduler is not None else None
-            _write_json(partial / "progress.json", {**vars(progress), "scheduler": _plain(schedule)})
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            for old in sorted(self.checkpoints.glob("step_*"), key=_step_of)[:-keep_last]:
-                shutil.rmtree(old)
-        self.world.barrier()
-        return final
-
-    def load(
-        self, model: TransformerDecoder, optimizer: Optimizer, scheduler: LRScheduler | None
-    ) -> Progress:
-        """Continue from the newest checkpoint: fills model, optimizer and scheduler.
-
-        Returns:
-            Where the run stood.
-        """
-        latest = self.world.broadcast_object(self.latest() if self.world.is_main else None)
-        load_sharded(latest, model, optimizer)
-        record = json.loads((latest / "progress.json").read_text(encoding="utf-8"))
-        schedule = record.pop("scheduler")
-        if (schedule is None) != (scheduler is None):
-            raise ConfigError(
-                f"lr_scheduler: {latest} was written {'without' if schedule is None else 'with'} one"
-            )
-        if scheduler is not None:
-            scheduler.load_state_dict(schedule)
-        return Progress(**record)
-
-
-def _step_of(path: Path) -> int:
-    return int(path.name.removeprefix("step_").removesuffix(".partial"))
-
-
-def _plain(schedule: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A scheduler's state without the callables that LambdaLR lists (they come from the config)."""
-    if schedule is None:
-        return None
-    plain = dict(schedule)
-    if "lr_lambdas" in plain:
-        plain["lr_lambdas"] = [None] * len(plain["lr_lambdas"])
-    return plain
-
-
-def _write_json(path: Path, record: dict[str, Any]) -> None:
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)

@@ -26,6 +26,7 @@ __all__ = [
     "Component",
     "component",
     "flag",
+    "flag_or_text",
     "integer",
     "number",
     "read_config",
@@ -158,6 +159,17 @@ def flag(default: Any = dataclasses.MISSING) -> Any:
     def read(key: str, value: Any) -> bool:
         if not isinstance(value, bool):
             raise ConfigError(f"{key}: expected true or false, found {value!r}")
+        return value
+
+    return _field(read, default)
+
+
+def flag_or_text(default: Any = dataclasses.MISSING) -> Any:
+    """True, false, or non-empty text."""
+
+    def read(key: str, value: Any) -> bool | str:
+        if not isinstance(value, bool) and not (isinstance(value, str) and value):
+            raise ConfigError(f"{key}: expected true, false, auto or a path, found {value!r}")
         return value
 
     return _field(read, default)

@@ -53,6 +53,7 @@ class TripletTrainer(WeightedTrainer):
                 "tokenpref.training.AnchorSampler or tokenpref.data.ColumnAnchors"
             )
         source.bind(dataset)
+        self.keep(dataset, "anchors", source)
 
         def anchors(batch: PairBatch) -> AnchorBatch:
             with self.stopwatch.time("anchors"):

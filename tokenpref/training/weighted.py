@@ -48,6 +48,7 @@ class WeightedTrainer(PreferenceTrainer):
         )
         if hasattr(source, "score") and hasattr(source, "bind"):
             source.bind(dataset)
+            self.keep(dataset, "weights", source)
             ends = {
                 side: {example.row: bool(getattr(example, f"{side}_has_eos")) for example in dataset}
                 for side in SIDES

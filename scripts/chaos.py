@@ -1,0 +1,261 @@
+"""Kill runs in every way a cluster knows, let them go on, and compare the end with a run that nobody disturbed.
+
+    make chaos                                     # 30 kills, some minutes
+    python scripts/chaos.py --kills 6 --jobs tdpo --seed 3
+
+Jobs are tiny: TDPO, TIS-DPO, TI-DPO, a contrastive pair and weight estimation, in one process and in two. A kill is drawn for
+each start: SIGKILL of all processes or of one rank, at a random instant (also while something is written), SIGTERM, or a limit
+on the size of files that makes a save fail as a full disk does. After the kills the job runs to its end. Weights or scores must
+be the undisturbed run's, bit for bit.
+"""
+
+from __future__ import annotations
+
+import argparse
+import os
+import random
+import resource
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections import Counter
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+
+from safetensors.torch import load_file
+
+from tokenpref.weights import WeightStore
+
+TUNE = Path(sys.executable).parent / "tune"
+SAVING = ("checkpoint_every_n_steps=2", "resume_from_checkpoint=auto", "keep_last=2")
+QUIET = ("run_val_every_n_steps=null", "epochs=4")
+KEPT = ("token_weights.refresh=every_n_steps", "token_weights.every_n_steps=5", "anchors.refresh=once")
+PAIR, STORE = "pair", "store"
+KILLS = ("all", "one", "term", "full")
+
+
+@dataclass(frozen=True)
+class Job:
+    """A command that can be continued, and how its result is told from another.
+
+    Args:
+        words: recipe, config and settings.
+        result: what it leaves in its folder, as comparable bytes.
+        saves: whether it takes the settings of checkpoints.
+    """
+
+    words: tuple[str, ...]
+    result: Callable[[Path], dict[str, bytes]]
+    saves: bool = True
+
+
+def trained(folder: Path) -> dict[str, bytes]:
+    """The weights of every folder of weights below ``folder``."""
+    files = sorted(folder.rglob("epoch_*/model-*.safetensors"))
+    return {
+        f"{file.relative_to(folder)}:{name}": tensor.contiguous().numpy().tobytes()
+        for file in files
+        for name, tensor in load_file(file).items()
+    }
+
+
+def scored(folder: Path) -> dict[str, bytes]:
+    """The scores of a store."""
+    return {
+        f"{row.row}:{side}": getattr(row, side).tobytes()
+        for row in WeightStore.open(folder / "weights")
+        for side in ("chosen", "rejected")
+    }
+
+
+JOBS = {
+    "tdpo": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET), trained),
+    "tis": Job(
+        (
+            "recipes/tis_dpo_distributed",
+            "--config",
+            "tiny/tis_dpo",
+            *QUIET,
+            f"token_weights.path={STORE}/weights",
+        ),
+        trained,
+    ),
+    "ti": Job(("recipes/ti_dpo_distributed", "--config", "tiny/ti_dpo", *QUIET, *KEPT), trained),
+    "pair": Job(
+        ("recipes/contrastive_reference_distributed", "--config", "tiny/contrastive_reference", "epochs=2"),
+        trained,
+    ),
+    "weights": Job(
+        (
+            "recipes/estimate_weights_distributed",
+            "--config",
+            "tiny/estimate_weights",
+            f"estimator.pair={PAIR}",
+            "shard_rows=2",
+            "batch_tokens=64",
+        ),
+        scored,
+        saves=False,
+    ),
+}
+
+
+class Chaos:
+    """Runs jobs in a folder and disturbs them.
+
+    Args:
+        folder: where everything happens.
+        seed: of the kills.
+    """
+
+    def __init__(self, folder: Path, seed: int) -> None:
+        self.folder = folder
+        self.random = random.Random(seed)
+        self.kills: Counter[str] = Counter()
+        self.log = folder / "log.txt"
+
+    def words(self, job: Job, ranks: int, output: str) -> list[str]:
+        """The command of a job."""
+        launch = ["--nproc_per_node", str(ranks)] if ranks > 1 else []
+        batch = ["batch_size=4"] if ranks > 1 and job.saves else []
+        saving = [w for w in SAVING if job.saves and (job is not JOBS["pair"] or not w.startswith("resume"))]
+        return [str(TUNE), "run", *launch, *job.words, *saving, *batch, f"output_dir={output}"]
+
+    def start(self, words: list[str], limit: int | None = None) -> subprocess.Popen[bytes]:
+        """Start a command in a session of its own, perhaps with a limit on the size of its files."""
+        hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
+
+        def before() -> None:
+            if limit is not None:
+                resource.setrlimit(resource.RLIMIT_FSIZE, (limit, hard))
+
+        env = {**os.environ, "OMP_NUM_THREADS": "1"}
+        with self.log.open("ab") as log:
+            return subprocess.Popen(
+                words,
+                cwd=self.folder,
+                env=env,
+                stdout=log,
+                stderr=log,
+                start_new_session=True,
+                preexec_fn=before,  # one thread here
+            )
+
+    def finish(self, words: list[str]) -> None:
+        """Run a command to its end."""
+        process = self.start(words)
+        if process.wait(600) != 0:
+            raise SystemExit(f"{' '.join(words)} failed:\n{self.log.read_text()[-4000:]}")
+
+    def disturb(self, words: list[str], output: str, seconds: float) -> bool:
+        """One start that may not end well; True when the job ended before its kill came."""
+        kind = self.random.choice(KILLS)
+        process = self.start(words, limit=self.random.choice([2_000, 60_000]) if kind == "full" else None)
+        self._wait_for_a_sign_of_life(process, output)
+        if kind != "full":
+            time.sleep(self.random.uniform(0, seconds))
+        family = self._family(process.pid)
+        if kind == "all":
+            self._kill(family)
+        elif kind == "one":
+            self._kill([self.random.choice(family[1:] or family)])
+        elif kind == "term" and process.poll() is None:
+            process.send_signal(signal.SIGTERM)
+        began = time.monotonic()
+        try:
+            code = process.wait(120)
+        except subprocess.TimeoutExpired:
+            self._kill(self._family(process.pid))
+            raise SystemExit(
+                f"{kind}: still running after 120 s; a rank that died left others waiting"
+            ) from None
+        self.kills[kind] += code != 0
+        print(f"  {kind}: exit {code} after {time.monotonic() - began:.1f} s", flush=True)
+        return code == 0
+
+    def _wait_for_a_sign_of_life(self, process: subprocess.Popen[bytes], output: str) -> None:
+        deadline = time.monotonic() + 120
+        before = {p: p.stat().st_mtime_ns for p in (self.folder / output).rglob("*") if p.is_file()}
+        while process.poll() is None and time.monotonic() < deadline:
+            now = {
+                p: p.stat().st_mtime_ns
+                for p in (self.folder / output).rglob("*")
+                if p.exists() and p.is_file()
+            }
+            if now != before:
+                return
+            time.sleep(0.02)
+
+    @staticmethod
+    def _family(pid: int) -> list[int]:
+        """A process and all below it, itself first; torchrun's workers have sessions of their own."""
+        parents: dict[int, int] = {}
+        for stat in Path("/proc").glob("[0-9]*/stat"):
+            try:
+                parents[int(stat.parent.name)] = int(stat.read_text().rpartition(")")[2].split()[1])
+            except (FileNotFoundError, ProcessLookupError):
+                continue  # it has just ended
+        family = [pid]
+        for member in family:
+            family += [child for child, parent in parents.items() if parent == member]
+        return family
+
+    @staticmethod
+    def _kill(pids: Sequence[int]) -> None:
+        for pid in pids:
+            with suppress(ProcessLookupError):
+                os.kill(pid, signal.SIGKILL)
+
+    def trial(self, name: str, ranks: int, kills: int) -> None:
+        """A job undisturbed, then the same job with kills; compares the ends."""
+        job = JOBS[name]
+        whole, killed = f"whole_{name}_{ranks}", f"killed_{name}_{ranks}"
+        began = time.monotonic()
+        self.finish(self.words(job, ranks, whole))
+        print(f"{name}, {ranks} process(es): undisturbed {time.monotonic() - began:.0f} s", flush=True)
+        words = self.words(job, ranks, killed)
+        for _ in range(kills):
+            if self.disturb(words, killed, 1.5):
+                break
+        self.finish(words)
+        one, other = job.result(self.folder / whole), job.result(self.folder / killed)
+        if not one or one != other:
+            differing = sorted(k for k in one.keys() | other.keys() if one.get(k) != other.get(k))
+            raise SystemExit(
+                f"{name}, {ranks} process(es): {len(differing)} results differ, first {differing[:3]}"
+            )
+        partial = [p for p in (self.folder / killed).rglob("*.partial") if p.is_dir()]
+        print(
+            f"  {len(one)} results are the same bits; {len(partial)} unfinished folders left, none was read",
+            flush=True,
+        )
+
+
+def main() -> None:
+    """Run all jobs with their share of the kills."""
+    parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
+    parser.add_argument("--kills", type=int, default=30)
+    parser.add_argument("--jobs", nargs="*", default=list(JOBS), choices=list(JOBS))
+    parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
+    parser.add_argument("--seed", type=int, default=0)
+    arguments = parser.parse_args()
+    trials = [(job, ranks) for job in arguments.jobs for ranks in arguments.ranks]
+    with tempfile.TemporaryDirectory() as place:
+        chaos = Chaos(Path(place), arguments.seed)
+        chaos.finish(chaos.words(JOBS["pair"], 1, PAIR))
+        chaos.finish(chaos.words(JOBS["weights"], 1, STORE))
+        for number, (job, ranks) in enumerate(trials):
+            share = arguments.kills // len(trials) + (number < arguments.kills % len(trials))
+            chaos.trial(job, ranks, share)
+    counts = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.kills.items()))
+    print(
+        f"{sum(chaos.kills.values())} kills that hit ({counts}); all jobs ended with the bits of undisturbed ones"
+    )
+
+
+if __name__ == "__main__":
+    main()

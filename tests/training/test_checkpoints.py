@@ -1,0 +1,270 @@
+"""Checkpoints: only whole and unharmed ones are read, and a run that goes on ends with the bits of one that never stopped."""
+
+import io
+import json
+import pickle
+import resource
+import shutil
+
+import pytest
+import torch
+from safetensors.torch import load_file
+
+from tokenpref.distributed import single_process_world
+from tokenpref.errors import ConfigError, TokenprefError
+from tokenpref.training import PreferenceTrainer, TripletTrainer
+from tokenpref.training.checkpoints import MANIFEST, Checkpoints, fault_of, seal
+from tokenpref.training.cli import load_config
+from tokenpref.training.run_folder import RunFolder
+
+WORLD = single_process_world()
+NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")
+EVERY_TWO = ("checkpoint_every_n_steps=2", "keep_last=10", *NO_WATCH)
+
+
+@pytest.fixture
+def run(tmp_path, monkeypatch):
+    """Train a tiny config; with ``until`` it dies before that step, as if killed."""
+    monkeypatch.chdir(tmp_path)
+
+    def train(*overrides, config="tiny/tdpo", until=None):
+        trainer_class = TripletTrainer if config == "tiny/ti_dpo" else PreferenceTrainer
+        trainer = trainer_class(load_config(["--config", config, *overrides]))
+        step = trainer._step
+
+        def dying_step():
+            if trainer.progress.step == until:
+                raise KeyboardInterrupt
+            return step()
+
+        trainer._step = dying_step
+        try:
+            trainer.setup()
+            trainer.train()
+        except KeyboardInterrupt:
+            assert until is not None
+        finally:
+            trainer.close()
+        return trainer
+
+    return train
+
+
+def weights(folder):
+    return load_file(folder / "epoch_0" / "model-00001-of-00001.safetensors")
+
+
+def assert_same_weights(one, other):
+    for name, tensor in weights(one).items():
+        assert tensor.equal(weights(other)[name]), name
+
+
+@pytest.fixture
+def sealed(tmp_path):
+    folder = tmp_path / "step_3"
+    (folder / "sub").mkdir(parents=True)
+    (folder / "a.bin").write_bytes(b"0123456789")
+    (folder / "sub" / "b.bin").write_bytes(b"xyz")
+    seal(folder)
+    return folder
+
+
+def test_a_sealed_folder_has_no_fault(sealed):
+    assert fault_of(sealed) is None
+    files = json.loads((sealed / MANIFEST).read_text())["files"]
+    assert {name: entry["bytes"] for name, entry in files.items()} == {"a.bin": 10, "sub/b.bin": 3}
+
+
+@pytest.mark.parametrize(
+    ("harm", "fault"),
+    [
+        (lambda f: (f / MANIFEST).unlink(), "it was never finished"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a.bin"'), "cannot be read"),
+        (lambda f: (f / MANIFEST).write_text("[]"), "cannot be read"),
+        (lambda f: (f / MANIFEST).write_text('{"files": {"a.bin": 3}}'), "cannot be read"),
+        (lambda f: (f / "a.bin").unlink(), "a.bin is missing"),
+        (lambda f: (f / "c.bin").touch(), "c.bin does not belong to it"),
+        (lambda f: (f / "a.bin").write_bytes(b"01234"), "a.bin has 5 bytes and was written with 10"),
+        (lambda f: (f / "sub/b.bin").write_bytes(b"xyy"), "sub/b.bin is not what was written"),
+    ],
+    ids=["unsealed", "cut manifest", "no mapping", "no sizes", "missing", "surplus", "cut", "flipped"],
+)
+def test_harm_is_found(sealed, harm, fault):
+    harm(sealed)
+    assert fault in fault_of(sealed)
+
+
+def test_the_newest_unharmed_one_is_taken_and_the_others_are_named(tmp_path, sealed):
+    for step in (12, 9, 10):
+        shutil.copytree(sealed, tmp_path / f"step_{step}")
+    shutil.copytree(sealed, tmp_path / "step_99.partial")
+    (tmp_path / "latest").write_text("step_12\n")
+    checkpoints = Checkpoints(tmp_path, WORLD)
+    assert checkpoints.newest() == (tmp_path / "step_12", [])
+    (tmp_path / "step_12" / "a.bin").write_bytes(b"?")
+    (tmp_path / "step_10" / MANIFEST).unlink()
+    found, faults = checkpoints.newest()
+    assert found == tmp_path / "step_9" and len(faults) == 2 and "step_12: a.bin has 1 bytes" in faults[0]
+    assert Checkpoints(tmp_path / "none", WORLD).newest() == (None, [])
+
+
+@pytest.mark.parametrize("config", ["tiny/tdpo", "tiny/ti_dpo"])
+def test_a_killed_run_ends_with_the_same_bits(run, tmp_path, config):
+    words = EVERY_TWO
+    if config == "tiny/ti_dpo":  # what is kept by row has to come back too: rows come twice
+        kept = ("refresh=every_n_steps", "every_n_steps=5")
+        words += tuple(f"{part}.{word}" for part in ("token_weights", "anchors") for word in kept)
+        words += ("dataset.max_rows=16", "epochs=4")
+    run("output_dir=whole", *words, config=config)
+    run("output_dir=killed", *words, config=config, until=5)
+    assert not (tmp_path / "killed" / "finished.json").exists()
+    trainer = run("output_dir=killed", *words, "resume_from_checkpoint=auto", config=config)
+    assert trainer.progress.step == 8
+    last = 3 if config == "tiny/ti_dpo" else 0
+    one, other = (
+        load_file(tmp_path / name / f"epoch_{last}" / "model-00001-of-00001.safetensors")
+        for name in ("whole", "killed")
+    )
+    assert all(tensor.equal(other[name]) for name, tensor in one.items())
+
+
+def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
+    run("output_dir=whole", *EVERY_TWO)
+    run("output_dir=killed", *EVERY_TWO, until=7)
+    newest = tmp_path / "killed/checkpoints/step_6"
+    shard = next(newest.glob("*.distcp"))
+    data = bytearray(shard.read_bytes())
+    data[len(data) // 2] ^= 1
+    shard.write_bytes(bytes(data))
+    with caplog.at_level("INFO", logger="tokenpref"):
+        run("output_dir=killed", *EVERY_TWO, "resume_from_checkpoint=auto")
+    assert f"skipped a damaged checkpoint: {newest}: {shard.name} is not what was written" in caplog.text
+    assert "continuing after step 4 of 8" in caplog.text
+    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+
+
+def test_a_path_may_name_a_checkpoint_or_a_run(run, tmp_path):
+    run("output_dir=first", *EVERY_TWO)
+    for number, start in enumerate(("first/checkpoints/step_4", "first")):
+        trainer = run(f"output_dir=branch{number}", *NO_WATCH, f"resume_from_checkpoint={start}")
+        assert trainer.progress.step == 8
+        assert_same_weights(tmp_path / "first", tmp_path / f"branch{number}")
+    assert json.loads((tmp_path / "branch0/run.json").read_text())["recipe"] == "recipes/tdpo_distributed"
+
+
+def test_auto_without_a_checkpoint_begins(run, tmp_path, caplog):
+    with caplog.at_level("INFO", logger="tokenpref"):
+        run("output_dir=new", *NO_WATCH, "resume_from_checkpoint=auto")
+    assert "a run from the beginning" in caplog.text
+
+
+@pytest.mark.parametrize(
+    ("overrides", "message"),
+    [
+        (["resume_from_checkpoint=nowhere"], "there is no such folder"),
+        (["resume_from_checkpoint=mine/epoch_0"], "is no checkpoint"),
+        (["resume_from_checkpoint=3"], "expected true, false, auto or a path, found 3"),
+        (["resume_from_checkpoint=true", "output_dir=other"], "no checkpoint that can be read in .*other"),
+        (["resume_from_checkpoint=auto", "batch_size=4"], "pairs_per_step is 4 and was 8"),
+        (["resume_from_checkpoint=auto", "seed=7"], "seed is 7 and was 0"),
+        (["resume_from_checkpoint=auto", "shuffle=false"], "shuffle is False and was True"),
+        (["resume_from_checkpoint=auto", "dataset.max_rows=60"], "(?s)data is .* and was"),
+        (["resume_from_checkpoint=auto", "max_steps_per_epoch=3"], "steps_per_epoch is 3 and was 8"),
+        (["resume_from_checkpoint=auto", "lr_scheduler._component_=tokenpref.training.get_constant_schedule_with_warmup",
+          "lr_scheduler.num_warmup_steps=2"], "was written without one"),
+        (["optimizer.lr=0.5"], "holds another run"),
+    ],
+)  # fmt: skip
+def test_what_cannot_be_continued_is_refused(run, tmp_path, overrides, message):
+    run("output_dir=mine", *EVERY_TWO)
+    before = sorted(p.as_posix() for p in (tmp_path / "mine").rglob("*"))
+    with pytest.raises(ConfigError, match=message):
+        run("output_dir=mine", *EVERY_TWO, *overrides)
+    assert sorted(p.as_posix() for p in (tmp_path / "mine").rglob("*")) == before
+    assert not (tmp_path / "other").exists()
+
+
+def test_changed_settings_are_said(run, tmp_path, caplog):
+    run("output_dir=mine", *EVERY_TWO, until=5)
+    with caplog.at_level("INFO", logger="tokenpref"):
+        run("output_dir=mine", *EVERY_TWO, "resume_from_checkpoint=auto", "optimizer.lr=0.002")
+    assert "continuing with another setting: optimizer.lr is 0.002 and was 0.001" in caplog.text
+
+
+def test_a_full_disk_leaves_the_checkpoint_before_it(run, tmp_path, monkeypatch):
+    """The limit of a file's size stands for the disk's end: the write fails half way."""
+    run("output_dir=whole", *EVERY_TWO)
+    save = Checkpoints.save
+
+    def on_a_full_disk(self, model, optimizer, scheduler, progress, **rest):
+        limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+        if progress.step == 4:
+            resource.setrlimit(resource.RLIMIT_FSIZE, (20_000, limits[1]))
+        try:
+            return save(self, model, optimizer, scheduler, progress, **rest)
+        finally:
+            resource.setrlimit(resource.RLIMIT_FSIZE, limits)
+
+    monkeypatch.setattr(Checkpoints, "save", on_a_full_disk)
+    with pytest.raises(TokenprefError, match="step_4.partial: the checkpoint cannot be written"):
+        run("output_dir=full", *EVERY_TWO)
+    monkeypatch.setattr(Checkpoints, "save", save)
+    newest, faults = Checkpoints(tmp_path / "full/checkpoints", WORLD).newest()
+    assert newest.name == "step_2" and not faults
+    run("output_dir=full", *EVERY_TWO, "resume_from_checkpoint=auto")
+    assert not list((tmp_path / "full/checkpoints").glob("*.partial"))
+    assert_same_weights(tmp_path / "whole", tmp_path / "full")
+
+
+class Hostile:
+    def __init__(self, path):
+        self.path = path
+
+    def __reduce__(self):
+        return (open, (str(self.path), "w"))
+
+
+@pytest.mark.parametrize("where", ["index", "bytes"])
+def test_a_checkpoint_runs_nothing(run, tmp_path, where):
+    """Even sealed anew, so that only the reader stands in the way."""
+    run("output_dir=mine", *EVERY_TWO, until=5)
+    checkpoint, trace = tmp_path / "mine/checkpoints/step_4", tmp_path / "it_ran"
+    if where == "index":
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(Hostile(trace)))
+    else:
+        buffer = io.BytesIO()
+        torch.save(Hostile(trace), buffer)
+        index = pickle.loads((checkpoint / ".metadata").read_bytes())
+        key, place = next(
+            (k, v) for k, v in index.storage_data.items() if "param_groups" in k.fqn and "lr" in k.fqn
+        )
+        shard = checkpoint / place.relative_path
+        index.storage_data[key] = type(place)(
+            place.relative_path, shard.stat().st_size, len(buffer.getvalue())
+        )
+        shard.write_bytes(shard.read_bytes() + buffer.getvalue())
+        (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
+    (checkpoint / MANIFEST).unlink()
+    seal(checkpoint)
+    message = {"index": "asks for io.open, which no checkpoint", "bytes": "Weights only load failed"}[where]
+    with pytest.raises(TokenprefError, match=f"step_4: the checkpoint cannot be read .*{message}"):
+        run("output_dir=mine", *EVERY_TWO, "resume_from_checkpoint=auto")
+    assert not trace.exists()
+
+
+def test_two_runs_on_one_folder(run, tmp_path):
+    folder = RunFolder(tmp_path / "mine", {}, "recipe", WORLD)
+    folder.lock()
+    with pytest.raises(ConfigError, match="another run is writing to .*mine at this moment"):
+        run("output_dir=mine", *NO_WATCH)
+    folder.unlock()
+    run("output_dir=mine", *NO_WATCH)
+
+
+def test_minutes_between_checkpoints(run, tmp_path):
+    run("output_dir=often", "checkpoint_every_minutes=1e-9", "keep_last=3", *NO_WATCH)
+    names = sorted(p.name for p in (tmp_path / "often/checkpoints").iterdir())
+    assert names == ["latest", "step_5", "step_6", "step_7"]
+    assert (tmp_path / "often/checkpoints/latest").read_text() == "step_7\n"
+    run("output_dir=never", "checkpoint_every_minutes=1000", *NO_WATCH)
+    assert not (tmp_path / "never/checkpoints").exists()

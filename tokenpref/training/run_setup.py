@@ -1,0 +1,206 @@
+"""What a training run is made of: data, weights, anchors, models, optimizer, folder; built and checked before the first step."""
+
+from __future__ import annotations
+
+import logging
+from pathlib import Path
+from typing import Any, ClassVar
+
+import torch
+from omegaconf import DictConfig, OmegaConf
+
+from tokenpref.data import PreferenceDataset, adapt_tokenizer
+from tokenpref.distributed import World, init_world
+from tokenpref.errors import ConfigError
+from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
+from tokenpref.training.checkpoints import Progress
+from tokenpref.training.config import TrainConfig, loss_faults
+from tokenpref.training.live import LiveModels
+from tokenpref.training.metrics import Stopwatch
+from tokenpref.training.pair import weights_digest
+from tokenpref.training.run_folder import RunFolder
+from tokenpref.training.saving import Saver, TrainState
+from tokenpref.training.schema import read_config
+from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, no_weights
+from tokenpref.training.setup import build_pairs, build_scorer, check_data_fits, planned_steps, read_weights
+from tokenpref.training.validation import Validation
+
+__all__ = ["RunSetup"]
+
+log = logging.getLogger("tokenpref")
+
+
+class RunSetup:
+    """Builds a run from its config, and takes it down.
+
+    Args:
+        cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
+        world: the processes of a run that this training is a part of; None: the trainer joins its own.
+
+    Raises:
+        ConfigError: with every fault of the config; no weight has been read and nothing written.
+    """
+
+    recipe: ClassVar[str] = "recipes/tdpo_distributed"
+    schema: ClassVar[type[TrainConfig]] = TrainConfig
+    """The recipe's config."""
+    provides: ClassVar[frozenset[str]] = KL_STATISTICS | {"ref"}
+    """Statistics that the recipe can serve to a loss."""
+
+    def __init__(self, cfg: DictConfig, world: World | None = None) -> None:
+        self._cfg = cfg
+        self.config = read_config(self.schema, cfg, self._loss_faults)
+        self.progress = Progress()
+        self.logger: Any = None
+        self._given_world = world
+        self.stopwatch = Stopwatch()
+        self._sources: dict[str, Any] = {}
+
+    def _loss_faults(self, config: TrainConfig) -> list[str]:
+        losses = (config.loss, config.loss_val)
+        return [fault for loss in losses for fault in loss_faults(loss, self.provides, self.recipe)]
+
+    def load_weights(self, dataset: PreferenceDataset) -> BatchWeights:
+        """Token weights of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
+        raise ConfigError(f"loss: {self.recipe} has no token weights; use recipes/tis_dpo_distributed")
+
+    def load_anchors(self, dataset: PreferenceDataset) -> BatchAnchors:
+        """Third answers of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
+        raise ConfigError(f"loss: {self.recipe} has no anchors; use recipes/ti_dpo_distributed")
+
+    def keep(self, dataset: PreferenceDataset, name: str, source: Any) -> None:
+        """Save a source's results by row with the run, if it is one of the training data."""
+        if dataset is self.dataset:
+            self._sources[name] = source
+
+    def live(self) -> LiveModels:
+        """The models as they are, for weights and anchors that are made along the training."""
+        return LiveModels(
+            policy=self.policy,
+            reference=self.reference,
+            world=self.world,
+            pad_id=self.tokenizer.pad_id,
+            eos_id=self.tokenizer.eos_id,
+            step=self.progress.step,
+        )
+
+    def build_reference(self) -> Reference:
+        """The reference of this run: a second frozen copy of the model, or none where nothing asks for one."""
+        config = self.config
+        if not (self.needs | self.validation.needs) & FrozenReference.provides:
+            return NoReference()
+        checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
+        weights = read_weights(checkpointer.build(), key, self.world)
+        return FrozenReference(build_scorer(config, weights, self.world, model=config.model, key=key))
+
+    def setup(self) -> None:
+        """Build data, models, optimizer and loggers, and continue from a checkpoint where the config says so.
+
+        Raises:
+            TokenprefError: for faulty data, weights or folders; what was written until then is removed.
+        """
+        config = self.config
+        torch.manual_seed(config.seed)
+        self.world = self._given_world or init_world(config.device)
+        self.loss = config.loss.build()
+        self.needs = frozenset(self.loss.needs) | frozenset(config.log_stats)
+        self.tokenizer = adapt_tokenizer(config.tokenizer.build())
+        self.dataset = build_pairs(config.dataset, self.tokenizer, self.world)
+        self._weigh, self._anchor = self._beside(self.dataset, self.needs)
+        held_out = config.dataset_val
+        self.dataset_val = build_pairs(held_out, self.tokenizer, self.world) if held_out is not None else None
+        self.validation = self._build_validation()
+        plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
+        self.folder = RunFolder(
+            Path(config.output_dir).expanduser().absolute(), plain, self.recipe, self.world
+        )
+        start = self.folder.start(config.resume_from_checkpoint)
+        with self.folder.removed_on_failure():
+            self._setup_models()
+            self.state = TrainState(self.policy.model, self.optimizer, self.scheduler, self._sources)
+            self.saver = Saver(config, self.folder, self.world, self._facts(plain))
+            if start is not None:
+                self.progress = self.saver.restore(start, self.state)
+                self._say(f"continuing after step {self.progress.step} of {self.total_steps}")
+        self.folder.claim(resume=start is not None)
+        if self.world.is_main:
+            self.logger = config.metric_logger.build()
+            self.logger.log_config(self._cfg)
+        self.profiler = config.profiler.build()[0] if config.profiler is not None else None
+
+    def _beside(
+        self, dataset: PreferenceDataset | None, needs: frozenset[str]
+    ) -> tuple[BatchWeights, BatchAnchors]:
+        """Weights and anchors of a data set's batches, as far as they are needed."""
+        weigh: BatchWeights = no_weights
+        anchor: BatchAnchors = no_anchors
+        if dataset is not None and "weights" in needs:
+            weigh = self.world.together(lambda: self.load_weights(dataset))
+        if dataset is not None and "anchor" in needs:
+            anchor = self.world.together(lambda: self.load_anchors(dataset))
+        return weigh, anchor
+
+    def _build_validation(self) -> Validation:
+        config = self.config
+        needs = frozenset((config.loss_val or config.loss).build().needs)
+        beside = self._beside(self.dataset_val if config.run_val_every_n_steps else None, needs)
+        return Validation(config, self.dataset_val, self.tokenizer, self.world, *beside)
+
+    def _setup_models(self) -> None:
+        config = self.config
+        self.checkpointer = config.checkpointer.build()
+        weights = read_weights(self.checkpointer, "checkpointer", self.world)
+        self.policy = build_scorer(
+            config,
+            weights,
+            self.world,
+            model=config.model,
+            trainable=True,
+            activation_checkpointing=config.enable_activation_checkpointing,
+        )
+        del weights
+        check_data_fits(self.dataset, config.dataset, self.policy.model)
+        if self.dataset_val is not None and config.dataset_val is not None:
+            check_data_fits(self.dataset_val, config.dataset_val, self.policy.model)
+        self.reference = self.build_reference()
+        self.optimizer = config.optimizer.build(self.policy.model.parameters())
+        self.steps_per_epoch = planned_steps(config, len(self.dataset), self.world.size)
+        self.total_steps = config.epochs * self.steps_per_epoch
+        self.scheduler = None
+        if config.lr_scheduler is not None:
+            self.scheduler = config.lr_scheduler.build(
+                self.optimizer, num_training_steps=self.total_steps, last_epoch=-1
+            )
+
+    def _facts(self, config: dict[str, Any]) -> dict[str, Any]:
+        """What a run that continues this one has to share; see :class:`tokenpref.training.saving.Saver`."""
+        settings = self.config
+        reference = settings.ref_checkpointer or settings.checkpointer
+
+        def digest() -> str | None:
+            # The main process alone reads checkpoints; other nodes need not have the files.
+            there = self.world.is_main and "checkpoint_dir" in reference.kwargs
+            return weights_digest(reference) if there else None
+
+        return {
+            "pairs_per_step": settings.batch_size * settings.gradient_accumulation_steps * self.world.size,
+            "steps_per_epoch": self.steps_per_epoch,
+            "seed": settings.seed,
+            "shuffle": settings.shuffle,
+            "data": self.dataset.fingerprint(),
+            "reference": self.world.broadcast_object(self.world.together(digest)),
+            "config": config,
+        }
+
+    def _say(self, message: str) -> None:
+        if self.world.is_main:
+            log.info(message)
+
+    def close(self) -> None:
+        """Close the logger and leave the process group."""
+        if self.logger is not None:
+            self.logger.close()
+        if hasattr(self, "folder"):
+            self.folder.unlock()
+        if hasattr(self, "world") and self._given_world is None:
+            self.world.close()
