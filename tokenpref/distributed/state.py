@@ -11,6 +11,7 @@ import pickle
 from collections import OrderedDict
 from collections.abc import Iterator
 from contextlib import contextmanager
+from enum import Enum
 from pathlib import Path, PurePosixPath
 from typing import Any
 
@@ -70,6 +71,17 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
     set_model_state_dict(model, typed, options=options)
 
 
+def _member(kind: Any, name: str) -> Any:
+    """A member of an enumeration: what ``getattr`` is called for in an index, as some versions of Python pickle members.
+
+    Raises:
+        pickle.UnpicklingError: for an attribute of anything else.
+    """
+    if not (isinstance(kind, type) and issubclass(kind, Enum)):
+        raise pickle.UnpicklingError(f"the checkpoint's index asks for {name!r} of {kind!r}; it is not read")
+    return kind[name]
+
+
 # What the index of a distributed checkpoint is made of; anything else in it is refused.
 _INDEX_CLASSES: dict[tuple[str, str], Any] = {
     **{
@@ -96,6 +108,7 @@ _INDEX_CLASSES: dict[tuple[str, str], Any] = {
     ("torch", "Size"): torch.Size,
     ("torch.serialization", "_get_layout"): getattr(torch.serialization, "_get_layout", None),
     ("collections", "OrderedDict"): OrderedDict,
+    ("builtins", "getattr"): _member,
     # Where the writer put it; a path that is never opened.
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib", "PurePosixPath"): PurePosixPath,
