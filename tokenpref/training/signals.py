@@ -27,7 +27,9 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            self._former = {s: signal.signal(s, self._note) for s in SIGNALS}
+            # What the caller ignores (a background job's SIGINT, under nohup or in a script) stays ignored.
+            heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
+            self._former = {s: signal.signal(s, self._note) for s in heard}
         return self
 
     def __exit__(self, *error: object) -> None:
