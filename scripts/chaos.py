@@ -3,10 +3,10 @@
     make chaos                                     # 30 kills, some minutes
     python scripts/chaos.py --kills 6 --jobs tdpo --seed 3
 
-Jobs are tiny: TDPO, TIS-DPO, TI-DPO, a contrastive pair and weight estimation, in one process and in two. A kill is drawn for
-each start: SIGKILL of all processes or of one rank, at a random instant (also while something is written), SIGTERM, or a limit
-on the size of files that makes a save fail as a full disk does. After the kills the job runs to its end. Weights or scores must
-be the undisturbed run's, bit for bit.
+Jobs are tiny: TDPO (also with saves in the background), TIS-DPO, TI-DPO, a contrastive pair and weight estimation, in one
+process and in two. A kill is drawn for each start: SIGKILL of all processes or of one rank, at a random instant (also while
+something is written), SIGTERM, or a limit on the size of files that makes a save fail as a full disk does. After the kills the
+job runs to its end. Weights or scores must be the undisturbed run's, bit for bit.
 """
 
 from __future__ import annotations
@@ -34,6 +34,7 @@ TUNE = Path(sys.executable).parent / "tune"
 SAVING = ("checkpoint_every_n_steps=2", "resume_from_checkpoint=auto", "keep_last=2")
 QUIET = ("run_val_every_n_steps=null", "epochs=4")
 KEPT = ("token_weights.refresh=every_n_steps", "token_weights.every_n_steps=5", "anchors.refresh=once")
+IN_BACKGROUND = "enable_async_checkpointing=true"
 PAIR, STORE = "pair", "store"
 KILLS = ("all", "one", "term", "full")
 
@@ -74,6 +75,7 @@ def scored(folder: Path) -> dict[str, bytes]:
 
 JOBS = {
     "tdpo": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET), trained),
+    "async": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET, IN_BACKGROUND), trained),
     "tis": Job(
         (
             "recipes/tis_dpo_distributed",

@@ -41,6 +41,8 @@ def find_component(path: str) -> Any:
             except (InstantiationError, ValueError):
                 hint = ""  # the parent itself is the unknown part; the message below names it
         raise ValueError(f"{path!r} cannot be imported ({_first_line(error)}){hint}") from error
+    except Exception as error:  # whatever a user's own file raises as it is imported, a SyntaxError for one
+        raise ValueError(f"{path!r} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise ValueError(
             f"{path!r} is a {type(found).__name__}, not something to call; name a class or function"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Sequence
 
 __all__ = [
@@ -9,6 +10,7 @@ __all__ = [
     "USER_ERROR_EXIT",
     "ConfigError",
     "DataError",
+    "DryRun",
     "Interrupted",
     "TokenprefError",
     "TrainingDiverged",
@@ -25,8 +27,23 @@ class Interrupted(Exception):
     """A run has saved and stopped because it was asked to."""
 
 
+class DryRun(Exception):
+    """Everything was checked, and the config asks for no more (``dry_run: true``)."""
+
+
 class TokenprefError(ValueError):
-    """Something in the user's input is wrong. Recipes print it without a traceback."""
+    """Something in the user's input is wrong. Recipes print it without a traceback.
+
+    Args:
+        message: what is wrong, the value found, and the mend; what libraries said in several lines becomes one.
+    """
+
+    def __init__(self, message: str) -> None:
+        super().__init__(_in_one_line(message))
+
+
+def _in_one_line(message: str) -> str:
+    return re.sub(r"\s*[\r\n]+\s*", " ", message).strip()
 
 
 class ConfigError(TokenprefError):
@@ -37,14 +54,12 @@ class ConfigError(TokenprefError):
     """
 
     def __init__(self, faults: str | Sequence[str]) -> None:
-        self.faults: list[str] = [faults] if isinstance(faults, str) else list(faults)
+        self.faults: list[str] = [_in_one_line(f) for f in ([faults] if isinstance(faults, str) else faults)]
         if len(self.faults) == 1:
-            message = self.faults[0]
-        else:
-            message = f"{len(self.faults)} faults in the config:\n" + "\n".join(
-                f"  - {f}" for f in self.faults
-            )
-        super().__init__(message)
+            super().__init__(self.faults[0])
+        else:  # the only message of several lines
+            listed = "\n".join(f"  - {fault}" for fault in self.faults)
+            ValueError.__init__(self, f"{len(self.faults)} faults in the config:\n{listed}")
 
 
 class DataError(TokenprefError):
@@ -52,4 +67,22 @@ class DataError(TokenprefError):
 
 
 class TrainingDiverged(TokenprefError):
-    """A loss or gradient is not finite. Raised on every rank before the update; the message has the step and rows."""
+    """A loss or gradient is not finite. Raised on every rank before the update.
+
+    Args:
+        step: the optimizer step, from 1.
+        cause: what is not finite.
+        rows: the step's rows, of all ranks.
+        bad_rows: those whose loss is not finite; empty if only the gradient is not.
+        note: what else to say.
+    """
+
+    def __init__(
+        self, step: int, cause: str, rows: Sequence[int], bad_rows: Sequence[int], note: str = ""
+    ) -> None:
+        self.step, self.cause, self.rows, self.bad_rows = step, cause, list(rows), list(bad_rows)
+        super().__init__(
+            f"step {step}: {cause}; no update was made. Rows of this step: {self.rows}. "
+            "Lower the learning rate, set clip_grad_norm, or inspect these rows."
+            + (f" {note}" if note else "")
+        )

@@ -50,3 +50,9 @@ def test_templates_are_sandboxed_and_can_refuse():
         ChatTemplate("{{ messages.append(1) }}", {}).render([], False)
     with pytest.raises(ConfigError, match="chat_template: line 1"):
         ChatTemplate("{% if %}", {})
+
+
+def test_what_a_template_writes_is_text():
+    messages = [{"role": "\ud83d", "content": "a"}]
+    with pytest.raises(TemplateError, match="it writes half of a surrogate pair after '<'"):
+        ChatTemplate("<{{ messages[0].role }}>", {}).render(messages, False)

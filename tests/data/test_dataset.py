@@ -295,3 +295,21 @@ def test_arguments_are_checked_together(tokenizer):
     )
     with pytest.raises(ConfigError, match=r"max_prompt_len \(8\) must be below max_seq_len \(8\)"):
         preference_dataset(tokenizer, "x.jsonl", max_seq_len=8, max_prompt_len=8)
+
+
+@pytest.mark.parametrize("on_fault", ["error", "drop"])
+def test_a_tokenizer_without_bos_is_no_fault_of_a_row(make_tokenizer_folder, write_jsonl, on_fault):
+    from tokenpref.data import tokenizer_json
+
+    tokenizer = tokenizer_json(make_tokenizer_folder(config={"eos_token": "</s>"}))
+    with pytest.raises(ConfigError, match="^add_bos: true, but the tokenizer has no BOS token"):
+        preference_dataset(tokenizer, write_jsonl([ROW]), add_bos=True, on_fault=on_fault)
+
+
+def test_a_number_in_one_row_changes_no_other(tokenizer, write_jsonl):
+    # Every text beside it would be JSON, quotes included, and the number text, in a file of more than 10 MB.
+    rows = [{**ROW, "note": "x" * 4000} for _ in range(3000)]
+    rows[-1] = {**ROW, "chosen": 3}
+    data = preference_dataset(tokenizer, write_jsonl(rows), on_fault="drop")
+    assert len(data) == 2999 and data.report.dropped == {"wrong type": 1}
+    assert {data.text(index).chosen for index in (0, 1500, 2998)} == {" the yes"}

@@ -1,6 +1,9 @@
 from __future__ import annotations
 
+import bz2
+import gzip
 import json
+import lzma
 import os
 
 import datasets
@@ -100,12 +103,76 @@ def test_faults_of_files_are_named(tmp_path, write_jsonl):
     (tmp_path / "bad.jsonl").write_text('{"chosen": "a"}\n\n{"chosen": \n{"chosen": "b"}\n')
     with pytest.raises(DataError, match=r"bad\.jsonl, row 1 \(line 3\) is not valid JSON"):
         load_rows(str(tmp_path / "bad.jsonl"))
+    (tmp_path / "bad.jsonl").write_text("{}\n{}\n")
+    with pytest.raises(DataError, match=r"bad\.jsonl: its rows have no columns"):
+        load_rows(str(tmp_path / "bad.jsonl"))
     (tmp_path / "bad.parquet").write_text("no parquet")
     with pytest.raises(DataError, match=r"bad\.parquet cannot be read as parquet"):
         load_rows(str(tmp_path / "bad.parquet"))
     datasets.Dataset.from_dict({"chosen": []}).to_parquet(str(tmp_path / "none.parquet"))
     with pytest.raises(DataError, match=r"none\.parquet: no rows"):
         load_rows(str(tmp_path / "none.parquet"))
+
+
+@pytest.mark.parametrize(
+    ("line", "message"),
+    [
+        (b"null", "is a JSON NoneType, not an object"),  # ends the process in pyarrow's reader
+        (b'{"chosen": "\xff"}', "is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
+        (
+            b'{"chosen": "a", "chosen": "b"}',
+            "is not valid JSON: the key 'chosen' stands there more than once",
+        ),
+        (b'{"chosen": "a"} {"chosen": "b"}', "is not valid JSON: Extra data"),
+        (b"[" * 100_000, "is not valid JSON: maximum recursion depth"),
+        (b'{"\\ud83d": "a"}', r"the column name '\\ud83d' holds a NUL or half of a surrogate pair"),
+        (b'{"a\\u0000": "a"}', r"the column name 'a\\x00' holds a NUL"),
+    ],
+)
+def test_a_line_that_is_no_row_is_named(tmp_path, line, message):
+    (tmp_path / "rows.jsonl").write_bytes(b'{"chosen": "a"}\n\n' + line)
+    with pytest.raises(DataError, match=rf"rows\.jsonl, row 1 \(line 3\):? {message}"):
+        load_rows(str(tmp_path / "rows.jsonl"))
+
+
+@pytest.mark.parametrize(
+    "values",
+    [
+        ["2020-01-01", "2020-01-01 10:00:00"],  # no dates
+        [3.5, "4"],  # the text is no number
+        [3, "null"],  # nor missing
+        [True, 1.5],
+        [[0.5], [True]],
+        [2**70, 1],
+        [{"a": 1}, {"b": []}],  # no key appears that was not there
+        [{"a\0": 1}, {"a\0": 2}],
+        ["a", [{"role": "assistant", "content": "a"}]],
+        ["\ud83d", "😀"],
+        [json.loads("[" * 100 + "]" * 100)] * 2,
+    ],
+)
+def test_values_of_json_are_those_of_the_file(write_jsonl, values):
+    table = load_rows(write_jsonl([{"value": value} for value in values])).table
+    assert [json.dumps(row["value"]) for row in table] == [json.dumps(value) for value in values]
+    assert [json.dumps(table[i]["value"]) for i in (0, 1)] == [json.dumps(value) for value in values]
+
+
+def test_a_column_may_begin_in_any_row_of_any_file(write_jsonl):
+    first, second = write_jsonl([{"chosen": "a"}], "a.jsonl"), write_jsonl([{"extra": 1}], "b.jsonl")
+    table = load_rows("json", data_files=[first, second]).table
+    assert table.to_list() == [{"chosen": "a", "extra": None}, {"chosen": None, "extra": 1}]
+
+
+@pytest.mark.parametrize(
+    ("suffix", "compress"), [("gz", gzip.compress), ("bz2", bz2.compress), ("xz", lzma.compress)]
+)
+def test_compressed_json(tmp_path, suffix, compress):
+    path = tmp_path / f"rows.jsonl.{suffix}"
+    path.write_bytes(compress("".join(json.dumps(row) + "\n" for row in ROWS).encode()))
+    assert load_rows("json", data_files=str(path)).table.to_list() == ROWS
+    path.write_bytes(path.read_bytes()[:-9])
+    with pytest.raises(DataError, match="cannot be read: "):
+        load_rows("json", data_files=str(path))
 
 
 def test_places_of_rows(tmp_path, write_jsonl):

@@ -49,7 +49,7 @@ def test_log_probabilities_when_they_suffice(reference, forwards, more):
 @pytest.mark.parametrize(
     "needs",
     [{"kl_ref_policy"}, {"kl_policy_ref"}, {"ref", "kl_ref_policy"}, {"ref", *KL_STATISTICS}],
-    ids=str,
+    ids=lambda needs: "+".join(sorted(needs)),
 )
 def test_hidden_states_and_head_for_a_kl(reference, forwards, needs):
     with reference.outputs(BATCH, frozenset(needs)) as output:

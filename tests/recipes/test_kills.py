@@ -7,7 +7,7 @@ import subprocess
 import time
 
 import pytest
-from support.commands import TUNE, kill_all, tune, weights
+from support.commands import TUNE, kill_all, logged, tune, weights
 
 RUN = [
     "recipes/tdpo_distributed",
@@ -78,10 +78,44 @@ def test_a_signal_lets_the_step_end_and_saves(folder):
     assert_same(folder, "stopped")
 
 
-def test_another_number_of_processes_goes_on(folder):
-    words = [*RUN, *SAVING, "output_dir=shrunk"]
-    process = started(folder, "--nproc_per_node", "2", *words, "batch_size=4")
+def test_sigkill_while_saves_go_on_in_the_background(folder):
+    words = [*RUN, *SAVING, "enable_async_checkpointing=true", "checkpoint_every_n_steps=1", "epochs=1"]
+    two = ["--nproc_per_node", "2", *words]
+    tune(folder, *two, "output_dir=whole_two")
+    process = started(folder, *two, "output_dir=killed_two")
     kill_all(process)
-    done = tune(folder, *words)
+    done = tune(folder, *two, "output_dir=killed_two")
     assert "continuing after step" in done.stderr
-    assert_same(folder, "shrunk", tolerance=5e-3)
+    for name, tensor in weights(folder, "killed_two").items():
+        assert tensor.equal(weights(folder, "whole_two")[name]), name
+
+
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 6), (3, 2)])
+def test_another_number_of_processes_goes_on(folder, ranks, batch_size):
+    """The same pairs a step, so the same steps but for the order of sums."""
+    own = [*RUN, *SAVING, "epochs=2", f"output_dir=by_{ranks}"]
+    process = started(folder, "--nproc_per_node", "2", *own, "batch_size=3")
+    kill_all(process)
+    launch = ["--nproc_per_node", str(ranks)] if ranks > 1 else []
+    done = tune(folder, *launch, *own, f"batch_size={batch_size}")
+    assert "continuing after step" in done.stderr
+    tune(folder, *own, "batch_size=6", f"output_dir=whole_{ranks}", "resume_from_checkpoint=false")
+    whole = {line["step"]: line["loss"] for line in logged(folder, f"whole_{ranks}")}
+    mine = {line["step"]: line["loss"] for line in logged(folder, f"by_{ranks}")}
+    assert max(mine) == max(whole)
+    assert all(abs(loss - whole[step]) < 1e-3 for step, loss in mine.items())
+    for name, tensor in weights(folder, f"by_{ranks}", 1).items():
+        assert (tensor - weights(folder, f"whole_{ranks}", 1)[name]).abs().max() <= 5e-3, name
+
+
+def test_workers_do_not_outlive_their_launcher(folder):
+    """torchrun is killed and cannot tell them; they save at the step's end, stop, and let the folder go."""
+    words = [*RUN, "checkpoint_every_n_steps=1", "resume_from_checkpoint=auto", "output_dir=orphans"]
+    process = started(folder, "--nproc_per_node", "2", *words, "batch_size=4")
+    process.kill()
+    process.wait()
+    deadline = time.monotonic() + 60
+    while (done := tune(folder, *words, ok=False)).returncode != 0:
+        assert "another run is writing to" in done.stderr and time.monotonic() < deadline, done.stderr
+    assert "continuing after step" in done.stderr
+    assert_same(folder, "orphans", tolerance=5e-3)

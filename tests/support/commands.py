@@ -45,9 +45,10 @@ def kill_all(process: subprocess.Popen[bytes]) -> None:
 
 
 def logged(folder: Path, run: str) -> list[dict[str, float]]:
-    """Metrics of each logged line of a DiskLogger, in order."""
-    (file,) = (folder / run / "logs").glob("*.txt")
-    lines = [line for line in file.read_text().splitlines() if line.startswith("Step")]
+    """Metrics of each logged line of a DiskLogger, in order; a run that went on has a file for each start."""
+    files = sorted((folder / run / "logs").glob("*.txt"))
+    assert files, f"no log of {run}"
+    lines = [line for file in files for line in file.read_text().splitlines() if line.startswith("Step")]
     return [
         {
             "step": int(re.match(r"Step (\d+)", line)[1]),

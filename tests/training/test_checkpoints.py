@@ -8,14 +8,17 @@ import shutil
 
 import pytest
 import torch
+import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from tokenpref.distributed import single_process_world
+from tokenpref.distributed.state import _SafeReader
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training import PreferenceTrainer, TripletTrainer
 from tokenpref.training.checkpoints import MANIFEST, Checkpoints, fault_of, seal
 from tokenpref.training.cli import load_config
 from tokenpref.training.run_folder import RunFolder
+from tokenpref.training.validation import Validation
 
 WORLD = single_process_world()
 NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")
@@ -214,6 +217,82 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(run, tmp_path, monkeypatch)
     run("output_dir=full", *EVERY_TWO, "resume_from_checkpoint=auto")
     assert not list((tmp_path / "full/checkpoints").glob("*.partial"))
     assert_same_weights(tmp_path / "whole", tmp_path / "full")
+
+
+IN_BACKGROUND = (*EVERY_TWO, "enable_async_checkpointing=true")
+
+
+def test_saves_in_the_background_hold_the_step_that_they_name(run, tmp_path):
+    run("output_dir=whole", *EVERY_TWO)
+    run("output_dir=mine", *IN_BACKGROUND)
+    assert_same_weights(tmp_path / "whole", tmp_path / "mine")
+    steps = {}
+    for name in ("whole", "mine"):
+        folders = sorted((tmp_path / name / "checkpoints").glob("step_*"))
+        assert not [f for f in folders if fault_of(f)]
+        steps[name] = {f.name: load_shards(f) for f in folders}
+    assert steps["whole"].keys() == steps["mine"].keys() and len(steps["whole"]) > 1
+    for name, tensors in steps["whole"].items():
+        for key, tensor in tensors.items():
+            assert tensor.equal(steps["mine"][name][key]), (name, key)
+
+
+def load_shards(folder):
+    """Every tensor of a checkpoint by name."""
+    index = _SafeReader(folder).read_metadata().state_dict_metadata
+    state = {k: torch.empty(m.size) for k, m in index.items() if hasattr(m, "size")}
+    dcp.load(state, storage_reader=_SafeReader(folder))
+    return state
+
+
+def test_a_run_killed_while_it_saves_in_the_background_goes_on(run, tmp_path):
+    run("output_dir=whole", *EVERY_TWO)
+    run("output_dir=mine", *IN_BACKGROUND, until=5)
+    run("output_dir=mine", *IN_BACKGROUND, "resume_from_checkpoint=auto")
+    assert_same_weights(tmp_path / "whole", tmp_path / "mine")
+
+
+def test_a_save_that_fails_in_the_background_stops_the_run(run, tmp_path, monkeypatch):
+    publish = Checkpoints._publish
+
+    def on_a_full_disk(self, partial, name, keep_last):
+        if name == "step_4":
+            raise OSError(28, "No space left on device")
+        publish(self, partial, name, keep_last)
+
+    monkeypatch.setattr(Checkpoints, "_publish", on_a_full_disk)
+    with pytest.raises(OSError, match="No space left"):
+        run("output_dir=full", *IN_BACKGROUND)
+    newest, faults = Checkpoints(tmp_path / "full/checkpoints", WORLD).newest()
+    assert newest.name == "step_2" and not faults
+
+
+def test_the_best_weights_are_kept_over_a_resume(run, tmp_path, monkeypatch):
+    """Losses by hand: the best is the second; a worse one after the resume does not replace it."""
+    values = {2: 0.7, 4: 0.5, 6: 0.6, 8: 0.9}
+    monkeypatch.setattr(Validation, "run", lambda self, *_, step, folder: {"loss": values[step]})
+    words = ("checkpoint_every_n_steps=1", "run_val_every_n_steps=2", "log_stats=[]", "epochs=2")
+    words += ("best.metric=loss", "best.goal=min", "dataset.max_rows=32", "output_dir=mine")
+    run(*words, until=5)
+    best = tmp_path / "mine/best"
+    record, tensors = json.loads((best / "best.json").read_text()), best_weights(best)
+    assert record == {"metric": "loss", "value": 0.5, "step": 4} and fault_of(best) is None
+    after = run(*words, "resume_from_checkpoint=auto")
+    assert (after.progress.best, after.progress.best_step) == (0.5, 4)
+    assert json.loads((best / "best.json").read_text()) == record
+    assert all(tensor.equal(best_weights(best)[name]) for name, tensor in tensors.items())
+    at_the_end = load_file(tmp_path / "mine/epoch_1/model-00001-of-00001.safetensors")
+    assert any(not tensor.equal(at_the_end[name]) for name, tensor in tensors.items())
+    assert not (tmp_path / "mine/epoch_2").exists()
+
+
+def best_weights(folder):
+    return load_file(folder / "model-00001-of-00001.safetensors")
+
+
+def test_a_best_metric_that_is_not_measured(run):
+    with pytest.raises(ConfigError, match="best.metric: the validation has no 'accuracy'; it has .*, loss, "):
+        run("output_dir=mine", "run_val_every_n_steps=1", "best.metric=accuracy", "best.goal=max")
 
 
 class Hostile:

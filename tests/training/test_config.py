@@ -3,6 +3,7 @@ from omegaconf import OmegaConf
 
 from tokenpref._paths import data_root
 from tokenpref.errors import ConfigError
+from tokenpref.training.cli import load_config
 from tokenpref.training.config import EvaluateConfig, TrainConfig, loss_faults
 from tokenpref.training.schema import read_config
 
@@ -123,3 +124,21 @@ def test_a_misspelt_model_type_names_its_key(cfg, tmp_path):
     checkpointer = read_config(TrainConfig, cfg).checkpointer
     with pytest.raises(ConfigError, match=r"^checkpointer \(.*FullModelHFCheckpointer\): it knows no 'LAMA'"):
         checkpointer.build()
+
+
+def test_components_are_said_in_one_line(caplog, monkeypatch):
+    arguments = ["--config", "tiny/evaluate"]
+    with caplog.at_level("INFO", logger="tokenpref"):
+        read_config(EvaluateConfig, load_config(arguments))
+    (line,) = caplog.messages
+    assert line.startswith(
+        "components: tokenizer=tokenpref.data.tokenizer_json, model=tokenpref.models.tiny_llama, "
+    )
+    assert (
+        "loss=tokenpref.losses.DPOLoss" in line and "sampling.reward=tokenpref.rewards.KeywordReward" in line
+    )
+    caplog.clear()
+    monkeypatch.setenv("RANK", "1")
+    with caplog.at_level("INFO", logger="tokenpref"):
+        read_config(EvaluateConfig, load_config(arguments))
+    assert not caplog.messages

@@ -2,10 +2,13 @@
 
 import pytest
 import yaml
+from omegaconf import OmegaConf
 
+from tokenpref._registry import config_files
 from tokenpref.components import COMPONENT
 from tokenpref.errors import DataError
-from tokenpref.training.pair import PAIR_FILE, read_pair, weights_digest, write_pair
+from tokenpref.training.checkpoints import seal
+from tokenpref.training.pair import PAIR_FILE, check_weights, read_pair, weights_digest, write_pair
 from tokenpref.training.schema import Component
 
 MODEL = Component("model", "tokenpref.models.tiny_llama", {})
@@ -106,3 +109,58 @@ def test_no_pair(tmp_path):
     (tmp_path / PAIR_FILE).write_text("{: :")
     with pytest.raises(DataError, match="not valid YAML"):
         read_pair(tmp_path)
+
+
+WITH_MODEL = {name: file for name, file in config_files().items() if "\nmodel:" in file.read_text()}
+
+
+@pytest.mark.parametrize("file", WITH_MODEL.values(), ids=WITH_MODEL)
+def test_what_our_configs_name_may_stand_in_a_pair(pair, file):
+    config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
+    model, base = config["model"][COMPONENT], config["checkpointer"][COMPONENT]
+    changed(pair, lambda r: (r.update(model={COMPONENT: model}), r["base"].update({COMPONENT: base})))
+    assert read_pair(pair).model.path == model
+
+
+@pytest.mark.parametrize(
+    ("path", "known"),
+    [
+        ("tokenpref.models.smollm2_135m", True),
+        ("torchtune.models.llama3_2.lora_llama3_2_1b", True),
+        ("torchtune.models.llama2.qlora_llama2_7b", True),
+        ("torchtune.models.llama2.llama2_tokenizer", False),
+        ("torchtune.models.llama2.NoSuch", False),
+        ("torchtune.models.llama2._model_builders.partial", False),
+        ("torchtune.modules.TransformerDecoder", False),
+        ("tokenpref.models.smollm2.prepare", False),
+        ("tokenpref.models.ScoringModel", False),
+        ("my_models.mine", False),
+    ],
+)
+def test_only_models_are_called(pair, path, known):
+    changed(pair, lambda r: r.update(model={COMPONENT: path}))
+    if known:
+        assert read_pair(pair).model.path == path
+        return
+    with pytest.raises(DataError, match=f"model is '{path}'.*set estimator.trusted_components=.{path}."):
+        read_pair(pair)
+    assert read_pair(pair, [path]).model.path == path  # at the reader's word, and not yet imported
+
+
+def test_a_checkpointer_of_the_readers_own(pair):
+    changed(
+        pair, lambda r: r["base"].update({COMPONENT: "my_models.Checkpointer", "adapter_checkpoint": "a"})
+    )
+    with pytest.raises(
+        DataError, match="base is 'my_models.Checkpointer'.*not one of torchtune.training.Full"
+    ):
+        read_pair(pair)
+    assert read_pair(pair, ["my_models.Checkpointer"]).positive.checkpointer.path == "my_models.Checkpointer"
+
+
+def test_damaged_weights_of_a_side(pair):
+    seal(pair / "positive" / "epoch_0")
+    check_weights(read_pair(pair).positive)
+    (pair / "positive/epoch_0/model.safetensors").write_bytes(b"positivf")
+    with pytest.raises(DataError, match="model.safetensors is not what was written"):
+        check_weights(read_pair(pair).positive)

@@ -2,12 +2,14 @@
 
 import json
 import re
+from dataclasses import replace
 
 import pytest
 import torch
 from safetensors.torch import load_file
 
-from tokenpref.errors import ConfigError, DataError
+from tokenpref.errors import ConfigError, DataError, TrainingDiverged
+from tokenpref.losses import DPOLoss
 from tokenpref.models.reference import NoReference
 from tokenpref.models.tiny import TINY_SIZES
 from tokenpref.training import PreferenceTrainer
@@ -147,6 +149,34 @@ def test_continuing_after_a_stop_gives_the_same_bits(run, tmp_path, monkeypatch)
 def test_profiler_writes_a_trace(run, tmp_path):
     run("output_dir=traced", "profiler.enabled=true", "profiler.wait_steps=1", "profiler.warmup_steps=1")
     assert any((tmp_path / "traced" / "profiling_outputs").rglob("*trace.json*"))
+
+
+class LaterNaN(torch.nn.Module):
+    """DPO that breaks for rows whose chosen answer has an odd number of tokens, from the third step on."""
+
+    needs = frozenset({"ref"})
+
+    def __init__(self):
+        super().__init__()
+        self.inner, self.calls = DPOLoss(), 0
+
+    def forward(self, pair):
+        self.calls += 1
+        output = self.inner(pair)
+        odd = pair.chosen.mask.sum(-1) % 2 == 1
+        return replace(output, losses=torch.where(odd & (self.calls > 2), torch.nan, output.losses))
+
+
+def test_a_run_that_diverges_keeps_the_rows(run, tmp_path):
+    with pytest.raises(
+        TrainingDiverged, match=r"^step 3: the loss of rows .*kept in .*diverged\.json"
+    ) as caught:
+        run("output_dir=mine", f"loss={__name__}.LaterNaN", "checkpoint_every_n_steps=2", *NO_WATCH)
+    kept = json.loads((tmp_path / "mine/diverged.json").read_text())
+    assert kept["step"] == 3 and kept["not_finite"] == caught.value.bad_rows and len(kept["rows"]) == 8
+    row, place = next(iter(kept["rows"].items()))
+    assert place.endswith(f"train.jsonl, row {row} (line {int(row) + 1})")
+    assert (tmp_path / "mine/checkpoints/step_2/manifest.json").is_file()
 
 
 def test_the_same_config_may_run_again_but_not_another(run, tmp_path):

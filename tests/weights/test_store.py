@@ -5,6 +5,7 @@ import pytest
 
 from tokenpref.errors import DataError
 from tokenpref.weights import StoredRow, StoreWriter, WeightStore
+from tokenpref.weights.store import FORMAT
 
 
 def stored(row, chosen=(0.5, -1.25), rejected=(2.0,)):
@@ -70,7 +71,11 @@ def test_unknown_kind_is_refused(tmp_path):
             "format 'x'",
         ),
         (lambda p: (p / "shard-00000.parquet").unlink(), "shard-00000.parquet is missing"),
-        (lambda p: (p / "shard-00000.parquet").write_bytes(b"PAR1 no"), "a shard cannot be read"),
+        (lambda p: (p / "shard-00000.parquet").write_bytes(b"PAR1 no"), "has 7 bytes and was written with"),
+        (
+            lambda p: (p / "metadata.json").write_text(json.dumps({"format": FORMAT, "kind": "weight"})),
+            "shards is None, expected a whole number",
+        ),
     ],
 )
 def test_damage_is_one_error(tmp_path, spoil, message):
@@ -80,6 +85,27 @@ def test_damage_is_one_error(tmp_path, spoil, message):
     spoil(writer.path)
     with pytest.raises(DataError, match=message):
         WeightStore.open(writer.path)
+
+
+def test_a_shard_that_cannot_be_read_is_not_sealed(writer):
+    for number in (0, 1):
+        writer.write(number, [stored(number)])
+    shard = writer.path / "shard-00001.parquet"
+    shard.write_bytes(shard.read_bytes()[:-9])
+    with pytest.raises(DataError, match="shard-00001.parquet: the shard cannot be read .*run the command"):
+        writer.finish()
+    assert not (writer.path / "metadata.json").exists()
+
+
+def test_a_store_without_checksums_is_read(writer):
+    """As versions before 0.1 wrote it."""
+    for number in (0, 1):
+        writer.write(number, [stored(number)])
+    writer.finish()
+    record = json.loads((writer.path / "metadata.json").read_text())
+    assert set(record.pop("files")) == {"shard-00000.parquet", "shard-00001.parquet"}
+    (writer.path / "metadata.json").write_text(json.dumps(record))
+    assert [row.row for row in WeightStore.open(writer.path)] == [0, 1]
 
 
 def test_a_path_that_is_no_store(tmp_path):

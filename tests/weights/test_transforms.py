@@ -325,3 +325,11 @@ def test_normalized_by_hand():
     assert normalized(weights, mask).tolist() == [[0.5, 1.5, 0.0], [0.0, 0.0, 0.0]]
     with pytest.raises(ValueError, match=r"negative mean \(-0.5\) in row 0"):
         normalized(torch.tensor([[-1.0, 0.0]]), torch.tensor([[True, True]]))
+
+
+def test_normalized_weights_of_any_size():
+    # In float32 the first row's sum is infinite (the largest number is 3.4e38) and the second row's mean rounds to 0.
+    weights = torch.tensor([[3e38, 3e38, 1.5e38, 0.0], [1e-45, 0.0, 0.0, 0.0]])
+    found = normalized(weights, torch.ones(2, 4, dtype=torch.bool))
+    # 3, 3, 1.5 and 0 have the mean 1.875
+    close(found, [[1.6, 1.6, 0.8, 0.0], [4.0, 0.0, 0.0, 0.0]], 1e-6)

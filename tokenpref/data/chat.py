@@ -130,11 +130,18 @@ class ChatTemplate:
             add_generation_prompt: end with the header after which the assistant writes.
 
         Raises:
-            TemplateError: if the template raises on this conversation.
+            TemplateError: if the template raises on this conversation, or writes what is no text.
         """
         try:
-            return self._template.render(
+            text = self._template.render(
                 messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens
             )
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error
+        # Content is checked before; a role, a name or a tool call is not.
+        try:
+            text.encode("utf-8")
+        except UnicodeEncodeError as error:
+            before = text[max(error.start - 20, 0) : error.start]
+            raise TemplateError(f"it writes half of a surrogate pair after {before!r}") from error
+        return text

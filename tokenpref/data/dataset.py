@@ -418,6 +418,8 @@ def preference_dataset(
         ConfigError: if an argument is out of range, or conversations meet a tokenizer without a chat template.
         DataError: if the source or its rows cannot be used.
     """
+    if not isinstance(source, str) or not source:
+        raise ConfigError(f"source must be a path or the name of a data set, got {source!r}")
     _check_arguments(append_eos, add_bos, max_seq_len, max_prompt_len, truncation, on_fault, max_rows)
     adapted = adapt_tokenizer(tokenizer)
     rows = load_rows(source, data_files=data_files, name=name, split=split)
@@ -527,6 +529,8 @@ def _encode_pair(
             whole = _encode_side(tokenizer, pair, answer, _wants_eos(settings, marked), settings.add_bos)
         except TemplateError as error:
             raise RowFault("template", column, f"the chat template refuses it: {error}") from error
+        except ConfigError:
+            raise  # no row is at fault, and leaving rows out mends nothing
         except ValueError as error:
             raise RowFault("tokenizer", column, str(error)) from error
         side, cut, answer_cut = _fitted(whole, column, settings)

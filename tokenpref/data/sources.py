@@ -2,14 +2,22 @@
 
 from __future__ import annotations
 
+import bz2
+import codecs
+import gzip
 import hashlib
 import json
+import lzma
 import re
-from collections.abc import Mapping, Sequence
+import zlib
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
+from typing import Any
 
 import datasets
+import pyarrow
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 
@@ -27,6 +35,8 @@ _FORMAT_OF_SUFFIX = {
     ".csv": "csv",
 }
 _BUILDERS = {"json", "jsonl", "parquet", "arrow", "csv"}
+_ARROW_LEVELS = 32  # of the 64 that Arrow allows
+_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # What `save_to_disk` and Hugging Face folders hold beside the data.
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "metadata.json"}
@@ -37,7 +47,8 @@ class Rows:
     """A table and where it came from.
 
     Attributes:
-        table: the rows.
+        table: the rows, to be read by index or one after another. Columns of JSON files with values of several types are
+            decoded then, and what reads the Arrow data below (``to_list``) gets them as JSON.
         name: the source as a person would name it.
         files: local files in the order of the rows; empty for the hub and for folders of ``save_to_disk``.
     """
@@ -187,64 +198,156 @@ def _load_files(files: list[Path], builder: str | None) -> Rows:
     for file in files:
         if file.stat().st_size == 0 or (kind == "json" and not file.read_bytes().strip()):
             raise DataError(f"{file} is empty; it needs at least one row")
-    # datasets keeps what it read in a cache that looks at names and times. With the content's hash as the name of the
-    # configuration a changed file is never mistaken for its former self, whatever its time stamp says.
+    name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     content = hashlib.sha256()
     for file in files:
         content.update(hashlib.sha256(file.read_bytes()).digest())
+    if kind == "json":
+        return _checked(Rows(_json_table(files, content.hexdigest()), name, tuple(files)))
+    # datasets keeps what it read in a cache that looks at names and times. With the content's hash as the name of the
+    # configuration a changed file is never mistaken for its former self, whatever its time stamp says.
     try:
         table = datasets.load_dataset(
             kind, f"content-{content.hexdigest()[:24]}", data_files=[str(f) for f in files], split="train"
         )
     except (DatasetsError, StopIteration, ValueError, TypeError, KeyError) as error:
         raise DataError(_why_unreadable(files, kind, error)) from error
-    name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
     return _checked(Rows(table, name, tuple(files)))
 
 
 def _why_unreadable(files: Sequence[Path], kind: str | None, error: BaseException) -> str:
-    """The first malformed line if there is one, else what the reader said."""
-    if kind == "json":
-        for file in files:
-            fault = _first_bad_line(file)
-            if fault is not None:
-                return fault
     cause = error.__cause__ or error
     if "corresponds to no data" in str(cause):  # what datasets says of well-formed files without rows
         return f"{', '.join(str(f) for f in files)}: no rows; a data set needs at least one"
     return f"{', '.join(str(f) for f in files)} cannot be read as {kind}: {type(cause).__name__}: {cause}"
 
 
-def _first_bad_line(file: Path) -> str | None:
-    text = file.read_bytes()
-    if text.lstrip()[:1] == b"[":
-        try:
-            json.loads(text)
-        except ValueError as error:
-            return f"{file} is not valid JSON: {error}"
+def _json_table(files: Sequence[Path], fingerprint: str) -> datasets.Dataset:
+    """Rows of JSON files with every value as it is written.
+
+    Not by datasets' own reader: it guesses types, block by block, and in a block that does not fit the guess it turns
+    numbers into text, text into numbers or dates, or puts quotes around every text; a row ``null`` ends the process.
+    A column whose values Arrow would change (several types, messages with different keys) is kept as JSON here, and
+    decoded when a row is asked for.
+    """
+    columns: dict[str, list[Any]] = {}
+    count = 0
+    for file in files:
+        for place, row in _json_rows(file):
+            for column in row:
+                if column not in columns:
+                    _check_name(column, place)
+                    columns[column] = [None] * count
+            for column, values in columns.items():
+                values.append(row.get(column))
+            count += 1
+    if count and not columns:
+        raise DataError(f"{files[0]}: its rows have no columns; they need at least chosen and rejected")
+    arrays = {column: _unchanged(values) for column, values in columns.items()}
+    encoded = [column for column, array in arrays.items() if array is None]
+    for column in encoded:
+        texts = [None if value is None else json.dumps(value) for value in columns[column]]
+        arrays[column] = pyarrow.array(texts, pyarrow.string())
+    table = datasets.Dataset(pyarrow.table(arrays), fingerprint=fingerprint[:16])
+    return table.with_transform(partial(_decoded, encoded)) if encoded else table
+
+
+def _check_name(column: str, place: str) -> None:
+    if "\0" in column or column != column.encode("utf-8", "replace").decode("utf-8"):
+        raise DataError(
+            f"{place}: the column name {column!r} holds a NUL or half of a surrogate pair; rename the column"
+        )
+
+
+def _decoded(encoded: Sequence[str], rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
+    return {
+        column: [None if v is None else json.loads(v) for v in values] if column in encoded else values
+        for column, values in rows.items()
+    }
+
+
+def _unchanged(values: list[Any]) -> pyarrow.Array | None:
+    """The values in Arrow's own types, if they come back from there as they are."""
+    try:
+        array = pyarrow.array(values)
+    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):
         return None
-    row = 0
-    for number, line in enumerate(text.splitlines(), start=1):
-        if not line.strip():
-            continue
-        try:
-            value = json.loads(line)
-        except ValueError as error:
-            return f"{file}, row {row} (line {number}) is not valid JSON: {error}"
+    kind = str(array.type)
+    # Among floating-point numbers Arrow takes true for 1.0, and so does Python's comparison.
+    changed = array.to_pylist() != values or ("double" in kind and _holds_bool(values))
+    # datasets hands types on by way of C, where a name ends at a NUL and the levels of a type are counted.
+    return None if changed or "\0" in kind or kind.count("<") > _ARROW_LEVELS else array
+
+
+def _holds_bool(value: Any) -> bool:
+    inner = value.values() if isinstance(value, dict) else value
+    kinds = set(map(type, inner))
+    if not kinds & {dict, list}:  # as in most lists of numbers, which are long
+        return bool in kinds
+    return bool in kinds or any(_holds_bool(v) for v in inner if isinstance(v, (dict, list)))
+
+
+def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Rows of JSON Lines, or of a list of objects, and where each stands.
+
+    Raises:
+        DataError: for the first row that is not an object, naming its line.
+    """
+    content = _uncompressed(file)
+    if content.lstrip()[:1] == b"[":
+        found = _parsed(content, str(file))
+        places = [f"{file}, row {row}" for row in range(len(found))]
+        values: Iterator[Any] = iter(found)
+    else:
+        lines = content.split(b"\n")
+        numbers = _line_numbers(lines)
+        places = [f"{file}, row {row} (line {number})" for row, number in enumerate(numbers)]
+        values = (_parsed(lines[number - 1], place) for number, place in zip(numbers, places, strict=True))
+    for place, value in zip(places, values, strict=True):
         if not isinstance(value, dict):
-            return f"{file}, row {row} (line {number}) is a JSON {type(value).__name__}, not an object with columns"
-        row += 1
-    return None
+            raise DataError(f"{place} is a JSON {type(value).__name__}, not an object with columns")
+        yield place, value
+
+
+def _uncompressed(file: Path) -> bytes:
+    try:
+        with _OPENERS.get(file.suffix, open)(file, "rb") as stream:
+            return stream.read().removeprefix(codecs.BOM_UTF8)
+    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
+        raise DataError(f"{file} cannot be read: {error}") from error
+
+
+def _parsed(text: bytes, place: str) -> Any:
+    try:
+        return _DECODER.decode(text.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        raise DataError(f"{place} is not valid JSON: {error}") from error
+
+
+def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
+    found = dict(pairs)
+    if len(found) < len(pairs):
+        keys = [key for key, _ in pairs]
+        twice = next(key for key in keys if keys.count(key) > 1)
+        raise ValueError(f"the key {twice!r} stands there more than once")
+    return found
+
+
+_DECODER = json.JSONDecoder(object_pairs_hook=_object)
 
 
 def _row_lines(file: Path) -> list[int] | None:
     """Line number of each row of a JSON Lines file; None for other files."""
     if _FORMAT_OF_SUFFIX.get(file.suffix) != "json":
         return None
-    content = file.read_bytes()
+    content = _uncompressed(file)
     if content.lstrip()[:1] == b"[":
         return None
-    return [number for number, line in enumerate(content.split(b"\n"), start=1) if line.strip()]
+    return _line_numbers(content.split(b"\n"))
+
+
+def _line_numbers(lines: Sequence[bytes]) -> list[int]:
+    return [number for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _load_hub(source: str, data_files: object, name: str | None, split: str) -> Rows:

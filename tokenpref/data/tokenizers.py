@@ -285,7 +285,16 @@ def _given_template(chat_template: str) -> str:
     file = resolve_path(chat_template)
     if not file.is_file():
         raise ConfigError(f"tokenizer.chat_template: no file {file}")
-    return file.read_text(encoding="utf-8")
+    return _read_template(file)
+
+
+def _read_template(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise ConfigError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
 
 
 class _Beside:
@@ -327,7 +336,7 @@ class _Beside:
     def chat_template(self) -> str | None:
         file = self._folder / "chat_template.jinja"
         if file.is_file():
-            return file.read_text(encoding="utf-8")
+            return _read_template(file)
         for settings in (self._optional("chat_template.json"), self._named[0]):
             template = _default_template(settings.get("chat_template"))
             if template is not None:

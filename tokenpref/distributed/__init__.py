@@ -1,11 +1,22 @@
 """Process group, FSDP2 and collectives: the only folder that imports ``torch.distributed``."""
 
 from tokenpref.distributed.sharding import gradient_sync, is_sharded, shard, unsharded
-from tokenpref.distributed.state import full_state_dict, load_full_state_dict, load_sharded, save_sharded
+from tokenpref.distributed.state import (
+    StateCopy,
+    check_sharded,
+    full_state_dict,
+    load_full_state_dict,
+    load_sharded,
+    save_sharded,
+    sharded_state,
+    write_sharded,
+)
 from tokenpref.distributed.world import World, init_world, launched_by_torchrun, single_process_world
 
 __all__ = [
+    "StateCopy",
     "World",
+    "check_sharded",
     "full_state_dict",
     "gradient_sync",
     "init_world",
@@ -15,6 +26,8 @@ __all__ = [
     "load_sharded",
     "save_sharded",
     "shard",
+    "sharded_state",
     "single_process_world",
     "unsharded",
+    "write_sharded",
 ]

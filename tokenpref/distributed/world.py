@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import ctypes
 import os
+import signal
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass
 from datetime import timedelta
@@ -16,6 +19,8 @@ from torch.distributed.device_mesh import DeviceMesh, init_device_mesh
 from tokenpref.errors import ConfigError, TokenprefError
 
 T = TypeVar("T")
+
+_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 __all__ = ["World", "init_world", "launched_by_torchrun", "single_process_world"]
 
@@ -114,6 +119,13 @@ class World:
                 raise TokenprefError(f"rank {rank} failed: {message}")
         return result  # type: ignore[return-value]  # no failure: the action's own result
 
+    def side_group(self) -> dist.ProcessGroup | None:
+        """A group of all processes for collectives on CPU objects in another thread; None in a plain single process.
+
+        Every process must call it. Threads that share one group would take each other's messages.
+        """
+        return None if self.mesh is None else dist.new_group(backend="gloo")
+
     def close(self) -> None:
         """Leave the process group."""
         if self.mesh is not None and dist.is_initialized():
@@ -161,7 +173,18 @@ def init_world(device: str = "cpu", timeout_s: float = 1800.0) -> World:
         backend = "cpu:gloo,cuda:nccl"
     else:
         here, backend = torch.device("cpu"), "gloo"
+    _stop_with_the_launcher()
     if not dist.is_initialized():
         dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
     size = dist.get_world_size()
     return World(rank=dist.get_rank(), size=size, device=here, mesh=init_device_mesh(kind, (size,)))
+
+
+def _stop_with_the_launcher() -> None:
+    """Ask Linux for SIGTERM when torchrun dies: killed itself, it cannot stop its workers, and they would keep the folder."""
+    if sys.platform != "linux":
+        return
+    parent = os.getppid()
+    ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
+    if os.getppid() != parent:  # it died in between
+        os.kill(os.getpid(), signal.SIGTERM)

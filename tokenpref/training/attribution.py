@@ -13,7 +13,7 @@ from torch import Tensor, nn
 from tokenpref._checks import check_choice, check_number
 from tokenpref.data import IGNORE_INDEX, PairBatch, PreferenceDataset, Tokenizer, padded
 from tokenpref.distributed import World
-from tokenpref.errors import ConfigError, TrainingDiverged
+from tokenpref.errors import ConfigError, TokenprefError, TrainingDiverged
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.ops import linear_token_stats
 from tokenpref.stats import SIDES
@@ -260,10 +260,7 @@ def _stop_if_any(bad: set[int], models: LiveModels) -> None:
     if not models.world.any(bool(bad)):
         return
     rows = sorted(set().union(*models.world.gather_objects(bad)))
-    raise TrainingDiverged(
-        f"step {models.step + 1}: the attribution of rows {rows} is nan or infinite; no update was made. Lower the learning "
-        "rate, set clip_grad_norm, or inspect these rows."
-    )
+    raise TrainingDiverged(models.step + 1, f"the attribution of rows {rows} is nan or infinite", rows, rows)
 
 
 class AttributionEstimator(_AttributedWeights):
@@ -328,7 +325,7 @@ class AttributionEstimator(_AttributedWeights):
         """See :class:`tokenpref.training.estimate.Estimator`.
 
         Raises:
-            TrainingDiverged: with the rows, if a gradient is not finite.
+            TokenprefError: with the rows, if a gradient is not finite.
         """
         filler = ([self._pad_id] * 2, 2)
         given = [self._answers[index][side] for index, side in answers] or [filler] * 2
@@ -340,7 +337,7 @@ class AttributionEstimator(_AttributedWeights):
         rows = {self._rows[answers[row][0]] for row in bad} if answers else set()
         if self._world.any(bool(rows)):
             named = sorted(set().union(*self._world.gather_objects(rows)))
-            raise TrainingDiverged(
+            raise TokenprefError(
                 f"the attribution of rows {named} is nan or infinite; inspect the model's weights"
             )
         return weights if answers else []

@@ -4,21 +4,27 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 import shutil
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+import sys
+import threading
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import wait as wait_for
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import Any
 
 import torch
+from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.distributed import World, load_sharded, save_sharded
+from tokenpref.distributed import StateCopy, World, check_sharded, load_sharded, sharded_state, write_sharded
 from tokenpref.errors import ConfigError
 
 __all__ = [
@@ -38,6 +44,9 @@ RANDOM = "random.safetensors"
 LIVE = "live.safetensors"
 LATEST = "latest"
 _BLOCK = 1 << 20
+_BACKGROUND_NICENESS = 10
+
+log = logging.getLogger("tokenpref")
 
 
 @dataclass
@@ -47,10 +56,14 @@ class Progress:
     Args:
         step: optimizer steps done.
         num_tokens: tokens seen.
+        best: the best value of the metric that decides which weights are kept as best; None before the first.
+        best_step: after which step it was measured.
     """
 
     step: int = 0
     num_tokens: int = 0
+    best: float | None = None
+    best_step: int = 0
 
 
 class Checkpoints:
@@ -64,6 +77,8 @@ class Checkpoints:
     def __init__(self, path: Path, world: World) -> None:
         self.path = path
         self.world = world
+        self._pending: Future[None] | None = None
+        self._writer: _BackgroundWriter | None = None
 
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is sealed and unharmed, and what is wrong with newer ones. On the main process."""
@@ -90,7 +105,8 @@ class Checkpoints:
         live: Mapping[str, Tensor],
         facts: Mapping[str, Any],
         keep_last: int,
-    ) -> Path:
+        background: bool = False,
+    ) -> None:
         """Write a checkpoint. Until it is whole, sealed and synced to the disk, the one before it stays the newest.
 
         Args:
@@ -101,36 +117,68 @@ class Checkpoints:
             live: state of this rank that belongs to rows of the data; that of all ranks is written as one.
             facts: plain data of the run, compared when it continues.
             keep_last: checkpoints to keep.
-
-        Returns:
-            Its folder.
+            background: copy everything and write it while the training goes on; a save that was begun so before is waited
+                for. What fails then is raised by the next call, or by :meth:`settle`.
         """
-        final = self.path / f"step_{progress.step}"
-        partial = self.path / f"step_{progress.step}.partial"
+        self.settle()
+        # Named now: what is written later must not look at a run that has gone on.
+        name = f"step_{progress.step}"
+        partial = self.path / f"{name}.partial"
         self._on_main(lambda: _emptied(partial))
-        save_sharded(partial, model, optimizer)
+        state = sharded_state(model, optimizer)
         everyone = self.world.gather_objects((_random_state(), dict(live)))
+        schedule = scheduler.state_dict() if scheduler is not None else None
+        record = {**vars(progress), "scheduler": _plain(schedule), "facts": dict(facts)}
 
         def finish() -> None:
-            schedule = scheduler.state_dict() if scheduler is not None else None
-            record = {**vars(progress), "scheduler": _plain(schedule), "facts": dict(facts)}
             write_json(partial / PROGRESS, record)
             states = {f"{k}_{rank}": v for rank, (own, _) in enumerate(everyone) for k, v in own.items()}
             save_file(states, partial / RANDOM)
             save_file(_merged([own for _, own in everyone]), partial / LIVE)
-            seal(partial)
-            shutil.rmtree(final, ignore_errors=True)
-            partial.rename(final)
-            _sync(self.path)
-            (self.path / f"{LATEST}.tmp").write_text(final.name + "\n", encoding="utf-8")
-            os.replace(self.path / f"{LATEST}.tmp", self.path / LATEST)
-            for old in sorted(self._named(), key=_step_of)[:-keep_last]:
-                shutil.rmtree(old)
+            self._publish(partial, name, keep_last)
 
-        self._on_main(finish)
-        return final
+        if background:
+            if self._writer is None:
+                self._writer = _BackgroundWriter(self.world)
+            then = finish if self.world.is_main else None
+            self._pending = self._writer.submit(partial, state, then)
+        else:
+            write_sharded(partial, state)
+            self._on_main(finish)
 
-    def _on_main(self, action: Any) -> None:
+    def settle(self) -> None:
+        """Wait for a save in the background. Every process must call it.
+
+        Raises:
+            TokenprefError: on every process, if it failed on one.
+        """
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            self.world.together(pending.result)
+
+    def close(self) -> None:
+        """Let a save in the background end, without the other processes; what failed there is said in the log."""
+        pending, self._pending = self._pending, None
+        if pending is not None:
+            wait_for([pending])
+            if error := pending.exception():
+                log.warning(f"a checkpoint could not be written: {error}")
+        if self._writer is not None:
+            self._writer.close()
+
+    def _publish(self, partial: Path, name: str, keep_last: int) -> None:
+        """Seal a folder, give it its name, point to it, and drop the oldest."""
+        seal(partial)
+        final = self.path / name
+        shutil.rmtree(final, ignore_errors=True)
+        partial.rename(final)
+        _sync(self.path)
+        (self.path / f"{LATEST}.tmp").write_text(name + "\n", encoding="utf-8")
+        os.replace(self.path / f"{LATEST}.tmp", self.path / LATEST)
+        for old in sorted(self._named(), key=_step_of)[:-keep_last]:
+            shutil.rmtree(old)
+
+    def _on_main(self, action: Callable[[], None]) -> None:
         """Run on the main process; what fails there (a full disk) fails everywhere."""
         self.world.together(lambda: action() if self.world.is_main else None)
         self.world.barrier()
@@ -158,17 +206,104 @@ class Checkpoints:
             raise ConfigError(
                 f"lr_scheduler: {folder} was written {'without' if schedule is None else 'with'} one"
             )
+        self.world.together(lambda: check_sharded(folder))
         load_sharded(folder, model, optimizer)
         if scheduler is not None:
+            _check_schedule(folder, schedule, scheduler)
             scheduler.load_state_dict(schedule)
-        _restore_random(load_file(folder / RANDOM), self.world.rank)
-        return Progress(record["step"], record["num_tokens"]), load_file(folder / LIVE)
+        random_states, live = _read_tensors(folder, RANDOM), _read_tensors(folder, LIVE)
+        try:
+            _restore_random(random_states, self.world.rank)
+        except (RuntimeError, TypeError) as error:
+            raise ConfigError(
+                f"resume_from_checkpoint: {folder}: {RANDOM} holds no state of a random number generator ({error}); continue "
+                "from another checkpoint"
+            ) from error
+        progress = Progress(**{f.name: record[f.name] for f in fields(Progress)})
+        return progress, live
+
+
+class _BackgroundWriter:
+    """One thread that writes copies of the state, with collectives of its own.
+
+    Args:
+        world: the run's processes; each makes a writer at the same time.
+    """
+
+    def __init__(self, world: World) -> None:
+        self._group = world.side_group()
+        self._copy = StateCopy()
+        self._thread = ThreadPoolExecutor(
+            max_workers=1, thread_name_prefix="checkpoint", initializer=_step_back
+        )
+
+    def submit(self, folder: Path, state: dict[str, Any], then: Callable[[], None] | None) -> Future[None]:
+        """Copy the state, and write it to the folder in the background; ``then`` comes after, on the same thread."""
+        copied = self._copy.take(state)
+
+        def write() -> None:
+            write_sharded(folder, copied, self._group)
+            if then is not None:
+                then()
+
+        return self._thread.submit(write)
+
+    def close(self) -> None:
+        """End the thread."""
+        self._thread.shutdown()
+
+
+def _step_back() -> None:
+    """Let the training's threads have the processor first, where threads have a niceness of their own."""
+    if sys.platform == "linux":
+        os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
+
+
+# What progress.json holds beside counts.
+_RECORDED: dict[str, tuple[tuple[type, ...], str]] = {
+    "best": ((int, float, type(None)), "a number or null"),
+    "scheduler": ((dict, type(None)), "a mapping or null"),
+    "facts": ((dict,), "a mapping"),
+}
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself."""
-    record: dict[str, Any] = json.loads((folder / PROGRESS).read_text(encoding="utf-8"))
-    return record
+    """What a checkpoint says about itself.
+
+    Raises:
+        ConfigError: if that cannot be what a run wrote.
+    """
+    file = folder / PROGRESS
+    try:
+        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
+        names = (*(f.name for f in fields(Progress)), "scheduler", "facts")
+        values: dict[str, Any] = {name: record.get(name) for name in names}
+    except (OSError, ValueError, AttributeError, RecursionError) as error:
+        raise ConfigError(
+            f"resume_from_checkpoint: {file} cannot be read ({error}); continue from another checkpoint"
+        ) from error
+    for name, value in values.items():
+        kinds, wanted = _RECORDED.get(name, ((int,), "a whole number"))
+        negative = kinds == (int,) and isinstance(value, int) and value < 0
+        if not isinstance(value, kinds) or isinstance(value, bool) or negative:
+            raise ConfigError(
+                f"resume_from_checkpoint: {file}: {name} is {value!r}, expected {wanted}; continue from another checkpoint"
+            )
+    return values
+
+
+def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
+    """Tensors of one of a checkpoint's files.
+
+    Raises:
+        ConfigError: if it is damaged.
+    """
+    try:
+        return load_file(folder / name)
+    except (SafetensorError, OSError) as error:
+        raise ConfigError(
+            f"resume_from_checkpoint: {folder}: {name} cannot be read ({error}); continue from another checkpoint"
+        ) from error
 
 
 def seal(folder: Path) -> None:
@@ -189,7 +324,7 @@ def fault_of(folder: Path) -> str | None:
         sizes = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError) as error:
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
         return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
     present = (
         {file.relative_to(folder).as_posix(): file for file in _files(folder)} if folder.is_dir() else {}
@@ -251,6 +386,40 @@ def _plain(schedule: dict[str, Any] | None) -> dict[str, Any] | None:
     if "lr_lambdas" in plain:
         plain["lr_lambdas"] = [None] * len(plain["lr_lambdas"])
     return plain
+
+
+def _check_schedule(folder: Path, schedule: Mapping[str, Any], scheduler: LRScheduler) -> None:
+    """Refuse the state of another kind of scheduler, which would be taken over attribute by attribute.
+
+    Raises:
+        ConfigError: naming what differs.
+    """
+    own = _plain(scheduler.state_dict()) or {}
+    faults = [f"has no {name!r}" for name in own if name not in schedule]
+    faults += [f"has {name!r}" for name in schedule if name not in own]
+    faults += [
+        f"has {name!r} as {schedule[name]!r}"
+        for name in own
+        if name in schedule and not _alike(schedule[name], own[name])
+    ]
+    if faults:
+        raise ConfigError(
+            f"lr_scheduler: {folder} was written with another kind of scheduler (it {faults[0]}); set lr_scheduler as it was"
+        )
+
+
+def _alike(stored: Any, own: Any) -> bool:
+    """Whether a value read from JSON can be what was written for a value like ``own``."""
+    numbers, lists = (int, float), (list, tuple)
+    if stored is None or own is None:
+        return True
+    if isinstance(own, bool) or isinstance(stored, bool):
+        return isinstance(own, bool) and isinstance(stored, bool)
+    if isinstance(own, numbers):
+        return isinstance(stored, numbers)
+    if isinstance(own, lists):
+        return isinstance(stored, list) and all(_alike(s, o) for s, o in zip(stored, own, strict=False))
+    return isinstance(stored, type(own))
 
 
 def _random_state() -> dict[str, Tensor]:

@@ -15,8 +15,16 @@ from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
 from tokenpref._registry import find_config
+from tokenpref._yaml import check_yaml
 from tokenpref.components import COMPONENT, accepts, find_component
-from tokenpref.errors import INTERRUPTED_EXIT, USER_ERROR_EXIT, ConfigError, Interrupted, TokenprefError
+from tokenpref.errors import (
+    INTERRUPTED_EXIT,
+    USER_ERROR_EXIT,
+    ConfigError,
+    DryRun,
+    Interrupted,
+    TokenprefError,
+)
 
 __all__ = ["load_config", "recipe_main"]
 
@@ -43,6 +51,9 @@ def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
         rank = int(os.environ.get("RANK", "0"))
         try:
             main(load_config(sys.argv[1:], announce=rank == 0))
+        except DryRun as done:
+            if rank == 0:
+                print(done, file=sys.stderr, flush=True)
         except Interrupted as stop:
             if rank == 0:
                 print(stop, file=sys.stderr, flush=True)
@@ -97,34 +108,51 @@ def load_config(arguments: list[str], *, announce: bool = False) -> DictConfig:
         key, separator, value = override.partition("=")
         if not separator or not key or key.startswith("-"):
             raise ConfigError(f"{override!r}: an override is written key=value (or ~key to remove one)")
-        node = OmegaConf.select(config, key)
+        if value == "???":  # OmegaConf's mark for a value that is missing would leave the config's own
+            raise ConfigError(f"{override!r}: ??? is no value; give one")
+        try:
+            node = OmegaConf.select(config, key)
+        except OmegaConfBaseException as error:
+            raise ConfigError(f"{override!r}: {key!r} is no key ({_first_line(error)})") from error
         short = isinstance(node, DictConfig) and COMPONENT in node
         given[f"{key}.{COMPONENT}" if short and value not in ("null", "") else key] = value
     for key in _dropped_arguments(config, given, announce=announce):
         _remove(config, key)
     try:
         merged = OmegaConf.merge(config, OmegaConf.from_dotlist([f"{k}={v}" for k, v in given.items()]))
-    except (OmegaConfBaseException, YAMLError) as error:
-        raise ConfigError(f"the overrides cannot be merged: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, YAMLError, ValueError, TypeError, RecursionError) as error:
+        raise ConfigError(f"the overrides cannot be merged: {_first_line(error)}") from error
     return merged  # type: ignore[return-value]  # a mapping merged with a mapping
 
 
 def _read(name: str) -> DictConfig:
     path = find_config(name)
     try:
+        check_yaml(path)
         config = OmegaConf.load(path)
     except FileNotFoundError as error:
         raise ConfigError(f"--config: no file {name!r} here and none of that name in tokenpref") from error
-    except (YAMLError, OmegaConfBaseException, UnicodeDecodeError) as error:
+    except OSError as error:
+        raise ConfigError(
+            f"--config: {path} cannot be read ({error.strerror}); name a YAML file, or a config that `tune ls` shows"
+        ) from error
+    except (YAMLError, OmegaConfBaseException, ValueError) as error:
         raise ConfigError(f"--config: {path} is not valid YAML: {error}") from error
     if not isinstance(config, DictConfig):
         raise ConfigError(f"--config: {path} must hold a mapping of keys, found a {type(config).__name__}")
     return config
 
 
+def _first_line(error: Exception) -> str:
+    return (str(error).splitlines() or [type(error).__name__])[0]
+
+
 def _remove(config: DictConfig, key: str) -> None:
     parent, _, leaf = key.rpartition(".")
-    node = OmegaConf.select(config, parent) if parent else config
+    try:
+        node = OmegaConf.select(config, parent) if parent else config
+    except OmegaConfBaseException as error:
+        raise ConfigError(f"~{key}: {parent!r} is no key ({_first_line(error)})") from error
     if not isinstance(node, DictConfig) or leaf not in node:
         raise ConfigError(f"~{key}: the config has no such key")
     del node[leaf]

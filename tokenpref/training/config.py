@@ -8,7 +8,8 @@ from pathlib import Path
 import torch
 
 from tokenpref._paths import resolve_path
-from tokenpref.errors import ConfigError
+from tokenpref.errors import ConfigError, DataError
+from tokenpref.training.samples import read_openings, read_samples
 from tokenpref.training.schema import (
     Component,
     component,
@@ -22,6 +23,7 @@ from tokenpref.training.schema import (
 )
 
 __all__ = [
+    "BestConfig",
     "EvaluateConfig",
     "ModelConfig",
     "SamplingConfig",
@@ -43,18 +45,20 @@ class ScoringConfig:
     output_dir: str = text()
     """Folder of everything that the run writes."""
     tokenizer: Component = component()
-    seed: int = integer(0, low=0)
+    seed: int = integer(0, low=0, high=2**63 - 1)
     device: str = text("cpu")
     dtype: str = text("fp32", choices=("fp32", "bf16"), hint=FP16_HINT)
     compile: bool = flag(False)
     """Compile every decoder layer."""
+    dry_run: bool = flag(False)
+    """Check everything that can be checked without the weights, say it, and stop; nothing is written."""
     fsdp_reshard_after_forward: bool = flag(True)
     head_chunk_size: int = integer(512)
     """Answer tokens whose logits exist at a time."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        return []
+        return folder_faults("output_dir", self.output_dir)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -73,9 +77,8 @@ class ModelConfig(ScoringConfig):
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        return checkpoint_faults(self.checkpointer, self.model) + checkpoint_faults(
-            self.ref_checkpointer, self.model
-        )
+        checkpointers = (self.checkpointer, self.ref_checkpointer)
+        return super().faults() + [f for c in checkpointers for f in checkpoint_faults(c, self.model)]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,12 +100,29 @@ class SamplingConfig:
     """``samples.jsonl`` of another model's evaluation with the same openings and seed: gains are paired with it."""
 
     def faults(self) -> list[str]:
-        """Files that are not there."""
-        return [
-            f"sampling.{key}: no file at {resolve_path(path)}"
-            for key in ("prompts", "compare_to")
-            if (path := getattr(self, key)) is not None and not resolve_path(path).is_file()
-        ]
+        """Files that are not there, or not what they should be."""
+        faults = []
+        for key, read in (("prompts", read_openings), ("compare_to", read_samples)):
+            given = getattr(self, key)
+            path = resolve_path(given) if given is not None else None
+            if path is not None and not path.is_file():
+                faults.append(f"sampling.{key}: no file at {path}")
+            elif path is not None:
+                try:
+                    read(path)
+                except DataError as error:
+                    faults.append(f"sampling.{key}: {error}")
+        return faults
+
+
+@dataclass(frozen=True, kw_only=True)
+class BestConfig:
+    """Which weights of a run are its best."""
+
+    metric: str = text()
+    """A metric of the validation, without ``eval_``: ``loss``, ``rewards/accuracies``, ``reward``, ..."""
+    goal: str = text(choices=("max", "min"))
+    """Whether more or less of it is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -128,6 +148,8 @@ class TrainConfig(ModelConfig):
     """As ``log_stats``, for validation; null: ``log_stats``."""
     sampling: SamplingConfig | None = section(SamplingConfig)
     """Sample at each validation and log the samples' reward."""
+    best: BestConfig | None = section(BestConfig)
+    """Keep the weights with the best validation in ``output_dir/best``."""
     gradient_accumulation_steps: int = integer(1)
     epochs: int = integer(1)
     max_steps_per_epoch: int | None = integer(None)
@@ -140,6 +162,8 @@ class TrainConfig(ModelConfig):
     """Steps between resumable checkpoints; null (and no minutes): one at each epoch's end."""
     checkpoint_every_minutes: float | None = number(None)
     """Minutes between resumable checkpoints."""
+    enable_async_checkpointing: bool = flag(False)
+    """Write resumable checkpoints while the training goes on; takes memory for a copy of weights and optimizer state."""
     keep_last: int = integer(1)
     """Resumable checkpoints to keep."""
     log_every_n_steps: int = integer(1)
@@ -148,8 +172,14 @@ class TrainConfig(ModelConfig):
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
         faults = super().faults()
+        if self.metric_logger is not None:
+            faults += folder_faults("metric_logger.log_dir", self.metric_logger.kwargs.get("log_dir"))
         if self.run_val_every_n_steps and self.dataset_val is None and self.sampling is None:
             faults.append("run_val_every_n_steps: set without dataset_val; add a dataset_val or remove it")
+        if self.best is not None and not self.run_val_every_n_steps:
+            faults.append(
+                "best: set without run_val_every_n_steps, so nothing is ever compared; set both or neither"
+            )
         return faults + (self.sampling.faults() if self.sampling is not None else [])
 
 
@@ -198,18 +228,31 @@ class EvaluateConfig(ModelConfig):
         return faults + (self.sampling.faults() if self.sampling is not None else [])
 
 
+def folder_faults(key: str, path: object) -> list[str]:
+    """A folder that cannot be made, because it or one above it is a file."""
+    if not isinstance(path, str):
+        return []
+    folder = Path(path).expanduser().absolute()
+    taken = next((above for above in (folder, *folder.parents) if above.exists()), folder)
+    return [f"{key}: {taken} is a file; set a folder"] if taken.exists() and not taken.is_dir() else []
+
+
 def checkpoint_faults(checkpointer: Component | None, model: Component | None) -> list[str]:
     """Missing folder or files of a checkpointer, with the command that prepares the model when it has one."""
     if checkpointer is None or "checkpoint_dir" not in checkpointer.kwargs:
         return []
-    folder = Path(checkpointer.kwargs["checkpoint_dir"])
+    given, files = (checkpointer.kwargs.get(name) for name in ("checkpoint_dir", "checkpoint_files"))
+    if not isinstance(given, str) or not given:
+        return [f"{checkpointer.key}.checkpoint_dir: expected the path of a folder, found {given!r}"]
+    if isinstance(files, list) and (strange := [name for name in files if not isinstance(name, str)]):
+        return [f"{checkpointer.key}.checkpoint_files: expected names of files, found {strange[0]!r}"]
+    folder = Path(given)
     if not folder.is_dir():
         command = getattr(model.target(), "prepare_command", None) if model is not None else None
         mend = f"prepare the model with `{command}`" if command else "download it, e.g. with `tune download`"
         return [
             f"{checkpointer.key}.checkpoint_dir: no folder at {folder.absolute()}; {mend}, or set another path"
         ]
-    files = checkpointer.kwargs.get("checkpoint_files")
     missing = [name for name in files if not (folder / name).is_file()] if isinstance(files, list) else []
     if missing:
         return [f"{checkpointer.key}.checkpoint_files: {missing[0]!r} is not in {folder.absolute()}"]

@@ -13,7 +13,7 @@ from tokenpref.components import COMPONENT, accepts
 from tokenpref.data import adapt_tokenizer
 from tokenpref.distributed import World, init_world
 from tokenpref.training.config import TrainConfig, loss_faults
-from tokenpref.training.pair import METHODS, SIDES, write_pair
+from tokenpref.training.pair import METHODS, SIDES, nested_components, write_pair
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.schema import Component, component, read_config, text
 from tokenpref.training.trainer import PreferenceTrainer
@@ -49,6 +49,13 @@ class ContrastiveConfig(TrainConfig):
                 "positive_prompt, negative_prompt: method prompt needs two different texts, "
                 f"found {prompts[0]!r} and {prompts[1]!r}"
             )
+        # Where the pair is read nothing but its model and its checkpointer is called.
+        for part in (self.model, self.checkpointer):
+            faults += [
+                f"{key}: a pair cannot hold a component inside another; set a plain value, or a function of your own that makes "
+                "the whole"
+                for key in (nested_components(part) if part is not None else [])
+            ]
         if (
             self.method in DEFAULT_LOSS
             and self.dataset is not None

@@ -18,13 +18,13 @@ from tokenpref import __version__
 from tokenpref._paths import resolve_path
 from tokenpref.data import PreferenceDataset, Tokenizer, adapt_tokenizer, padded, provenance
 from tokenpref.distributed import World, init_world
-from tokenpref.errors import DataError
+from tokenpref.errors import ConfigError, DataError, DryRun
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config import ScoringConfig, checkpoint_faults
 from tokenpref.training.online import check_context, prompted_answers
-from tokenpref.training.pair import ContrastivePair, PairSide, read_pair, weights_digest
+from tokenpref.training.pair import ContrastivePair, PairSide, check_weights, read_pair, weights_digest
 from tokenpref.training.schema import Component, component, integer, read_config
-from tokenpref.training.setup import build_scorer, read_weights
+from tokenpref.training.setup import build_scorer, check_pairs, read_weights
 from tokenpref.weights import StoredRow, StoreWriter, contrastive_log_ratios
 
 __all__ = ["ContrastiveEstimator", "EstimateConfig", "Estimator", "WeightEstimation"]
@@ -52,7 +52,7 @@ class EstimateConfig(ScoringConfig):
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        return checkpoint_faults(self.checkpointer, self.model)
+        return super().faults() + checkpoint_faults(self.checkpointer, self.model)
 
 
 class Estimator(Protocol):
@@ -85,15 +85,21 @@ class ContrastiveEstimator:
 
     Args:
         pair: the pair's folder.
+        trusted_components: dotted paths of models and checkpointers of your own that the pair may call; those of torchtune and
+            of this package need no mention.
 
     Raises:
-        DataError: if the pair is missing, half built or damaged.
+        DataError: if the pair is missing, half built or damaged, or names something to call that is not trusted.
     """
 
     kind = "log_ratio"
 
-    def __init__(self, pair: str) -> None:
-        self.pair: ContrastivePair = read_pair(resolve_path(pair))
+    def __init__(self, pair: str, trusted_components: Sequence[str] = ()) -> None:
+        if isinstance(trusted_components, str):
+            raise ConfigError(
+                f"trusted_components: expected a list of dotted paths, found {trusted_components!r}"
+            )
+        self.pair: ContrastivePair = read_pair(resolve_path(pair), trusted_components)
 
     def describe(self, config: EstimateConfig) -> dict[str, Any]:
         """See :class:`Estimator`."""
@@ -122,6 +128,9 @@ class ContrastiveEstimator:
                 f"{self.pair.folder}: the pair was built with another tokenizer ({self.pair.tokenizer[:12]}, here "
                 f"{tokenizer.fingerprint()[:12]}); set tokenizer to the pair's"
             )
+        if world.is_main:
+            model, reader = self.pair.model.path, self.pair.positive.checkpointer.path
+            log.info(f"components of {self.pair.folder}: model={model}, checkpointer={reader}")
         self._dataset, self._pad_id, self._device = dataset, tokenizer.pad_id, world.device
         self._positive = self._scorer(config, self.pair.positive, "positive", world)
         self._negative = (
@@ -132,6 +141,7 @@ class ContrastiveEstimator:
 
     def _scorer(self, config: EstimateConfig, side: PairSide, name: str, world: World) -> ScoringModel:
         key = f"pair's {name} side"
+        world.together(lambda: check_weights(side) if world.is_main else None)
         state = read_weights(side.checkpointer.build(), key, world)
         return build_scorer(config, state, world, model=self.pair.model, key=key)
 
@@ -183,6 +193,7 @@ class WeightEstimation:
         self.world = world = init_world(config.device)
         tokenizer = adapt_tokenizer(config.tokenizer.build())
         self.dataset: PreferenceDataset = world.together(lambda: config.dataset.build(tokenizer))
+        check_pairs(self.dataset, config.dataset)
         self._say(f"dataset: {self.dataset.report.summary()}")
         self._lengths = [(len(e.chosen_ids), len(e.rejected_ids)) for e in self.dataset]
         self.estimator: Estimator = world.together(config.estimator.build)
@@ -196,6 +207,8 @@ class WeightEstimation:
             "shard_rows": config.shard_rows,
             "tokenpref": __version__,
         }
+        if config.dry_run:
+            raise DryRun(f"dry run: nothing stands against this estimation, nothing was written to {path}")
         # The models come before the folder: a pair that does not fit leaves nothing behind.
         self.estimator.setup(config, self.dataset, tokenizer, world)
         writer = world.together(

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-import json
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -20,6 +20,8 @@ from tokenpref.rewards import checked_rewards
 from tokenpref.training.config import SamplingConfig
 from tokenpref.training.generation import sample
 from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval
+from tokenpref.training.portions import Portions
+from tokenpref.training.samples import read_openings, read_samples
 from tokenpref.training.scoring import (
     BatchAnchors,
     BatchWeights,
@@ -47,6 +49,7 @@ def evaluate_pairs(
     weigh: BatchWeights = no_weights,
     anchor: BatchAnchors = no_anchors,
     progress: str | None = None,
+    portions: Portions | None = None,
 ) -> dict[str, float]:
     """Means over all pairs of a data set, whatever the number of ranks.
 
@@ -62,6 +65,7 @@ def evaluate_pairs(
         weigh: token weights of a batch, for a loss that takes them.
         anchor: third answers of a batch, likewise.
         progress: label of a progress bar on the main process; None for none.
+        portions: keeps what is done, batch by batch; None: nothing is kept.
 
     Returns:
         Metrics under the trainer's names, without prefix.
@@ -70,17 +74,40 @@ def evaluate_pairs(
     policy.model.eval()
     sums = MetricSums()
     steps = steps_per_epoch(len(dataset), batch_size=batch_size, accumulation=1, world_size=world.size)
-    for step in tqdm(range(steps), desc=progress, disable=progress is None or not world.is_main, leave=False):
+
+    def measure(step: int) -> MetricSums:
+        found = MetricSums()
         for whole in pair_batches(dataset, world, pad_id=pad_id, step=step, batch_size=batch_size):
             batch = what_is_read(loss, whole)
             output = score_pairs(policy, reference, batch, needs, weigh(batch), loss, anchors=anchor(batch))
-            sums.add(loss_metrics(output), batch.real)
-    policy.model.train(training)
+            found.add(loss_metrics(output), batch.real)
+        return found
+
+    def measure_plain(step: int) -> dict[str, list[float]]:
+        return measure(step).plain()
+
+    try:
+        for step in tqdm(
+            range(steps), desc=progress, disable=progress is None or not world.is_main, leave=False
+        ):
+            if portions is None:
+                sums.merge(measure(step))
+            else:
+                everyone = portions.do("held-out pairs", step, partial(measure_plain, step))
+                sums.merge(MetricSums.from_plain(everyone[world.rank]))
+    finally:
+        policy.model.train(training)
     return sums.reduce(world)
 
 
 def sample_rewards(
-    policy: ScoringModel, tokenizer: Tokenizer, config: SamplingConfig, world: World, *, seed: int
+    policy: ScoringModel,
+    tokenizer: Tokenizer,
+    config: SamplingConfig,
+    world: World,
+    *,
+    seed: int,
+    portions: Portions | None = None,
 ) -> list[dict[str, Any]]:
     """Sample from the policy on given openings and score what it says.
 
@@ -93,6 +120,7 @@ def sample_rewards(
         config: openings, number and form of the samples, and the reward.
         world: the run's processes.
         seed: of the noise.
+        portions: keeps what is done, batch by batch; None: nothing is kept.
 
     Returns:
         On every rank, one dict for each opening and sample: ``prompt``, ``sample``, ``completion``, ``reward``,
@@ -103,40 +131,47 @@ def sample_rewards(
         ConfigError: if the reward returns something else than one number for each sample.
     """
     path = resolve_path(config.prompts)
-    openings = [line.rstrip("\n") for line in path.read_text(encoding="utf-8").splitlines() if line.strip()]
-    if not openings:
-        raise DataError(f"{path}: no openings; write one a line")
+    openings = read_openings(path)
     jobs = [(row, number) for row in range(len(openings)) for number in range(config.num_samples)]
-    mine = jobs[world.rank :: world.size]
     ids = [tokenizer.encode_with_offsets(opening)[0] for opening in openings]
     for row, tokens in enumerate(ids):
         if not tokens:
             raise DataError(f"{path}: opening {row + 1} ({openings[row]!r}) has no token")
-    outputs = sample(
-        policy.model,
-        [ids[row] for row, _ in mine],
-        seeds=[_sample_seed(seed, row, number) for row, number in mine],
-        max_new_tokens=config.max_new_tokens,
-        eos_id=tokenizer.eos_id,
-        pad_id=tokenizer.pad_id,
-        temperature=config.temperature,
-        top_k=config.top_k,
-        top_p=config.top_p,
-        batch_size=config.batch_size,
-        world=world,
-    )
-    texts = [tokenizer.decode([t for t in out if t != tokenizer.eos_id]) for out in outputs]
-    records = [
-        {"row": row, "sample": number, "prompt": openings[row], "completion": text, "tokens": len(out)}
-        for (row, number), text, out in zip(mine, texts, outputs, strict=True)
-    ]
-    gathered = [record for part in world.gather_objects(records) for record in part]
-    gathered.sort(key=lambda record: (record["row"], record["sample"]))
-    return _with_rewards(gathered, config)
+
+    def draw(mine: list[tuple[int, int]]) -> list[dict[str, Any]]:
+        outputs = sample(
+            policy.model,
+            [ids[row] for row, _ in mine],
+            seeds=[_sample_seed(seed, row, number) for row, number in mine],
+            max_new_tokens=config.max_new_tokens,
+            eos_id=tokenizer.eos_id,
+            pad_id=tokenizer.pad_id,
+            temperature=config.temperature,
+            top_k=config.top_k,
+            top_p=config.top_p,
+            batch_size=config.batch_size,
+            world=world,
+        )
+        texts = [tokenizer.decode([t for t in out if t != tokenizer.eos_id]) for out in outputs]
+        return [
+            {"row": row, "sample": number, "prompt": openings[row], "completion": text, "tokens": len(out)}
+            for (row, number), text, out in zip(mine, texts, outputs, strict=True)
+        ]
+
+    records: list[dict[str, Any]] = []
+    size = config.batch_size * world.size
+    for number, start in enumerate(range(0, len(jobs), size)):
+        mine = jobs[start : start + size][world.rank :: world.size]
+        parts = (portions or Portions(world)).do("samples", number, partial(draw, mine))
+        # In one order of keys, also where they come from a file.
+        names = ("row", "sample", "prompt", "completion", "tokens")
+        records += [{name: record[name] for name in names} for part in parts for record in part]
+    records.sort(key=lambda record: (record["row"], record["sample"]))
+    return _with_rewards(records, config)
 
 
 def _sample_seed(seed: int, row: int, number: int) -> int:
-    return (seed * 1_000_003 + row) * 1_000_003 + number
+    return ((seed * 1_000_003 + row) * 1_000_003 + number) % 2**64  # what a generator takes
 
 
 def _with_rewards(records: list[dict[str, Any]], config: SamplingConfig) -> list[dict[str, Any]]:
@@ -160,9 +195,9 @@ def paired_gain(records: list[dict[str, Any]], baseline: Path) -> tuple[float, f
         Mean difference, lower and upper bound.
 
     Raises:
-        DataError: if the baseline holds other openings or another number of samples.
+        DataError: if the baseline cannot be read, or holds other openings or another number of samples.
     """
-    other = [json.loads(line) for line in baseline.read_text(encoding="utf-8").splitlines()]
+    other = read_samples(baseline)
     keys = [(r["prompt"], r["sample"]) for r in records]
     if keys != [(r["prompt"], r["sample"]) for r in other]:
         raise DataError(

@@ -2,23 +2,27 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 from pathlib import Path
 from typing import Any, ClassVar
 
 import torch
-from omegaconf import DictConfig
+from omegaconf import DictConfig, OmegaConf
 
 from tokenpref._paths import resolve_path
 from tokenpref.data import PreferenceDataset, adapt_tokenizer
 from tokenpref.distributed import init_world
+from tokenpref.errors import DryRun
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference
 from tokenpref.training.config import EvaluateConfig, loss_faults
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.metrics import mean_interval, wilson_interval
+from tokenpref.training.pair import weights_digest
+from tokenpref.training.portions import KeptPortions
 from tokenpref.training.schema import read_config
-from tokenpref.training.setup import build_scorer, check_data_fits, read_weights
+from tokenpref.training.setup import build_scorer, check_data_fits, check_pairs, read_weights
 
 __all__ = ["Evaluator"]
 
@@ -28,7 +32,8 @@ log = logging.getLogger("tokenpref")
 class Evaluator:
     """Held-out loss, accuracy, margins and KL of a model, and samples from it with their reward.
 
-    Writes ``evaluation.json`` and, with sampling, ``samples.jsonl`` to ``output_dir``.
+    Writes ``evaluation.json`` and, with sampling, ``samples.jsonl`` to ``output_dir``. An evaluation that is killed goes on when
+    the same one is started again: what it had found lies in ``evaluation.partial.json``.
 
     Args:
         cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
@@ -41,6 +46,7 @@ class Evaluator:
     provides: ClassVar[frozenset[str]] = KL_STATISTICS | {"ref"}
 
     def __init__(self, cfg: DictConfig) -> None:
+        self._cfg = cfg
         self.config = read_config(EvaluateConfig, cfg, self._faults)
 
     def _faults(self, config: EvaluateConfig) -> list[str]:
@@ -67,6 +73,13 @@ class Evaluator:
         if config.dataset is not None:
             component = config.dataset
             dataset = self.world.together(lambda: component.build(self.tokenizer))
+            check_pairs(dataset, component)
+            if self.world.is_main:
+                log.info(f"dataset: {dataset.report.summary()}")
+        folder = Path(config.output_dir).expanduser()
+        if config.dry_run:
+            raise DryRun(f"dry run: nothing stands against this evaluation, nothing was written to {folder}")
+        self._portions = KeptPortions(folder / "evaluation.partial.json", self._job(dataset), self.world)
         weights = read_weights(config.checkpointer.build(), "checkpointer", self.world)
         self.policy = build_scorer(config, weights, self.world, model=config.model)
         results: dict[str, Any] = {}
@@ -79,7 +92,27 @@ class Evaluator:
             text = json.dumps(results, indent=1, sort_keys=True)
             self._write("evaluation.json", text + "\n")
             log.info(text)
+        self._portions.drop()
         return results
+
+    def _job(self, dataset: PreferenceDataset | None) -> dict[str, Any]:
+        """Everything that the results depend on."""
+        config = self.config
+        readers = (config.checkpointer, config.ref_checkpointer)
+
+        def digests() -> list[str | None]:
+            # The main process alone reads checkpoints; other nodes need not have the files.
+            return [
+                weights_digest(c) if c is not None and "checkpoint_dir" in c.kwargs else None
+                for c in (readers if self.world.is_main else ())
+            ]
+
+        return {
+            "config": OmegaConf.to_container(self._cfg, resolve=True),
+            "weights": self.world.together(digests),
+            "data": dataset.fingerprint() if dataset is not None else None,
+            "openings": _digest_of(config.sampling.prompts) if config.sampling is not None else None,
+        }
 
     def _evaluate(self, dataset: PreferenceDataset) -> dict[str, Any]:
         config = self.config
@@ -98,6 +131,7 @@ class Evaluator:
             pad_id=self.tokenizer.pad_id,
             needs=frozenset(loss.needs) | frozenset(config.log_stats),
             progress="held-out pairs",
+            portions=self._portions,
         )
         interval = wilson_interval(metrics["rewards/accuracies"], len(dataset))
         return {**metrics, "rewards/accuracies_interval": list(interval), "num_pairs": len(dataset)}
@@ -105,7 +139,14 @@ class Evaluator:
     def _sample(self) -> dict[str, Any]:
         sampling = self.config.sampling
         assert sampling is not None  # the caller looked
-        records = sample_rewards(self.policy, self.tokenizer, sampling, self.world, seed=self.config.seed)
+        records = sample_rewards(
+            self.policy,
+            self.tokenizer,
+            sampling,
+            self.world,
+            seed=self.config.seed,
+            portions=self._portions,
+        )
         mean, low, high = mean_interval([r["reward"] for r in records])
         results: dict[str, Any] = {
             "reward": mean,
@@ -130,3 +171,7 @@ class Evaluator:
         """Leave the process group."""
         if hasattr(self, "world"):
             self.world.close()
+
+
+def _digest_of(path: str) -> str:
+    return hashlib.sha256(resolve_path(path).read_bytes()).hexdigest()

@@ -1,13 +1,17 @@
-"""Peak memory of this process."""
+"""Memory that this process took, and that it may still take."""
 
 from __future__ import annotations
 
+import os
 import resource
 import sys
+from pathlib import Path
 
 import torch
 
-__all__ = ["peak_memory_gib"]
+__all__ = ["free_memory", "peak_memory_gib"]
+
+_MEMINFO = Path("/proc/meminfo")
 
 
 def peak_memory_gib(device: torch.device) -> float:
@@ -16,3 +20,13 @@ def peak_memory_gib(device: torch.device) -> float:
         return torch.cuda.max_memory_allocated(device) / 2**30
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
     return peak / 2**30 if sys.platform == "darwin" else peak * 1024 / 2**30
+
+
+def free_memory(device: torch.device) -> int | None:
+    """Bytes that this process may still take: of its GPU, or its share of the machine's RAM; None where nobody says."""
+    if device.type == "cuda":
+        return torch.cuda.mem_get_info(device)[0]
+    if not _MEMINFO.is_file():
+        return None
+    available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
+    return int(available.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -41,6 +41,19 @@ class MetricSums:
         for name, total in other._sums.items():
             self._sums[name] = self._sums.get(name, 0) + total
             self._counts[name] = self._counts.get(name, 0) + other._counts[name]
+
+    def plain(self) -> dict[str, list[float]]:
+        """Sum and count of each name as numbers, which :meth:`from_plain` takes without losing a bit."""
+        return {name: [float(total), int(self._counts[name])] for name, total in self._sums.items()}
+
+    @classmethod
+    def from_plain(cls, values: Mapping[str, Sequence[float]]) -> MetricSums:
+        """Sums that :meth:`plain` gave, on the CPU."""
+        sums = cls()
+        for name, (total, count) in values.items():
+            sums._sums[name] = torch.tensor(total, dtype=torch.float64)
+            sums._counts[name] = torch.tensor(int(count))
+        return sums
 
     def reduce(self, world: World) -> dict[str, float]:
         """Means over all pairs of all ranks. Every rank must call it."""

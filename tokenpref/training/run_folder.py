@@ -28,11 +28,13 @@ log = logging.getLogger("tokenpref")
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 LOCK_FILE = ".lock"
+BEST = "best"
 CHECKPOINTS = "checkpoints"
 # Keys that change how a run is carried out or watched, not what it computes.
 INCIDENTAL = frozenset(
     {
         "resume_from_checkpoint", "checkpoint_every_n_steps", "checkpoint_every_minutes", "keep_last",
+        "enable_async_checkpointing", "best", "dry_run",
         "log_every_n_steps", "log_peak_memory_stats", "metric_logger", "profiler", "run_val_every_n_steps",
         "batch_size_val", "epochs", "max_steps_per_epoch", "dataset_val", "loss_val", "log_stats_val", "sampling",
     }
@@ -153,7 +155,8 @@ class RunFolder:
         self.world.together(lock)
 
     def unlock(self) -> None:
-        """Let other runs in again; a process that dies does so too."""
+        """End what still writes here and let other runs in again; a process that dies does so too."""
+        self.checkpoints.close()
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -200,6 +203,42 @@ class RunFolder:
         self.world.together(write)
         self.world.barrier()
 
+    def export_best(
+        self, checkpointer: Any, model: TransformerDecoder, *, epochs: int, record: dict[str, Any]
+    ) -> None:
+        """Write a model to ``best`` in the place of the one before it, which stays until this one is whole and sealed.
+
+        Args:
+            checkpointer: writes it.
+            model: the model.
+            epochs: epochs of the run; a number that no other export of the run has.
+            record: why it is the best, for ``best.json``.
+        """
+        self.export(checkpointer, model, epochs)
+
+        def move() -> None:
+            written, best = self.path / f"epoch_{epochs}", self.path / BEST
+            if not self.world.is_main or not written.is_dir():
+                return
+            write_json(written / f"{BEST}.json", record)
+            seal(written)
+            former = self.path / f"{BEST}.former"
+            shutil.rmtree(former, ignore_errors=True)
+            if best.exists():
+                best.rename(former)
+            written.rename(best)
+            shutil.rmtree(former, ignore_errors=True)
+
+        self.world.together(move)
+        self.world.barrier()
+
+    def note_divergence(self, record: dict[str, Any]) -> Path:
+        """Keep what is known of a step whose loss or gradient is not finite, in ``diverged.json``."""
+        file = self.path / "diverged.json"
+        if self.world.is_main:
+            write_json(file, record)
+        return file
+
     def finish(self, export: str) -> None:
         """Mark the run as complete; ``export`` names the folder of its last weights."""
         if self.world.is_main:
@@ -209,15 +248,25 @@ class RunFolder:
     def finished(self) -> Path | None:
         """Folder of the last weights if this very run (same config) is complete; the same on every rank."""
         # The main process alone looks: files may appear while another process does.
-        weights: Path | None = self.world.broadcast_object(self._finished() if self.world.is_main else None)
-        return weights
+        weights = self.world.together(lambda: self._finished() if self.world.is_main else None)
+        return self.world.broadcast_object(weights)
 
     def _finished(self) -> Path | None:
         file = self.path / FINISHED_FILE
         owner = self._owner()
         if owner is None or owner["config"] != self._fingerprint or not file.is_file():
             return None
-        return self.path / str(json.loads(file.read_text(encoding="utf-8"))["weights"])
+        try:
+            name = json.loads(file.read_text(encoding="utf-8"))["weights"]
+            inside = isinstance(name, str) and name not in ("", "..") and Path(name).name == name
+            fault = None if inside else f"weights is {name!r}"
+        except (ValueError, KeyError, TypeError) as error:
+            fault = str(error)
+        if fault is not None:
+            raise ConfigError(
+                f"output_dir: {file} is damaged ({fault}); remove it and run again: the last epoch is done anew"
+            )
+        return self.path / str(name)
 
     def claim(self, *, resume: bool) -> None:
         """Make the folder this run's. A run of the same config started anew replaces the earlier one's checkpoints."""
@@ -225,7 +274,7 @@ class RunFolder:
         if self.world.is_main and not (resume and self._owner() is not None):
             if self._owner() is not None:
                 (self.path / FINISHED_FILE).unlink(missing_ok=True)
-                for old in [self.checkpoints.path, *self.path.glob("epoch_*")]:
+                for old in [self.checkpoints.path, self.path / BEST, *self.path.glob("epoch_*")]:
                     shutil.rmtree(old, ignore_errors=False) if old.exists() else None
             record = {
                 "id": uuid.uuid4().hex,

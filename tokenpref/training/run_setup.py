@@ -11,18 +11,27 @@ from omegaconf import DictConfig, OmegaConf
 
 from tokenpref.data import PreferenceDataset, adapt_tokenizer
 from tokenpref.distributed import World, init_world
-from tokenpref.errors import ConfigError
+from tokenpref.errors import ConfigError, DryRun
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
 from tokenpref.training.checkpoints import Progress
 from tokenpref.training.config import TrainConfig, loss_faults
 from tokenpref.training.live import LiveModels
 from tokenpref.training.metrics import Stopwatch
 from tokenpref.training.pair import weights_digest
+from tokenpref.training.preflight import preflight
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.saving import Saver, TrainState
 from tokenpref.training.schema import read_config
 from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, no_weights
-from tokenpref.training.setup import build_pairs, build_scorer, check_data_fits, planned_steps, read_weights
+from tokenpref.training.setup import (
+    build_logger,
+    build_optimizer,
+    build_pairs,
+    build_profiler,
+    build_scorer,
+    planned_steps,
+    read_weights,
+)
 from tokenpref.training.validation import Validation
 
 __all__ = ["RunSetup"]
@@ -87,7 +96,7 @@ class RunSetup:
     def build_reference(self) -> Reference:
         """The reference of this run: a second frozen copy of the model, or none where nothing asks for one."""
         config = self.config
-        if not (self.needs | self.validation.needs) & FrozenReference.provides:
+        if not self.needs_reference:
             return NoReference()
         checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
         weights = read_weights(checkpointer.build(), key, self.world)
@@ -98,6 +107,7 @@ class RunSetup:
 
         Raises:
             TokenprefError: for faulty data, weights or folders; what was written until then is removed.
+            DryRun: after the checks, with ``dry_run: true``.
         """
         config = self.config
         torch.manual_seed(config.seed)
@@ -115,18 +125,63 @@ class RunSetup:
             Path(config.output_dir).expanduser().absolute(), plain, self.recipe, self.world
         )
         start = self.folder.start(config.resume_from_checkpoint)
+        self._preflight()
         with self.folder.removed_on_failure():
             self._setup_models()
             self.state = TrainState(self.policy.model, self.optimizer, self.scheduler, self._sources)
             self.saver = Saver(config, self.folder, self.world, self._facts(plain))
             if start is not None:
                 self.progress = self.saver.restore(start, self.state)
+                if self.progress.step > self.total_steps:
+                    raise ConfigError(
+                        f"resume_from_checkpoint: {start} stands after step {self.progress.step} and this run has "
+                        f"{self.total_steps}; set epochs or max_steps_per_epoch higher, or continue from an earlier one"
+                    )
                 self._say(f"continuing after step {self.progress.step} of {self.total_steps}")
+            # Before the folder is claimed: a setting that they refuse must not cost an earlier run its checkpoints.
+            self.profiler = build_profiler(config.profiler)
+            self.logger = self.world.together(
+                lambda: build_logger(config.metric_logger) if self.world.is_main else None
+            )
         self.folder.claim(resume=start is not None)
-        if self.world.is_main:
-            self.logger = config.metric_logger.build()
+        if self.logger is not None:
             self.logger.log_config(self._cfg)
-        self.profiler = config.profiler.build()[0] if config.profiler is not None else None
+
+    def _preflight(self) -> None:
+        """Check the run as far as it goes without weights.
+
+        Raises:
+            DryRun: if the config asks for no more.
+        """
+        config = self.config
+        # The main process alone looks: the same disk, and the same memory as far as the config can tell.
+        lines = self.world.together(
+            lambda: (
+                preflight(
+                    config,
+                    self.dataset,
+                    self.dataset_val,
+                    self.folder.path,
+                    device=self.world.device,
+                    world_size=self.world.size,
+                    reference=self.needs_reference,
+                    rows_per_pair=3 if "anchor" in self.needs else 2,
+                )
+                if self.world.is_main
+                else []
+            )
+        )
+        for line in lines:
+            log.info(line)
+        if config.dry_run:
+            raise DryRun(
+                f"dry run: nothing stands against this run, nothing was written to {self.folder.path}"
+            )
+
+    @property
+    def needs_reference(self) -> bool:
+        """Whether the loss, the log or the validation asks for a second model."""
+        return bool((self.needs | self.validation.needs) & FrozenReference.provides)
 
     def _beside(
         self, dataset: PreferenceDataset | None, needs: frozenset[str]
@@ -159,11 +214,8 @@ class RunSetup:
             activation_checkpointing=config.enable_activation_checkpointing,
         )
         del weights
-        check_data_fits(self.dataset, config.dataset, self.policy.model)
-        if self.dataset_val is not None and config.dataset_val is not None:
-            check_data_fits(self.dataset_val, config.dataset_val, self.policy.model)
         self.reference = self.build_reference()
-        self.optimizer = config.optimizer.build(self.policy.model.parameters())
+        self.optimizer = build_optimizer(config.optimizer, self.policy.model)
         self.steps_per_epoch = planned_steps(config, len(self.dataset), self.world.size)
         self.total_steps = config.epochs * self.steps_per_epoch
         self.scheduler = None

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import time
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -93,12 +94,19 @@ class Saver:
         Raises:
             ConfigError: if the run would see other pairs, or another reference, than the one that wrote it.
         """
-        record = self._world.broadcast_object(read_progress(checkpoint) if self._world.is_main else None)
+        record = self._world.together(lambda: read_progress(checkpoint) if self._world.is_main else None)
+        record = self._world.broadcast_object(record)
         self._compare(record["facts"], int(record["step"]), checkpoint)
         progress, rows = self._folder.checkpoints.load(
             checkpoint, state.model, state.optimizer, state.scheduler
         )
-        state.load_rows(rows)
+        try:
+            state.load_rows(rows)
+        except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
+            raise ConfigError(
+                f"resume_from_checkpoint: {checkpoint}: what it keeps of weights or anchors by row cannot be taken up "
+                f"({type(error).__name__}: {error}); continue from another checkpoint"
+            ) from error
         return progress
 
     def _compare(self, then: Mapping[str, Any], step: int, checkpoint: Path) -> None:
@@ -116,10 +124,10 @@ class Saver:
             if now[key] != then.get(key)
         ]
         # Within the first epoch of both, where it ends does not matter.
-        steps = (int(now["steps_per_epoch"]), int(then.get("steps_per_epoch", 0)))
-        if steps[0] != steps[1] and step >= min(steps):
+        own, former = int(now["steps_per_epoch"]), then.get("steps_per_epoch")
+        if own != former and (not isinstance(former, int) or step >= min(own, former)):
             faults.append(
-                f"steps_per_epoch is {steps[0]} and was {steps[1]} when {checkpoint} was written, after step {step}; set "
+                f"steps_per_epoch is {own} and was {former} when {checkpoint} was written, after step {step}; set "
                 "max_steps_per_epoch as it was, or start anew"
             )
         if faults:
@@ -145,7 +153,9 @@ class Saver:
         # Weights first: a run that is killed in between goes on from an earlier checkpoint and writes them again.
         if epoch_done or last:
             self._folder.export(checkpointer, state.model, (step - 1) // steps_per_epoch)
-        if not last and (stopping or self._is_due(step, epoch_done)):
+        if last:
+            self._folder.checkpoints.settle()
+        elif stopping or self._is_due(step, epoch_done):
             self._folder.checkpoints.save(
                 state.model,
                 state.optimizer,
@@ -154,8 +164,38 @@ class Saver:
                 live=state.rows(),
                 facts=self._facts,
                 keep_last=self._config.keep_last,
+                background=self._config.enable_async_checkpointing and not stopping,
             )
             self._saved_at = time.monotonic()
+
+    def after_validation(
+        self, metrics: Mapping[str, float], progress: Progress, state: TrainState, checkpointer: Any
+    ) -> None:
+        """Keep the weights if no validation before was better. Every process passes the same metrics.
+
+        Args:
+            metrics: what the validation found.
+            progress: where the run stands; takes the best value.
+            state: what is saved.
+            checkpointer: writes the policy's weights.
+
+        Raises:
+            ConfigError: if the metric that decides is not among them.
+        """
+        best = self._config.best
+        if best is None:
+            return
+        if best.metric not in metrics:
+            raise ConfigError(
+                f"best.metric: the validation has no {best.metric!r}; it has {', '.join(sorted(metrics))}"
+            )
+        value = metrics[best.metric]
+        sign = 1 if best.goal == "max" else -1
+        if not math.isfinite(value) or (progress.best is not None and sign * value <= sign * progress.best):
+            return
+        progress.best, progress.best_step = value, progress.step
+        record = {"metric": best.metric, "value": value, "step": progress.step}
+        self._folder.export_best(checkpointer, state.model, epochs=self._config.epochs, record=record)
 
     def _is_due(self, step: int, epoch_done: bool) -> bool:
         steps, minutes = self._config.checkpoint_every_n_steps, self._config.checkpoint_every_minutes

@@ -8,9 +8,11 @@ reported together, before anything is built.
 from __future__ import annotations
 
 import dataclasses
+import logging
 import math
+import os
 import re
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -20,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenpref._paths import PACKAGE_SCHEME, resolve_path
 from tokenpref.components import COMPONENT, find_component, nearest, signature_faults
-from tokenpref.errors import ConfigError
+from tokenpref.errors import ConfigError, TokenprefError
 
 __all__ = [
     "Component",
@@ -35,7 +37,10 @@ __all__ = [
     "texts",
 ]
 
+log = logging.getLogger("tokenpref")
+
 S = TypeVar("S")
+_MOST = 2**31 - 1
 
 
 @dataclass(frozen=True)
@@ -65,14 +70,15 @@ class Component:
         """Call it.
 
         Raises:
-            ConfigError: if it refuses its arguments with a ``ValueError``, ``TypeError`` or ``KeyError`` of its own.
+            ConfigError: if it refuses its arguments with a ``ValueError``, ``TypeError`` or ``KeyError`` of its own, or cannot
+                read or write a file.
         """
         given = {**self._built(), **kwargs}
         try:
             return self.target()(*args, **given)
-        except (ValueError, TypeError) as error:
-            if isinstance(error, ValueError) and type(error) is not ValueError:
-                raise  # a ConfigError or DataError says where it comes from
+        except TokenprefError:
+            raise  # it says where it comes from
+        except (ValueError, TypeError, OSError) as error:
             raise ConfigError(f"{self.key} ({self.path}): {error}") from error
         except KeyError as error:  # how torchtune's checkpointers refuse a model_type
             raise ConfigError(f"{self.key} ({self.path}): it knows no {error}") from error
@@ -129,12 +135,14 @@ def _read_component(
     return Component(key, str(value[COMPONENT]), kwargs)
 
 
-def integer(default: Any = dataclasses.MISSING, *, low: int = 1) -> Any:
-    """A whole number of at least ``low``."""
+def integer(default: Any = dataclasses.MISSING, *, low: int = 1, high: int = _MOST) -> Any:
+    """A whole number from ``low`` to ``high``; without one, what a tensor's size or index can be."""
 
     def read(key: str, value: Any) -> int:
         if isinstance(value, bool) or not isinstance(value, int) or value < low:
             raise ConfigError(f"{key}: expected a whole number of at least {low}, found {value!r}")
+        if value > high:
+            raise ConfigError(f"{key}: expected a whole number of at most {high}, found {value!r}")
         return value
 
     return _field(read, default)
@@ -179,7 +187,7 @@ def text(default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), h
     """Non-empty text, perhaps one of ``choices``."""
 
     def read(key: str, value: Any) -> str:
-        if not isinstance(value, str) or not value:
+        if not isinstance(value, str) or not value or "\0" in value:
             raise ConfigError(f"{key}: expected text, found {value!r}")
         if choices and value not in choices:
             raise ConfigError(f"{key}: expected one of {', '.join(choices)}, found {value!r}{hint}")
@@ -240,8 +248,10 @@ def read_config(schema: type[S], cfg: DictConfig, extra_faults: Callable[[S], li
     """
     try:
         data = OmegaConf.to_container(cfg, resolve=True, throw_on_missing=True)
-    except OmegaConfBaseException as error:
-        raise ConfigError(f"the config cannot be resolved: {str(error).splitlines()[0]}") from error
+    except (OmegaConfBaseException, RecursionError) as error:
+        raise ConfigError(
+            f"the config cannot be resolved: {(str(error).splitlines() or [type(error).__name__])[0]}"
+        ) from error
     # A key of the user's own that other keys refer to as ${key} is a variable, not a misspelling.
     variables = set(re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg, resolve=False)))
     config, faults = _read_mapping(schema, data, ignore=variables)
@@ -250,7 +260,20 @@ def read_config(schema: type[S], cfg: DictConfig, extra_faults: Callable[[S], li
         faults += extra_faults(config)
     if faults:
         raise ConfigError(faults)
+    if os.environ.get("RANK", "0") == "0":
+        log.info(f"components: {', '.join(f'{key}={path}' for key, path in _component_paths(config))}")
     return config
+
+
+def _component_paths(value: Any) -> Iterator[tuple[str, str]]:
+    """Keys and paths of a config's components, those inside others too."""
+    if isinstance(value, Component):
+        yield value.key, value.path
+        value = value.kwargs
+    elif dataclasses.is_dataclass(value):
+        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
+    for part in value.values() if isinstance(value, Mapping) else ():
+        yield from _component_paths(part)
 
 
 def _read_mapping(
@@ -267,11 +290,13 @@ def _read_mapping(
     ]
     config = object.__new__(schema)
     for name, spec in known.items():
-        value = _resolve_package_paths(data.get(name))
+        value = data.get(name)
         result = None if spec.default is dataclasses.MISSING else spec.default
         if value is not None:
             try:
-                result = spec.metadata["read"](f"{prefix}{name}", value)
+                result = spec.metadata["read"](
+                    f"{prefix}{name}", _resolve_package_paths(value, prefix + name)
+                )
             except ConfigError as error:
                 result = None
                 faults.extend(error.faults)
@@ -281,11 +306,14 @@ def _read_mapping(
     return config, faults
 
 
-def _resolve_package_paths(value: Any) -> Any:
+def _resolve_package_paths(value: Any, key: str) -> Any:
     if isinstance(value, str) and value.startswith(PACKAGE_SCHEME):
-        return str(resolve_path(value))
+        try:
+            return str(resolve_path(value))
+        except ValueError as error:
+            raise ConfigError(f"{key}: {error}") from error
     if isinstance(value, dict):
-        return {k: _resolve_package_paths(v) for k, v in value.items()}
+        return {k: _resolve_package_paths(v, f"{key}.{k}") for k, v in value.items()}
     if isinstance(value, list):
-        return [_resolve_package_paths(v) for v in value]
+        return [_resolve_package_paths(v, key) for v in value]
     return value

@@ -10,6 +10,7 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
+from torch.optim import Optimizer
 
 from tokenpref._torchtune import (
     TransformerDecoder,
@@ -36,9 +37,14 @@ from tokenpref.training.schema import Component
 
 __all__ = [
     "DTYPES",
+    "build_logger",
+    "build_optimizer",
     "build_pairs",
+    "build_profiler",
     "build_scorer",
+    "check_pairs",
     "check_data_fits",
+    "check_decoder",
     "check_state_fits",
     "pair_batches",
     "planned_steps",
@@ -63,9 +69,13 @@ def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]
         try:
             state: dict[str, Tensor] = checkpointer.load_checkpoint()["model"]
         except Exception as error:
+            causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
+            # First lines: what follows in torch's own words is how to read a file that runs code.
+            said = "; ".join(
+                f"{type(c).__name__}: {(str(c).strip().splitlines() or [''])[0]}" for c in causes
+            )
             raise ConfigError(
-                f"{key}: the checkpoint cannot be read ({type(error).__name__}: {error}); check checkpoint_dir, "
-                "checkpoint_files and model_type"
+                f"{key}: the checkpoint cannot be read ({said}); check checkpoint_dir, checkpoint_files and model_type"
             ) from error
         return state
 
@@ -124,6 +134,7 @@ def build_scorer(
     dtype = DTYPES[config.dtype]
     with set_default_dtype(dtype), torch.device("meta"):
         decoder: TransformerDecoder = model.build()
+    check_decoder(decoder, model)
 
     def check() -> None:
         if world.is_main:
@@ -167,6 +178,19 @@ def _switch_dropout_off(model: TransformerDecoder) -> None:
         )
 
 
+def check_decoder(decoder: Any, component: Component) -> None:
+    """Check that a component made a model of torchtune's kind.
+
+    Raises:
+        ConfigError: if it did not.
+    """
+    if not isinstance(decoder, TransformerDecoder):
+        raise ConfigError(
+            f"{component.key} ({component.path}): makes a {type(decoder).__name__}, not a TransformerDecoder; name a model of "
+            "torchtune.models or tokenpref.models, or a function of your own that makes one"
+        )
+
+
 def build_pairs(component: Component, tokenizer: Tokenizer, world: World) -> PreferenceDataset:
     """A data set of pairs, with a line about it.
 
@@ -174,6 +198,7 @@ def build_pairs(component: Component, tokenizer: Tokenizer, world: World) -> Pre
         ConfigError: if it has fewer pairs than the run has processes.
     """
     dataset: PreferenceDataset = world.together(lambda: component.build(tokenizer))
+    check_pairs(dataset, component)
     if world.is_main:
         log.info(f"{component.key}: {dataset.report.summary()}")
     if len(dataset) < world.size:
@@ -182,6 +207,58 @@ def build_pairs(component: Component, tokenizer: Tokenizer, world: World) -> Pre
             f"run with at most --nproc_per_node {len(dataset)}"
         )
     return dataset
+
+
+def check_pairs(dataset: Any, component: Component) -> None:
+    """Check that a component made a data set of this package.
+
+    Raises:
+        ConfigError: if it did not; torchtune's data sets, for one, keep no characters of tokens.
+    """
+    if not isinstance(dataset, PreferenceDataset):
+        raise ConfigError(
+            f"{component.key} ({component.path}): makes a {type(dataset).__name__} of another kind; name "
+            "tokenpref.data.preference_dataset, or a function of your own that calls it"
+        )
+
+
+def build_optimizer(component: Component, model: nn.Module) -> Optimizer:
+    """The optimizer of a model's parameters.
+
+    Raises:
+        ConfigError: if the component makes something else.
+    """
+    return _of_kind(component, component.build(model.parameters()), "param_groups", "step", "zero_grad")
+
+
+def build_logger(component: Component) -> Any:
+    """A metric logger, as torchtune's are.
+
+    Raises:
+        ConfigError: if the component makes something else.
+    """
+    return _of_kind(component, component.build(), "log_config", "log_dict", "close")
+
+
+def build_profiler(component: Component | None) -> Any:
+    """A profiler, of the pair that torchtune's setup function returns; None without a component.
+
+    Raises:
+        ConfigError: if the component makes something else.
+    """
+    built = component.build() if component is not None else None
+    profiler = built[0] if isinstance(built, tuple) and built else built
+    return None if component is None else _of_kind(component, profiler, "start", "step", "stop")
+
+
+def _of_kind(component: Component, built: Any, *names: str) -> Any:
+    missing = [name for name in names if not hasattr(built, name)]
+    if missing:
+        raise ConfigError(
+            f"{component.key} ({component.path}): makes a {type(built).__name__}, which has no {' and no '.join(missing)}; name "
+            f"another component for {component.key}"
+        )
+    return built
 
 
 def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:

@@ -115,7 +115,4 @@ def _stop_unless_finite(
     named = sorted({row for _, bad_rows in everyone for row in bad_rows})
     batch_rows = sorted({row for all_rows, _ in everyone for row in all_rows})
     cause = f"the loss of rows {named} is not finite" if named else f"the gradient norm is {norm}"
-    raise TrainingDiverged(
-        f"step {step}: {cause}; no update was made. Rows of this step: {batch_rows}. "
-        "Lower the learning rate, set clip_grad_norm, or inspect these rows."
-    )
+    raise TrainingDiverged(step, cause, batch_rows, named)

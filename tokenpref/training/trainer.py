@@ -7,7 +7,7 @@ from typing import Any
 from tqdm import tqdm
 
 from tokenpref._torchtune import get_lr
-from tokenpref.errors import Interrupted
+from tokenpref.errors import Interrupted, TrainingDiverged
 from tokenpref.training.memory import peak_memory_gib
 from tokenpref.training.metrics import LogInterval
 from tokenpref.training.run_setup import RunSetup
@@ -55,7 +55,7 @@ class PreferenceTrainer(RunSetup):
         interval = LogInterval()
         while progress.step < self.total_steps:
             with self.stopwatch.time("step"):
-                result, rate = self._step()
+                result, rate = self._step_or_note()
             interval.add(result.sums, result.tokens)
             progress.num_tokens += result.tokens
             progress.step += 1
@@ -86,6 +86,24 @@ class PreferenceTrainer(RunSetup):
                     f"stopped after step {progress.step} of {self.total_steps} ({stop.name or 'another process was asked'}); "
                     f"continue with resume_from_checkpoint=auto output_dir={self.folder.path}"
                 )
+
+    def _step_or_note(self) -> tuple[StepResult, float]:
+        """A step; one that diverged leaves its rows in ``diverged.json``."""
+        try:
+            return self._step()
+        except TrainingDiverged as error:
+            places = {self.dataset[i].row: self.dataset.locate(i) for i in range(len(self.dataset))}
+            file = self.folder.note_divergence(
+                {
+                    "step": error.step,
+                    "cause": error.cause,
+                    "rows": {str(row): places[row] for row in error.rows},
+                    "not_finite": error.bad_rows,
+                }
+            )
+            raise TrainingDiverged(
+                error.step, error.cause, error.rows, error.bad_rows, note=f"The rows are kept in {file}."
+            ) from error
 
     def _step(self) -> tuple[StepResult, float]:
         """One optimizer step; returns its result and the learning rate that it used."""
@@ -120,11 +138,12 @@ class PreferenceTrainer(RunSetup):
         return result, rate
 
     def evaluate(self) -> None:
-        """Log held-out metrics and the reward of samples under ``eval_`` names."""
+        """Log held-out metrics and the reward of samples under ``eval_`` names; keep the weights if they are the best."""
         metrics = self.validation.run(
             self.policy, self.reference, step=self.progress.step, folder=self.folder.path
         )
         self._log({f"eval_{name}": value for name, value in metrics.items()})
+        self.saver.after_validation(metrics, self.progress, self.state, self.checkpointer)
 
     def _run_metrics(self, result: StepResult, rate: float) -> dict[str, float]:
         metrics = {

@@ -1,12 +1,14 @@
 """The weight store: raw scores of every answer token on disk, so that transforms can change without a model.
 
-A folder of Parquet shards and ``metadata.json``, which is written last: a folder without it is unfinished. Each row
-holds a hash of the training token ids that the scores belong to, the scores of both answers, and the texts with each
-token's characters, so that a row can be read without the data or the tokenizer.
+A folder of Parquet shards and ``metadata.json``, which is written last: a folder without it is unfinished. It has the sizes
+and checksums of the shards, so that a damaged one is never read. Each row holds a hash of the training token ids that the
+scores belong to, the scores of both answers, and the texts with each token's characters, so that a row can be read without
+the data or the tokenizer.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -31,6 +33,9 @@ SCORE_KINDS = ("weight", "log_ratio", "tis_release")
 
 FORMAT = "tokenpref-weights/1"
 METADATA, JOB = "metadata.json", "job.json"
+# Of a column in a shard: a gigabyte of scores.
+_MOST_VALUES = 1 << 28
+_MOST_BYTES = 1 << 30
 
 _SCORES = datasets.Sequence(datasets.Value("float32"))
 _SPANS = datasets.Sequence(datasets.Value("int32"))  # start and end in turn
@@ -140,7 +145,11 @@ class StoreWriter:
         """
         if missing := self.missing():
             raise DataError(f"{self.path}: shards {missing} are missing; the store cannot be sealed")
-        _write_json(self.path / METADATA, self._record)
+        files = [self.path / shard_name(n) for n in range(self._record["shards"])]
+        for file in files:
+            _read_shard(file)
+        seals = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in files}
+        _write_json(self.path / METADATA, {**self._record, "files": seals})
         return WeightStore.open(self.path)
 
 
@@ -183,20 +192,11 @@ class WeightStore:
                 f"{folder / METADATA}: format {metadata.get('format')!r} of kind {metadata.get('kind')!r} is not known "
                 f"here ({FORMAT}, {', '.join(SCORE_KINDS)}); make the store anew"
             )
-        files = [folder / shard_name(n) for n in range(metadata["shards"])]
-        if missing := [file.name for file in files if not file.is_file()]:
-            raise DataError(f"{folder}: {missing[0]} is missing; make the store anew")
-        try:
-            # Read directly: datasets' own reader would first copy every shard into its cache.
-            parts = [datasets.Dataset(parquet.read_table(file)) for file in files]
-        except (pyarrow.ArrowException, OSError, ValueError) as error:
-            raise DataError(
-                f"{folder}: a shard cannot be read ({error}); remove it and continue the run"
-            ) from error
-        for file, part in zip(files, parts, strict=True):
-            if set(part.column_names) != set(_FEATURES):
-                raise DataError(f"{file}: has columns {part.column_names}, expected {list(_FEATURES)}")
-        return cls(folder, metadata, datasets.concatenate_datasets(parts))
+        files = _shards(folder, metadata)
+        _check_seals(folder, metadata.get("files", {}), files)
+        # Read directly: datasets' own reader would first copy every shard into its cache.
+        table = pyarrow.concat_tables([_read_shard(file) for file in files])
+        return cls(folder, metadata, datasets.Dataset(table))
 
     @property
     def kind(self) -> str:
@@ -244,8 +244,110 @@ class WeightStore:
         for side in ("chosen", "rejected"):
             record[side] = np.asarray(record[side], dtype=np.float32)
             flat = record[f"{side}_spans"]
+            if len(flat) != 2 * len(record[side]):
+                raise DataError(
+                    f"{self.path}: row {record['row']} has {len(record[side])} {side} scores and {len(flat) / 2:g} spans; the "
+                    "store is damaged, make it anew"
+                )
             record[f"{side}_spans"] = list(zip(flat[::2], flat[1::2], strict=True))
         return StoredRow(**record)
+
+
+def _shards(folder: Path, metadata: dict[str, Any]) -> list[Path]:
+    """The files of a store's shards.
+
+    Raises:
+        DataError: if one is missing, or their number is none.
+    """
+    count = metadata.get("shards")
+    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
+        raise DataError(
+            f"{folder / METADATA}: shards is {count!r}, expected a whole number of at least 1; make the store anew"
+        )
+    files: list[Path] = []
+    for number in range(count):  # one by one: the number may be absurd
+        files.append(folder / shard_name(number))
+        if not files[-1].is_file():
+            raise DataError(f"{folder}: {files[-1].name} is missing; make the store anew")
+    return files
+
+
+def _check_seals(folder: Path, seals: Any, files: Sequence[Path]) -> None:
+    """Compare shards with the sizes and checksums that were written last; a store of an earlier version has none.
+
+    Raises:
+        DataError: for the first shard that is not as it was written.
+    """
+    if not isinstance(seals, dict) or not all(isinstance(seal, dict) for seal in seals.values()):
+        raise DataError(f"{folder / METADATA}: files is no mapping of shards to sizes; make the store anew")
+    if strange := sorted(seals.keys() - {file.name for file in files}):
+        raise DataError(
+            f"{folder / METADATA}: files names {strange[0]!r}, which is no shard of it; make the store anew"
+        )
+    for file in files if seals else ():
+        seal, size = seals.get(file.name, {}), file.stat().st_size
+        if size != seal.get("bytes"):
+            raise DataError(
+                f"{file} has {size} bytes and was written with {seal.get('bytes')}; make the store anew"
+            )
+        if _digest(file) != seal.get("sha256"):
+            raise DataError(f"{file} is not what was written (its checksum differs); make the store anew")
+
+
+def _digest(file: Path) -> str:
+    return hashlib.sha256(file.read_bytes()).hexdigest()
+
+
+def _read_shard(file: Path) -> pyarrow.Table:
+    """A shard with exactly the columns of a store.
+
+    Raises:
+        DataError: if it is damaged, or holds something else or absurdly much; then nothing of it has been read.
+    """
+    mend = "remove it and run the command that makes the store again"
+    wanted = _FEATURES.arrow_schema
+    try:
+        with parquet.ParquetFile(file) as shard:
+            found = shard.schema_arrow
+            if set(found.names) != set(wanted.names) or len(found.names) != len(wanted.names):
+                raise DataError(f"{file}: has columns {found.names}, expected {wanted.names}; {mend}")
+            for name in wanted.names:
+                kind = found.field(name).type
+                if not _same_type(kind, wanted.field(name).type):
+                    raise DataError(
+                        f"{file}: column {name!r} holds {kind}, expected {wanted.field(name).type}; {mend}"
+                    )
+            _check_counts(file, shard.metadata, mend)
+            # Without the file's own description of its columns, which could ask for more than reading numbers.
+            table = shard.read(columns=wanted.names).select(wanted.names).cast(wanted)
+    except (pyarrow.ArrowException, OSError) as error:
+        raise DataError(f"{file}: the shard cannot be read ({error}); {mend}") from error
+    for name in wanted.names:
+        if table[name].null_count:
+            raise DataError(f"{file}: column {name!r} has no value in some rows; {mend}")
+    return table
+
+
+def _check_counts(file: Path, metadata: Any, mend: str) -> None:
+    for group in range(metadata.num_row_groups):
+        for number in range(metadata.num_columns):
+            column = metadata.row_group(group).column(number)
+            for count, most, what in (
+                (column.num_values, _MOST_VALUES, "values"),
+                (column.total_uncompressed_size, _MOST_BYTES, "bytes"),
+            ):
+                if count > most:
+                    raise DataError(
+                        f"{file}: column {column.path_in_schema.split('.')[0]!r} declares {count} {what}, more than a shard may "
+                        f"have ({most}); {mend}"
+                    )
+
+
+def _same_type(one: Any, other: Any) -> bool:
+    """Whether two columns hold the same; what the elements of a list are called does not matter."""
+    if pyarrow.types.is_list(one) and pyarrow.types.is_list(other):
+        return bool(one.value_type == other.value_type)
+    return bool(one == other)
 
 
 def shard_name(number: int) -> str:

@@ -300,12 +300,18 @@ def normalized(weights: Tensor, mask: Tensor) -> Tensor:
         ValueError: for a mean below zero, which has no such normalisation.
     """
     weights = torch.where(mask, weights, 0)
-    mean = weights.sum(-1, keepdim=True) / mask.sum(-1, keepdim=True).clamp(min=1)
+    count = mask.sum(-1, keepdim=True).clamp(min=1)
+    mean = weights.sum(-1, keepdim=True) / count
     if bool((mean < 0).any()):
         row = int((mean[:, 0] < 0).nonzero()[0])
         raise ValueError(
             f"weights have a negative mean ({float(mean[row, 0]):.4g}) in row {row}; normalise non-negative weights only"
         )
+    # Where the sum overflows or the mean vanishes, every weight would become 0 without a word: bring the largest to 1.
+    lost = mean.isinf() | (mean < torch.finfo(mean.dtype).tiny)
+    largest = weights.amax(-1, keepdim=True)
+    weights = torch.where(lost & (largest > 0), weights / torch.where(largest > 0, largest, 1), weights)
+    mean = torch.where(lost, weights.sum(-1, keepdim=True) / count, mean)
     return torch.where(mean > 0, weights / torch.where(mean > 0, mean, 1), weights)
 
 

@@ -1,0 +1,713 @@
+"""What users may feed the package by mistake or in malice: each is one error, nothing runs and nothing is left behind."""
+
+from __future__ import annotations
+
+import importlib.util
+import json
+import logging
+import os
+import pickle
+import re
+import shutil
+import struct
+import sys
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from pathlib import Path
+from typing import Any
+
+import pyarrow
+import pytest
+import torch
+import yaml
+from pyarrow import parquet
+from safetensors.torch import load_file, save_file
+
+import tokenpref.cli
+from tokenpref._paths import data_root
+from tokenpref.errors import USER_ERROR_EXIT
+from tokenpref.training import ContrastiveReference, PreferenceTrainer, TripletTrainer, WeightEstimation
+from tokenpref.training.checkpoints import MANIFEST, PROGRESS, seal
+from tokenpref.training.cli import load_config
+
+TRACE = "it_ran"  # what hostile input would make
+TINY = data_root() / "data" / "tiny"
+FEW = ("dataset.max_rows=16", "batch_size=4", "log_stats=[]", "run_val_every_n_steps=null")
+KEPT = ("token_weights.refresh=once", "anchors.refresh=once", "token_weights.every_n_steps=null")
+RECIPES = {
+    "tdpo": ("tdpo_distributed", "tiny/tdpo", (*FEW, "dataset_val=null")),
+    "tis": ("tis_dpo_distributed", "tiny/tis_dpo", (*FEW, "dataset_val=null", "token_weights.path=store")),
+    "columns": (
+        "tis_dpo_distributed",
+        "tiny/tis_dpo",
+        ("token_weights=tokenpref.data.ColumnScores", "token_weights.kind=weight", "weight_transform=null"),
+    ),
+    "ti": ("ti_dpo_distributed", "tiny/ti_dpo", (*FEW, "dataset_val=null", *KEPT)),
+    "pair": (
+        "contrastive_reference_distributed",
+        "tiny/contrastive_reference",
+        ("dataset.max_rows=4", "batch_size=4"),
+    ),
+    "estimate": (
+        "estimate_weights_distributed",
+        "tiny/estimate_weights",
+        ("estimator.pair=pair", "dataset.max_rows=8"),
+    ),
+    "evaluate": ("evaluate_distributed", "tiny/evaluate", ("dataset.max_rows=4",)),
+}
+Prepare = Callable[[Path], None]
+
+
+@dataclass(frozen=True)
+class Bad:
+    """A bad input.
+
+    Args:
+        name: of the test.
+        command: a key of ``RECIPES``, or "show-weights".
+        says: pattern of the error.
+        words: further words of the command line.
+        needs: good things to copy into the folder first: "pair", "store", "run" or "ti_run".
+        prepare: makes the input.
+    """
+
+    name: str
+    command: str
+    says: str
+    words: tuple[str, ...] = ()
+    needs: tuple[str, ...] = ()
+    prepare: Prepare = field(default=lambda folder: None)
+
+
+# --- how input is spoilt --------------------------------------------------------------------------------------
+
+
+def both(*prepares: Prepare) -> Prepare:
+    return lambda folder: [prepare(folder) for prepare in prepares] and None
+
+
+def config(text: str) -> Prepare:
+    return lambda folder: (folder / "my.yaml").write_text(text)
+
+
+def rows(*lines: Any) -> Prepare:
+    """``rows.jsonl``: dictionaries, and lines as they are."""
+    content = b"".join(
+        (line if isinstance(line, bytes) else json.dumps(line).encode()) + b"\n" for line in lines
+    )
+    return lambda folder: (folder / "rows.jsonl").write_bytes(content)
+
+
+def write(name: str, content: bytes) -> Prepare:
+    return lambda folder: (folder / name).write_bytes(content)
+
+
+def remove(name: str) -> Prepare:
+    return lambda folder: (folder / name).unlink()
+
+
+def cut(name: str, share: float = 0.5) -> Prepare:
+    def prepare(folder: Path) -> None:
+        data = (folder / name).read_bytes()
+        (folder / name).write_bytes(data[: int(share * len(data))])
+
+    return prepare
+
+
+def flip(name: str, at: float = 0.5) -> Prepare:
+    def prepare(folder: Path) -> None:
+        data = bytearray((folder / name).read_bytes())
+        data[int(at * len(data))] ^= 1
+        (folder / name).write_bytes(bytes(data))
+
+    return prepare
+
+
+def record(name: str, change: Callable[[dict[str, Any]], Any]) -> Prepare:
+    """Change a JSON or YAML file."""
+
+    def prepare(folder: Path) -> None:
+        file = folder / name
+        found = yaml.safe_load(file.read_text())
+        change(found)
+        file.write_text(json.dumps(found) if name.endswith(".json") else yaml.safe_dump(found))
+
+    return prepare
+
+
+class Hostile:
+    """Runs when it is unpickled."""
+
+    def __reduce__(self) -> tuple[Any, ...]:
+        return (open, (TRACE, "w"))
+
+
+STEP, TI_STEP = "run/checkpoints/step_2", "ti_run/checkpoints/step_2"
+
+
+def sealed(change: Prepare, step: str = STEP) -> Prepare:
+    """Change a checkpoint and seal it anew, as an attacker would; only what reads its files stands in the way."""
+
+    def prepare(folder: Path) -> None:
+        change(folder)
+        (folder / step / MANIFEST).unlink()
+        seal(folder / step)
+
+    return prepare
+
+
+def progress(**changes: Any) -> Prepare:
+    return sealed(record(f"{STEP}/{PROGRESS}", lambda r: r.update(changes)))
+
+
+def index(change: Callable[[Any], Any]) -> Prepare:
+    """Change the pickled index of a checkpoint."""
+
+    def prepare(folder: Path) -> None:
+        file = folder / STEP / ".metadata"
+        found = pickle.loads(file.read_bytes())
+        change(found)
+        file.write_bytes(pickle.dumps(found))
+
+    return sealed(prepare)
+
+
+def another_shape(found: Any) -> None:
+    name = "model.tok_embeddings.weight"
+    stored = found.state_dict_metadata[name]
+    stored.size = torch.Size([10**12, stored.size[1]])
+
+
+def half_a_tensor(found: Any) -> None:
+    (chunk,) = found.state_dict_metadata["model.tok_embeddings.weight"].chunks
+    chunk.sizes = torch.Size([1, chunk.sizes[1]])
+
+
+def elsewhere(path: str) -> Callable[[Any], None]:
+    def change(found: Any) -> None:
+        for place in found.storage_data.values():
+            place.relative_path = path
+
+    return change
+
+
+def shard(change: Callable[[pyarrow.Table], pyarrow.Table]) -> Prepare:
+    """Change the table of a store's shard; the store's own record of it is changed too."""
+
+    def prepare(folder: Path) -> None:
+        file = folder / "store" / "shard-00000.parquet"
+        parquet.write_table(change(parquet.read_table(file)), file)
+        record("store/metadata.json", lambda r: r.pop("files", None))(folder)
+
+    return prepare
+
+
+def column(name: str, values: Callable[[list[Any]], list[Any]], kind: Any = None) -> Prepare:
+    """Change a column of a shard, of its own type or another."""
+
+    def change(table: pyarrow.Table) -> pyarrow.Table:
+        new = pyarrow.array(values(table[name].to_pylist()), kind or table.schema.field(name).type)
+        return table.set_column(table.column_names.index(name), name, new)
+
+    return shard(change)
+
+
+def shorter(name: str, count: int) -> Prepare:
+    return column(name, lambda old: [values[:-count] for values in old])
+
+
+def model(change: Callable[[Path], None]) -> Prepare:
+    """A copy of the tiny model, spoilt."""
+
+    def prepare(folder: Path) -> None:
+        shutil.copytree(TINY / "model", folder / "model")
+        change(folder / "model")
+
+    return prepare
+
+
+def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Prepare:
+    def changed(folder: Path) -> None:
+        found = load_file(folder / "model.safetensors")
+        change(found)
+        save_file(found, folder / "model.safetensors")
+
+    return model(changed)
+
+
+def other_file(name: str) -> Prepare:
+    """Hostile weights in a pickle."""
+    return model(lambda folder: torch.save(Hostile(), folder / name))
+
+
+def header(length: int) -> Callable[[Path], None]:
+    return lambda folder: (folder / "model.safetensors").write_bytes(struct.pack("<Q", length) + b'{"a":1}')
+
+
+# --- the table ------------------------------------------------------------------------------------------------
+
+LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
+)
+MINE = ("--config", "my.yaml")
+GOOD = {"prompt": "It was", "chosen": " good and warm.", "rejected": " bad and cold."}
+ROWS = ("dataset.source=rows.jsonl", "dataset.format=auto", "dataset.max_rows=null")
+SCHEDULER = (
+    "lr_scheduler._component_=tokenpref.training.get_constant_schedule_with_warmup",
+    "lr_scheduler.num_warmup_steps=2",
+)
+CHECKPOINT = (f"resume_from_checkpoint={STEP}", *SCHEDULER)
+MODEL = ("checkpointer.checkpoint_dir=model",)
+EVIL = write("evil.py", f"open('{TRACE}', 'w')\n".encode())
+REACHES_OUT = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+
+
+def conversations(last_role: str) -> Prepare:
+    """``rows.jsonl`` with one pair of conversations."""
+    sides = {
+        s: [{"role": "user", "content": "a"}, {"role": last_role, "content": s}]
+        for s in ("chosen", "rejected")
+    }
+    return rows(sides)
+
+
+def with_scores(*chosen: Any) -> Prepare:
+    return rows(*({**GOOD, "chosen_weights": c, "rejected_weights": 1.0} for c in chosen))
+
+
+CONFIGS = [
+    Bad("unknown key", "tdpo", "batchsize: unknown key; did you mean 'batch_size'", ("batchsize=3",)),
+    Bad("misspelt argument", "tdpo", "loss.betta: TokenDPOLoss takes no such argument; did you mean 'beta'", ("loss.betta=1",)),
+    Bad("several faults", "tdpo", "(?s)2 faults.*  - batch_size: .*'many'.*  - epochs: .*found 0",
+        ("batch_size=many", "epochs=0")),
+    Bad("flag as text", "tdpo", "shuffle: expected true or false, found 'perhaps'", ("shuffle=perhaps",)),
+    Bad("nan", "tdpo", "clip_grad_norm: expected a number above 0, found nan", ("clip_grad_norm=.nan",)),
+    Bad("infinity", "tdpo", "checkpoint_every_minutes: expected a number above 0, found inf",
+        ("checkpoint_every_minutes=.inf",)),
+    Bad("negative", "tdpo", "seed: expected a whole number of at least 0, found -1", ("seed=-1",)),
+    Bad("huge batch", "tdpo", "batch_size: expected a whole number of at most .*, found 1000000000000",
+        ("batch_size=1000000000000",)),
+    Bad("huge seed", "tdpo", "seed: expected a whole number of at most .*, found 1000000000000000000000000000000",
+        (f"seed=1{'0' * 30}",)),
+    Bad("number of 5000 digits", "tdpo", "my.yaml is not valid YAML: Exceeds the limit", MINE,
+        prepare=config(f"seed: {'9' * 5000}\n")),
+    Bad("fp16", "tdpo", "dtype: expected one of fp32, bf16, found 'fp16'.*use bf16 or fp32", ("dtype=fp16",)),
+    Bad("no such device", "tdpo", "device: 'abacus' is not supported; set device=cpu", ("device=abacus",)),
+    Bad("beta refused", "tdpo", "loss .*beta must be a finite number > 0.*got -0.1", ("loss.beta=-0.1",)),
+    Bad("learning rate refused", "tdpo", "optimizer .*learning rate: -1", ("optimizer.lr=-1",)),
+    Bad("no loss", "tdpo", "loss: missing; the recipe needs it", ("loss=null",)),
+    Bad("no component", "tdpo", "model: expected a mapping with _component_, found 'llama'", ("~model", "model=llama")),
+    Bad("not importable", "tdpo", "'tokenpref.losses.TokenDPOLos' cannot be imported.*did you mean 'TokenDPOLoss'",
+        ("loss=tokenpref.losses.TokenDPOLos",)),
+    Bad("not callable", "tdpo", "'math.pi' is a float, not something to call", ("loss=math.pi",)),
+    Bad("component that does not parse", "tdpo", "'my_loss.Mine' cannot be imported.*SyntaxError.*my_loss.py, line 1",
+        ("loss=my_loss.Mine",), prepare=lambda f: (f / "my_loss.py").write_text("class Mine(:\n")),
+    Bad("component path of spaces", "tdpo", "' ' cannot be imported", ("loss._component_=' '",)),
+    Bad("no loss at all", "tdpo", "loss .collections.Counter.: a loss must say what it needs", ("loss=collections.Counter",)),
+    Bad("loss of another recipe", "tdpo", "needs 'weights', which recipes/tdpo_distributed does not provide",
+        ("loss=tokenpref.losses.TISDPOLoss",)),
+    Bad("a list", "tdpo", "my.yaml must hold a mapping of keys, found a ListConfig", MINE, prepare=config("- 1\n- 2\n")),
+    Bad("no YAML", "tdpo", "my.yaml is not valid YAML", MINE, prepare=config("a: [1\n")),
+    Bad("YAML that runs", "tdpo", "my.yaml is not valid YAML.*python/object/apply:os.system", MINE,
+        prepare=config(f"a: !!python/object/apply:os.system ['touch {TRACE}']\n")),
+    Bad("YAML that opens", "tdpo", "my.yaml is not valid YAML.*python/object/new:io.open", MINE,
+        prepare=config(f"a: !!python/object/new:io.open ['{TRACE}', 'w']\n")),
+    Bad("override that runs", "tdpo", "overrides cannot be merged.*python/object/apply",
+        (f"seed=!!python/object/apply:os.system ['touch {TRACE}']",)),
+    Bad("billion laughs", "tdpo", "my.yaml is not valid YAML: its aliases.*stand for more than", MINE, prepare=config(LAUGHS)),
+    Bad("an alias of itself", "tdpo", "my.yaml is not valid YAML: .*contains itself", MINE, prepare=config("a: &a [*a]\n")),
+    Bad("too deep", "tdpo", "my.yaml is not valid YAML: it is nested deeper than 50 levels", MINE,
+        prepare=config("a: " + "[" * 5000 + "]" * 5000)),
+    Bad("config with other bytes", "tdpo", "my.yaml is not valid YAML", MINE, prepare=write("my.yaml", b"a: \xff\xfe\n")),
+    Bad("config with NUL", "tdpo", "my.yaml is not valid YAML.*special characters", MINE,
+        prepare=write("my.yaml", b"a: \x00\n")),
+    Bad("no config", "tdpo", "no file 'nowhere' here and none of that name", ("--config", "nowhere")),
+    Bad("config is a folder", "tdpo", "--config: .*sub cannot be read .Is a directory", ("--config", "sub"),
+        prepare=lambda f: (f / "sub").mkdir()),
+    Bad("interpolation to nothing", "tdpo", "the config cannot be resolved: .*nowhere", ("seed=${nowhere}",)),
+    Bad("interpolation in a circle", "tdpo", "the config cannot be resolved: .*", ("seed=${epochs}", "epochs=${seed}")),
+    Bad("unknown resolver", "tdpo", "the config cannot be resolved: .*Unsupported interpolation type eval",
+        ("seed=${eval:1+1}",)),
+    Bad("mandatory value", "tdpo", "the config cannot be resolved: Missing mandatory value: seed", MINE,
+        prepare=config("seed: ???\n")),
+    Bad("override with no value", "tdpo", "'seed=\\?\\?\\?': \\?\\?\\? is no value", ("seed=???",)),
+    Bad("override without =", "tdpo", "'batch_size': an override is written key=value", ("batch_size",)),
+    Bad("override of a bad key", "tdpo", "'=1': an override is written key=value", ("=1",)),
+    Bad("override of another shape", "tdpo", "the overrides cannot be merged: Cannot merge incompatible",
+        ("log_stats={a: 1}",)),
+    Bad("a number for a folder", "tdpo", "checkpointer.checkpoint_dir: expected the path of a folder, found 3",
+        ("checkpointer.checkpoint_dir=3",)),
+    Bad("a number for a file", "tdpo", "checkpointer.checkpoint_files: expected names of files, found 3",
+        ("checkpointer.checkpoint_files=[3]",)),
+    Bad("a number for a source", "tdpo", "source must be a path or the name of a data set, got 3", ("dataset.source=3",)),
+    Bad("no data set", "tdpo", "dataset .my_data.rows.: makes a list of another kind", ("dataset=my_data.rows",),
+        prepare=lambda f: (f / "my_data.py").write_text("def rows(tokenizer, **more):\n    return []\n")),
+    Bad("no model", "tdpo", "model .builtins.dict.: makes a dict, not a TransformerDecoder", ("model=builtins.dict",)),
+    Bad("no optimizer", "tdpo", "optimizer .builtins.list.: makes a list, which has no param_groups",
+        ("optimizer=builtins.list", "~optimizer.lr")),
+    Bad("no logger", "tdpo", "metric_logger .builtins.dict.: makes a dict, which has no log_config",
+        ("metric_logger=builtins.dict",)),
+    Bad("log below a file", "tdpo", "metric_logger.log_dir: .*taken is a file; set a folder",
+        ("metric_logger.log_dir=taken/logs",), prepare=write("taken", b"")),
+    Bad("no profiler", "tdpo", "profiler .builtins.dict.: makes a dict, which has no start", ("profiler=builtins.dict",)),
+    Bad("path with NUL", "tdpo", r"output_dir: expected text, found 'a\\x00b'", ('output_dir="a\\0b"',)),
+    Bad("no such key to remove", "tdpo", "~gamma: the config has no such key", ("~gamma",)),
+    Bad("model folder missing", "tdpo", "checkpointer.checkpoint_dir: no folder at .*nowhere",
+        ("checkpointer.checkpoint_dir=nowhere",)),
+    Bad("output_dir is a file", "tdpo", "output_dir: .*taken is a file; set a folder", ("output_dir=taken",),
+        prepare=write("taken", b"")),
+    Bad("output_dir below a file", "tdpo", "output_dir: .*taken is a file; set a folder", ("output_dir=taken/run",),
+        prepare=write("taken", b"")),
+    Bad("package path that escapes", "tdpo", "'package://../../secret' leaves the package's folder",
+        ("output_dir=package://../../secret",)),
+    Bad("unknown model type", "tdpo", "checkpointer .*knows no 'LLAMA9'", ("checkpointer.model_type=LLAMA9",)),
+    Bad("no such tokenizer", "tdpo", "tokenizer.path: no file .*nowhere", ("tokenizer.path=nowhere",)),
+    Bad("resume from a number", "tdpo", "resume_from_checkpoint: expected true, false, auto or a path, found 3",
+        ("resume_from_checkpoint=3",)),
+    Bad("resume from nowhere", "tdpo", "resume_from_checkpoint: .*no such folder: .*nowhere",
+        ("resume_from_checkpoint=nowhere",)),
+    Bad("resume from nothing", "tdpo", "resume_from_checkpoint: no checkpoint that can be read in .*never",
+        ("resume_from_checkpoint=true",)),
+    Bad("no prompts", "evaluate", "sampling.prompts: no file at .*nowhere.txt", ("sampling.prompts=nowhere.txt",)),
+    Bad("prompts of other bytes", "evaluate", "sampling.prompts: .*p.txt is not UTF-8", ("sampling.prompts=p.txt",),
+        prepare=write("p.txt", b"\xff\xfe")),
+    Bad("empty prompts", "evaluate", "sampling.prompts: .*p.txt: no openings; write one a line", ("sampling.prompts=p.txt",),
+        prepare=write("p.txt", b"\n\n")),
+    Bad("compare_to is no JSON", "evaluate", "sampling.compare_to: .*s.jsonl, line 2.* is not valid JSON",
+        ("sampling.compare_to=s.jsonl",), prepare=write("s.jsonl", b'{"prompt": "a", "sample": 0, "reward": 1}\n{"prompt')),
+    Bad("compare_to without rewards", "evaluate", "sampling.compare_to: .*s.jsonl, line 1: .*reward",
+        ("sampling.compare_to=s.jsonl",), prepare=write("s.jsonl", b'{"prompt": "a", "sample": 0, "reward": "high"}\n')),
+    Bad("reward of something else", "evaluate", "sampling.reward.positive: KeywordReward needs this argument",
+        ("~sampling.reward.positive",)),
+    Bad("method", "pair", "method: expected one of prompt, sft, dpo, found 'ppo'", ("method=ppo",)),
+]  # fmt: skip
+
+DATA = [
+    Bad("no rows file", "tdpo", "no file or folder .*rows.jsonl", ROWS),
+    Bad("empty file", "tdpo", "rows.jsonl is empty", ROWS, prepare=write("rows.jsonl", b"")),
+    Bad("blank lines", "tdpo", "rows.jsonl is empty", ROWS, prepare=write("rows.jsonl", b"\n \n")),
+    Bad("row is no JSON", "tdpo", r"rows.jsonl, row 1 \(line 2\) is not valid JSON", ROWS,
+        prepare=rows(GOOD, b"{'prompt': 1}")),
+    Bad("row is no object", "tdpo", r"rows.jsonl, row 1 \(line 2\) is a JSON list", ROWS, prepare=rows(GOOD, [1, 2])),
+    Bad("missing column", "tdpo", "has no column 'rejected'; its columns are prompt, chosen", ROWS,
+        prepare=rows({"prompt": "a", "chosen": "b"})),
+    Bad("missing value", "tdpo", r"row 1 \(line 2\), column 'rejected': has no value", ROWS,
+        prepare=rows(GOOD, {**GOOD, "rejected": None})),
+    Bad("empty answer", "tdpo", r"row 0 \(line 1\), column 'chosen': has no answer", ROWS,
+        prepare=rows({**GOOD, "chosen": "  "})),
+    Bad("equal answers", "tdpo", "column 'rejected': is equal to chosen", ROWS,
+        prepare=rows({**GOOD, "rejected": GOOD["chosen"]})),
+    Bad("numbers for text", "tdpo", "column 'chosen': is of type int, where this format has text", ROWS,
+        prepare=rows({**GOOD, "chosen": 3})),
+    Bad("kinds that change", "tdpo", r"row 1 \(line 2\), column 'chosen': is of type list", ROWS,
+        prepare=rows(GOOD, {**GOOD, "chosen": [1]})),
+    Bad("half a surrogate", "tdpo", "column 'chosen': holds half of a surrogate pair", ROWS,
+        prepare=rows({**GOOD, "chosen": "\ud800 x"})),
+    Bad("text of other bytes", "tdpo", r"row 1 \(line 2\) is not valid JSON: 'utf-8' codec", ROWS,
+        prepare=rows(GOOD, b'{"prompt": "a", "chosen": "\xff", "rejected": "c"}')),
+    Bad("NUL bytes", "tdpo", r"row 1 \(line 2\) is not valid JSON", ROWS, prepare=rows(GOOD, b"\x00\x00\x00")),
+    Bad("wrong roles", "tdpo", "column 'chosen': must have one assistant message after the prompt",
+        (*ROWS, "tokenizer.chat_template=x"), prepare=conversations("user")),
+    Bad("message without content", "tdpo", "column 'chosen': message 0 has the keys", (*ROWS, "tokenizer.chat_template=x"),
+        prepare=rows({s: [{"rolle": "user", "content": s}] for s in ("chosen", "rejected")})),
+    Bad("too long", "tdpo", "is too long .*max_seq_len 4.*raise the limit",
+        (*ROWS, "dataset.max_seq_len=4", "dataset.truncation=error"), prepare=rows(GOOD)),
+    Bad("truncated parquet", "tdpo", "rows.parquet cannot be read as parquet",
+        ("dataset.source=rows.parquet", "dataset.format=auto"),
+        prepare=both(lambda f: parquet.write_table(pyarrow.table({"a": [1]}), f / "rows.parquet"), cut("rows.parquet"))),
+    Bad("another format", "tdpo", "format: conversational was set, but .* looks like explicit",
+        (*ROWS, "dataset.format=conversational"), prepare=rows(GOOD)),
+    Bad("scores of wrong length", "columns", "column 'chosen_weights': has 2 scores and the answer",
+        (*ROWS, "token_weights.per=token"), prepare=with_scores([1.0, 2.0])),
+    Bad("score nan", "columns", "column 'chosen_weights'.*nan", (*ROWS, "token_weights.per=pair"),
+        prepare=with_scores(1.0, float("nan"))),
+    Bad("negative weight", "columns", "the value is -2.0, and weights must not be negative", (*ROWS, "token_weights.per=pair"),
+        prepare=with_scores(-2.0)),
+    Bad("no scores", "columns", "has no column 'chosen_weights' with the scores", (*ROWS, "token_weights.per=pair"),
+        prepare=rows(GOOD)),
+]  # fmt: skip
+
+STORES = [
+    Bad("no store", "tis", "nowhere: no weight store there; make one with", ("token_weights.path=nowhere",)),
+    Bad("unfinished store", "tis", "store: unfinished .*it continues", needs=("store",), prepare=remove("store/metadata.json")),
+    Bad("truncated shard", "tis", "shard-00000.parquet has .* bytes and was written with", needs=("store",),
+        prepare=cut("store/shard-00000.parquet")),
+    Bad("flipped bit in a shard", "tis", "shard-00000.parquet is not what was written", needs=("store",),
+        prepare=flip("store/shard-00000.parquet", 0.3)),
+    Bad("missing shard", "tis", "shard-00001.parquet is missing", needs=("store",),
+        prepare=remove("store/shard-00001.parquet")),
+    Bad("store of another tokenizer", "tis", "the scores were made with another tokenizer", needs=("store",),
+        prepare=record("store/metadata.json", lambda r: r.update(tokenizer="0" * 64))),
+    Bad("store's record is no JSON", "tis", "metadata.json: cannot be read", needs=("store",),
+        prepare=cut("store/metadata.json")),
+    Bad("store's record is a list", "tis", "metadata.json: expected a mapping, found a list", needs=("store",),
+        prepare=write("store/metadata.json", b"[1]")),
+    Bad("unknown store format", "tis", "format 'tokenpref-weights/9' of kind", needs=("store",),
+        prepare=record("store/metadata.json", lambda r: r.update(format="tokenpref-weights/9"))),
+    Bad("number of shards is text", "tis", "metadata.json: shards is '2', expected a whole number", needs=("store",),
+        prepare=record("store/metadata.json", lambda r: r.update(shards="2"))),
+    Bad("number of shards is absurd", "tis", "shard-00002.parquet is missing", needs=("store",),
+        prepare=record("store/metadata.json", lambda r: r.update(shards=10**12))),
+    Bad("store names a file elsewhere", "tis", "metadata.json: files names '../run.json', which is no shard", needs=("store",),
+        prepare=record("store/metadata.json", lambda r: r["files"].update({"../run.json": {"bytes": 1, "sha256": ""}}))),
+    Bad("shard with another column", "tis", "shard-00000.parquet: has columns .*'picked'.*, expected", needs=("store",),
+        prepare=shard(lambda t: t.rename_columns([{"chosen": "picked"}.get(n, n) for n in t.column_names]))),
+    Bad("shard with text for scores", "tis", "shard-00000.parquet: column 'chosen' holds .*string", needs=("store",),
+        prepare=column("chosen", lambda old: [["a"] for _ in old], pyarrow.list_(pyarrow.string()))),
+    Bad("shard with an absurd list", "tis", "shard-00000.parquet: column 'chosen' declares .* values", needs=("store",),
+        prepare=column("chosen", lambda old: [[0.0] * 2000, *old[1:]])),
+    Bad("shard with holes", "tis", "shard-00000.parquet: column 'chosen' has no value in some rows", needs=("store",),
+        prepare=column("chosen", lambda old: [None, *old[1:]])),
+    Bad("shard with half a span", "show-weights", "row 0.*spans", ("store",), ("store",), prepare=shorter("chosen_spans", 1)),
+    Bad("scores of fewer tokens", "tis", "the store is damaged", needs=("store",),
+        prepare=both(shorter("chosen", 1), shorter("chosen_spans", 2))),
+    Bad("scores that are infinite", "tis", "has the score -?inf; scores must be finite", needs=("store",),
+        prepare=column("chosen", lambda old: [[float("inf")] * len(s) for s in old])),
+    Bad("no such row", "show-weights", "no row 99; it holds 16 rows", ("store", "--row", "99"), ("store",)),
+]  # fmt: skip
+
+PAIR = "pair/pair.yaml"
+PAIRS = [
+    Bad("no pair", "estimate", "no contrastive pair there; build one with", ("estimator.pair=nowhere",)),
+    Bad("half built", "estimate", "half built .positive is done, negative is not", needs=("pair",),
+        prepare=lambda f: ((f / PAIR).unlink(), (f / "pair/negative/finished.json").unlink())),
+    Bad("pair is no YAML", "estimate", "pair.yaml: is not valid YAML", needs=("pair",), prepare=write(PAIR, b"{: :")),
+    Bad("pair that runs", "estimate", "pair.yaml: is not valid YAML.*python/object/apply:os.system", needs=("pair",),
+        prepare=write(PAIR, f"format: !!python/object/apply:os.system ['touch {TRACE}']\n".encode())),
+    Bad("pair of a billion laughs", "estimate", "pair.yaml: is not valid YAML.*its aliases", needs=("pair",),
+        prepare=write(PAIR, LAUGHS.encode())),
+    Bad("pair with a date that is none", "estimate", "pair.yaml: is not valid YAML .*month must be in 1..12", needs=("pair",),
+        prepare=write(PAIR, b"a: 2001-13-45\n")),
+    Bad("pair calls os.system", "estimate", "pair.yaml: model is 'os.system'.*trusted_components=\\[os.system\\]",
+        needs=("pair",),
+        prepare=record(PAIR, lambda r: r.update(model={"_component_": "os.system", "command": f"touch {TRACE}"}))),
+    Bad("pair calls what a module of ours imports", "estimate", "pair.yaml: model is 'tokenpref.models.smollm2.json.loads'",
+        needs=("pair",),
+        prepare=record(PAIR, lambda r: r.update(model={"_component_": "tokenpref.models.smollm2.json.loads", "s": "1"}))),
+    Bad("pair calls what is no model", "estimate", "pair.yaml: model is 'tokenpref.models.smollm2.prepare'", needs=("pair",),
+        prepare=record(PAIR, lambda r: r.update(model={"_component_": "tokenpref.models.smollm2.prepare", "output": TRACE}))),
+    Bad("pair imports a file beside it", "estimate", "pair.yaml: base is 'evil.Checkpointer'", needs=("pair",),
+        prepare=both(EVIL, record(PAIR, lambda r: r["base"].update(_component_="evil.Checkpointer")))),
+    Bad("pair's reader unpickles", "estimate", "pair.yaml: base is 'torchtune.training.DistributedCheckpointer'",
+        needs=("pair",),
+        prepare=record(PAIR, lambda r: r["base"].update(_component_="torchtune.training.DistributedCheckpointer"))),
+    Bad("pair hides a component", "estimate", "pair.yaml: model.num_layers names a component of its own", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["model"].update(num_layers={"_component_": "os.getpid"}))),
+    Bad("pair reads further files", "estimate", "pair.yaml: base.recipe_checkpoint is ", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["base"].update(recipe_checkpoint="/etc/passwd"))),
+    Bad("checkpoint leaves the pair", "estimate", "positive.checkpoint '../base' leaves the pair's folder", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["positive"].update(checkpoint="../base"))),
+    Bad("absolute checkpoint", "estimate", "positive.checkpoint '/etc' leaves the pair's folder", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["positive"].update(checkpoint="/etc"))),
+    Bad("base file leaves its folder", "estimate", "pair.yaml: base.checkpoint_files names '../../x.safetensors'",
+        needs=("pair",), prepare=record(PAIR, lambda r: r["base"].update(checkpoint_files=["../../x.safetensors"]))),
+    Bad("side without weights", "estimate", "no weights of the negative side there", needs=("pair",),
+        prepare=lambda f: [file.unlink() for file in (f / "pair/negative/epoch_0").glob("*.safetensors")]),
+    Bad("side with a flipped bit", "estimate", "model-00001-of-00001.safetensors is not what was written", needs=("pair",),
+        prepare=flip("pair/negative/epoch_0/model-00001-of-00001.safetensors", 0.9)),
+    Bad("pair of another tokenizer", "estimate", "the pair was built with another tokenizer .000000000000", needs=("pair",),
+        prepare=record(PAIR, lambda r: r.update(tokenizer="0" * 64))),
+    Bad("sides of two tokenizers", "estimate", "the sides have different tokenizers", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["negative"].update(tokenizer="0" * 64))),
+    Bad("sides of another model", "estimate", "positive side: the checkpoint is of another architecture", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["model"].update(num_layers=3))),
+    Bad("model refuses its arguments", "estimate", "model .tokenpref.models.tiny_llama.*num_layer", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["model"].update(num_layer=3))),
+    Bad("prompt is a number", "estimate", "pair.yaml: positive.prompt is 3, expected text", needs=("pair",),
+        prepare=record(PAIR, lambda r: r["positive"].update(prompt=3))),
+    Bad("side is a list", "estimate", "pair.yaml: positive is .1., expected a mapping", needs=("pair",),
+        prepare=record(PAIR, lambda r: r.update(positive=[1]))),
+]  # fmt: skip
+
+CHECKPOINTS = [
+    Bad("unsealed", "tdpo", "step_2: it has no manifest.json: it was never finished", CHECKPOINT, ("run",),
+        remove(f"{STEP}/{MANIFEST}")),
+    Bad("truncated checkpoint", "tdpo", "step_2: .*distcp has .* bytes and was written with", CHECKPOINT, ("run",),
+        cut(f"{STEP}/__0_0.distcp")),
+    Bad("flipped bit in a checkpoint", "tdpo", "step_2: .*distcp is not what was written", CHECKPOINT, ("run",),
+        flip(f"{STEP}/__0_0.distcp")),
+    Bad("missing file", "tdpo", "step_2: random.safetensors is missing", CHECKPOINT, ("run",),
+        remove(f"{STEP}/random.safetensors")),
+    Bad("surplus file", "tdpo", "step_2: more.bin does not belong to it", CHECKPOINT, ("run",),
+        write(f"{STEP}/more.bin", b"1")),
+    Bad("manifest of infinite sizes", "tdpo", "step_2: its manifest.json cannot be read", CHECKPOINT, ("run",),
+        write(f"{STEP}/{MANIFEST}", b'{"files": {"a": {"bytes": Infinity, "sha256": ""}}}')),
+    Bad("index that runs", "tdpo", "step_2: the checkpoint cannot be read.*asks for io.open", CHECKPOINT, ("run",),
+        sealed(lambda f: (f / STEP / ".metadata").write_bytes(pickle.dumps(Hostile())))),
+    Bad("index that is none", "tdpo", "step_2: the checkpoint cannot be read.*index", CHECKPOINT, ("run",),
+        sealed(lambda f: (f / STEP / ".metadata").write_bytes(pickle.dumps([1])))),
+    Bad("truncated index", "tdpo", "step_2: the checkpoint cannot be read", CHECKPOINT, ("run",),
+        sealed(cut(f"{STEP}/.metadata"))),
+    Bad("index with another shape", "tdpo", "step_2: the checkpoint cannot be read.*[Ss]ize", CHECKPOINT, ("run",),
+        index(another_shape)),
+    Bad("index with half a tensor", "tdpo", "step_2: the checkpoint cannot be read.*does not cover", CHECKPOINT, ("run",),
+        index(half_a_tensor)),
+    Bad("index without a tensor", "tdpo", "step_2: the checkpoint cannot be read.*model.norm.scale", CHECKPOINT, ("run",),
+        index(lambda i: i.state_dict_metadata.pop("model.norm.scale"))),
+    Bad("index that leaves the folder", "tdpo", "step_2: the checkpoint cannot be read.*'../../../x' .*outside", CHECKPOINT,
+        ("run",), index(elsewhere("../../../x"))),
+    Bad("index with an absolute path", "tdpo", "step_2: the checkpoint cannot be read.*'/etc/passwd' .*outside", CHECKPOINT,
+        ("run",), index(elsewhere("/etc/passwd"))),
+    Bad("step is text", "tdpo", "progress.json: step is 'two', expected a whole number", CHECKPOINT, ("run",),
+        progress(step="two")),
+    Bad("step is negative", "tdpo", "progress.json: step is -2, expected a whole number", CHECKPOINT, ("run",),
+        progress(step=-2)),
+    Bad("step beyond the end", "tdpo", "step_2 stands after step 9 and this run has 4; set epochs", CHECKPOINT, ("run",),
+        progress(step=9)),
+    Bad("scheduler is a list", "tdpo", r"progress.json: scheduler is \[1\], expected", CHECKPOINT, ("run",),
+        progress(scheduler=[1])),
+    Bad("scheduler of another kind", "tdpo",
+        "lr_scheduler: .*step_2 was written with another kind of scheduler .it has no 'base_lrs'", CHECKPOINT, ("run",),
+        progress(scheduler={"step": 3})),
+    Bad("scheduler is gone", "tdpo", "lr_scheduler: .*step_2 was written with one", (f"resume_from_checkpoint={STEP}",),
+        ("run",)),
+    Bad("facts are gone", "tdpo", "progress.json: facts is None, expected", CHECKPOINT, ("run",), progress(facts=None)),
+    Bad("progress is no JSON", "tdpo", "progress.json cannot be read", CHECKPOINT, ("run",), sealed(cut(f"{STEP}/{PROGRESS}"))),
+    Bad("checkpoint of other data", "tdpo", "resume_from_checkpoint: data is .* and was", (*CHECKPOINT, "dataset.max_rows=15"),
+        ("run",)),
+    Bad("checkpoint of a larger world", "tdpo", "resume_from_checkpoint: pairs_per_step is 4 and was 8", CHECKPOINT, ("run",),
+        sealed(record(f"{STEP}/{PROGRESS}", lambda r: r["facts"].update(pairs_per_step=8)))),
+    Bad("checkpoint of another model", "tdpo", "resume_from_checkpoint: reference is .* and was", CHECKPOINT, ("run",),
+        sealed(record(f"{STEP}/{PROGRESS}", lambda r: r["facts"].update(reference="0" * 64)))),
+    Bad("truncated row state", "tdpo", "step_2: live.safetensors cannot be read", CHECKPOINT, ("run",),
+        sealed(cut(f"{STEP}/live.safetensors"))),
+    Bad("random state of nothing", "tdpo", "step_2: random.safetensors .*", CHECKPOINT, ("run",),
+        sealed(lambda f: save_file({"cpu_0": torch.zeros(3)}, f / STEP / "random.safetensors"))),
+    Bad("row state that does not fit", "ti", "step_2: .*weights.*cannot be taken up",
+        (f"resume_from_checkpoint={TI_STEP}", *SCHEDULER), ("ti_run",),
+        sealed(lambda f: save_file({"weights.rows": torch.zeros(3)}, f / TI_STEP / "live.safetensors"), TI_STEP)),
+    Bad("another run's folder", "tdpo", "output_dir: .*run holds another run",
+        ("output_dir=run", *SCHEDULER, "optimizer.lr=0.5"), ("run",)),
+    Bad("run.json is damaged", "tdpo", "output_dir: .*run.json is damaged", ("output_dir=run",), ("run",), cut("run/run.json")),
+]  # fmt: skip
+
+WEIGHTS = [
+    Bad("truncated weights", "tdpo", "checkpointer: the checkpoint cannot be read.*SafetensorError: .*incomplete", MODEL,
+        prepare=model(cut("model.safetensors"))),
+    Bad("flipped bit in a header", "tdpo", "checkpointer: .*unexpected key", MODEL,
+        prepare=model(flip("model.safetensors", 0.0004))),
+    Bad("header of absurd size", "tdpo", "checkpointer: the checkpoint cannot be read.*header too large", MODEL,
+        prepare=model(header(1 << 60))),
+    Bad("header that lies", "tdpo", "checkpointer: the checkpoint cannot be read.*SafetensorError: .*header", MODEL,
+        prepare=model(header(7))),
+    Bad("another architecture", "tdpo", "checkpointer: the checkpoint is of another architecture.*'norm.scale' has shape .3.",
+        MODEL, prepare=weights(lambda w: w.update({"model.norm.weight": torch.ones(3)}))),
+    Bad("tensor missing", "tdpo", "another architecture.*no tensor 'norm.scale'", MODEL,
+        prepare=weights(lambda w: w.pop("model.norm.weight"))),
+    Bad("tensor too many", "tdpo", "checkpointer: .*unexpected key: .more", MODEL,
+        prepare=weights(lambda w: w.update(more=torch.ones(3)))),
+    Bad("weights in a hostile pickle", "tdpo", "checkpointer: the checkpoint cannot be read.*Weights only load failed",
+        (*MODEL, "checkpointer.checkpoint_files=[evil.bin]"), prepare=other_file("evil.bin")),
+    Bad("weights in a hostile .pt", "tdpo", "checkpointer: the checkpoint cannot be read.*Weights only load failed",
+        (*MODEL, "checkpointer=torchtune.training.FullModelTorchTuneCheckpointer", "checkpointer.checkpoint_files=[evil.pt]"),
+        prepare=other_file("evil.pt")),
+    Bad("weights file missing", "tdpo", "checkpointer.checkpoint_files: 'none.safetensors' is not in",
+        ("checkpointer.checkpoint_files=[none.safetensors]",)),
+    Bad("model's config is no JSON", "tdpo", "checkpointer .*Checkpointer.: Expecting", MODEL,
+        prepare=model(cut("config.json"))),
+    Bad("model's config is gone", "tdpo", "checkpointer .*config.json", MODEL, prepare=model(remove("config.json"))),
+    Bad("tokenizer is no JSON", "tdpo", "tokenizer.json is not valid JSON", ("tokenizer.path=model",),
+        prepare=model(cut("tokenizer.json"))),
+    Bad("tokenizer of another kind", "tdpo", "is no tokenizer.json that can be read", ("tokenizer.path=model",),
+        prepare=model(write("tokenizer.json", b"{}"))),
+    Bad("template of other bytes", "tdpo", "chat_template.jinja", ("tokenizer.path=model",),
+        prepare=model(write("chat_template.jinja", b"\xff\xfe"))),
+    Bad("template that reaches out", "tdpo", "the chat template refuses it: access to attribute '__class__'.* is unsafe",
+        (*ROWS, "tokenizer.path=model"),
+        prepare=both(model(write("chat_template.jinja", REACHES_OUT)), conversations("assistant"))),
+]  # fmt: skip
+
+TABLE = CONFIGS + DATA + STORES + PAIRS + CHECKPOINTS + WEIGHTS
+
+
+# --- the test -------------------------------------------------------------------------------------------------
+
+
+@pytest.fixture(scope="module")
+def good(tmp_path_factory):
+    """A pair, a store, and two runs with a checkpoint in the middle, made by the package itself."""
+    folder = tmp_path_factory.mktemp("good")
+    before = Path.cwd()
+    os.chdir(folder)
+    try:
+        _, preset, words = RECIPES["pair"]
+        ContrastiveReference(load_config(["--config", preset, *words, "output_dir=pair"])).run()
+        estimate = ["--config", "tiny/estimate_weights", "estimator.pair=pair", "output_dir=estimate"]
+        WeightEstimation(load_config([*estimate, "dataset.max_rows=16", "shard_rows=8"])).run()
+        (folder / "estimate/weights").rename(folder / "store")
+        for name, trainer_class, key in (
+            ("run", PreferenceTrainer, "tdpo"),
+            ("ti_run", TripletTrainer, "ti"),
+        ):
+            _, preset, words = RECIPES[key]
+            words = (*words, *SCHEDULER, f"output_dir={name}", "checkpoint_every_n_steps=2")
+            trainer = trainer_class(load_config(["--config", preset, *words]))
+            trainer.setup()
+            trainer.train()
+            trainer.close()
+    finally:
+        os.chdir(before)
+    return folder
+
+
+@pytest.fixture
+def own_log():
+    """Recipes set the package's logger up; undo it."""
+    log = logging.getLogger("tokenpref")
+    before = (log.handlers[:], log.level, log.propagate)
+    yield
+    log.handlers[:], log.level, log.propagate = before
+
+
+def run(command: str, words: tuple[str, ...], monkeypatch: pytest.MonkeyPatch) -> int:
+    """A command in this process; its exit code."""
+    if command == "show-weights":
+        return tokenpref.cli.main(["show-weights", *words])
+    stem, preset, usual = RECIPES[command]
+    file = data_root() / "recipes" / f"{stem}.py"
+    spec = importlib.util.spec_from_file_location(f"_recipe_{stem}", file)
+    recipe = importlib.util.module_from_spec(spec)
+    spec.loader.exec_module(recipe)
+    if "--config" not in words:
+        words = ("--config", preset, *usual, "output_dir=never", *words)
+    monkeypatch.setattr(sys, "argv", [str(file), *words])
+    monkeypatch.setattr(sys, "path", [*sys.path])
+    with pytest.raises(SystemExit) as stop:
+        recipe.main()
+    return stop.value.code
+
+
+def everything(folder: Path) -> dict[str, bytes | None]:
+    return {
+        path.relative_to(folder).as_posix(): path.read_bytes() if path.is_file() else None
+        for path in folder.rglob("*")
+        if "__pycache__" not in path.parts
+    }
+
+
+@pytest.mark.parametrize("bad", TABLE, ids=[bad.name for bad in TABLE])
+def test_a_bad_input_is_one_error(bad, good, tmp_path, monkeypatch, capsys, caplog, own_log):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(
+        "tokenpref.weights.store._MOST_VALUES", 1000
+    )  # so that an absurd shard is a small file
+    for name in bad.needs:
+        shutil.copytree(good / name, tmp_path / name)
+    bad.prepare(tmp_path)
+    before = everything(tmp_path)
+    assert run(bad.command, bad.words, monkeypatch) == USER_ERROR_EXIT
+    stderr = capsys.readouterr().err
+    assert everything(tmp_path) == before
+    assert not [record for record in caplog.records if record.exc_info]  # a library's log with a traceback
+    assert "Traceback" not in stderr and len(re.findall("^error: ", stderr, re.MULTILINE)) == 1
+    error = stderr[re.search("^error: ", stderr, re.MULTILINE).start() :]
+    assert re.search(bad.says, error), error
+    first, *others = error.splitlines()
+    faults = re.match(r"error: (\d+) faults in the config:$", first)
+    assert len(others) == (int(faults[1]) if faults else 0) and all(o.startswith("  - ") for o in others), (
+        error
+    )
+
+
+def test_the_table_is_large_and_its_names_differ():
+    assert len(TABLE) >= 60 and len({bad.name for bad in TABLE}) == len(TABLE)

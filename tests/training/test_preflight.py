@@ -1,0 +1,160 @@
+"""What is said of a run before its weights are read, against counts by hand and against the real thing."""
+
+import shutil
+from collections import namedtuple
+
+import pytest
+import torch
+from support.commands import tune
+from torch.autograd.graph import saved_tensors_hooks
+
+from tokenpref.errors import ConfigError, DryRun
+from tokenpref.training import PreferenceTrainer
+from tokenpref.training.cli import load_config
+from tokenpref.training.config import TrainConfig
+from tokenpref.training.preflight import bf16_fault, estimate_memory, meta_model
+from tokenpref.training.schema import read_config
+
+Usage = namedtuple("Usage", "total used free")
+
+
+def config(*overrides):
+    return read_config(TrainConfig, load_config(["--config", "tiny/tdpo", *overrides]))
+
+
+def memory(*overrides, tokens=96, **kwargs):
+    read = config(*overrides)
+    kwargs = {"world_size": 1, "reference": True, **kwargs}
+    return estimate_memory(read, meta_model(read.model, read.dtype), tokens=tokens, **kwargs)
+
+
+def parameters():
+    return sum(p.numel() for p in meta_model(config().model, "fp32").parameters())
+
+
+def test_shares_of_the_models_by_hand():
+    count, found = parameters(), memory()
+    assert found.weights == found.gradients == found.reference == 4 * count
+    assert found.optimizer == pytest.approx(
+        8 * count, rel=1e-3
+    )  # two moments, and a step count for each tensor
+    assert found.head == 3 * 96 * meta_model(config().model, "fp32").tok_embeddings.num_embeddings * 4
+    assert found.copy == 0 and found.total == sum(vars(found).values())
+
+
+def test_what_changes_them():
+    count = parameters()
+    assert memory("dtype=bf16").weights == 2 * count
+    assert memory("optimizer=torch.optim.SGD").optimizer == 0
+    assert memory("optimizer=torch.optim.SGD", "optimizer.momentum=0.9").optimizer == 4 * count
+    two = memory(world_size=2)
+    assert two.weights == 2 * count and two.optimizer == pytest.approx(4 * count, rel=1e-3)
+    assert memory(reference=False).reference == 0
+    background = memory("enable_async_checkpointing=true")
+    assert background.copy == background.weights + background.optimizer
+    assert memory("head_chunk_size=8").head == memory().head * 8 // 96
+
+
+def test_activations_are_what_autograd_keeps(tmp_path, monkeypatch):
+    """Counted beforehand on the meta device; here by the hooks of a real forward."""
+    monkeypatch.chdir(tmp_path)
+    trainer = PreferenceTrainer(load_config(["--config", "tiny/tdpo", "output_dir=mine"]))
+    trainer.setup()
+    model, kept = trainer.policy.model, {}
+    constant = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constant:
+            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        trainer.policy.hidden(torch.zeros(4, 32, dtype=torch.int64))
+    trainer.close()
+    real = sum(size for size, _ in kept.values())
+    assert memory(tokens=128).activations == pytest.approx(real, rel=0.03)
+
+
+def test_activation_checkpointing_keeps_less():
+    whole, less = memory().activations, memory("enable_activation_checkpointing=true").activations
+    layers = len(meta_model(config().model, "fp32").layers)
+    inputs = layers * meta_model(config().model, "fp32").tok_embeddings.embedding_dim * 4 * 96
+    assert less == pytest.approx(inputs + whole / layers, rel=1e-3) and less < whole
+
+
+def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6 - 1000, 1000))
+    trainer = PreferenceTrainer(load_config(["--config", "tiny/tdpo", "output_dir=a/b"]))
+    with pytest.raises(
+        ConfigError, match=r"output_dir: .*a/b needs .* MiB .* and 0\.0 MiB are free there; make room"
+    ):
+        trainer.setup()
+    trainer.close()
+    assert not (tmp_path / "a").exists()
+
+
+@pytest.mark.parametrize(
+    ("overrides", "said"),
+    [
+        (["dtype=bf16", "optimizer.lr=5e-7"], "weights above 0.0003 in size cannot move"),  # 5e-7 * 512
+        (["dtype=bf16", "optimizer.lr=1e-4"], None),
+        (["dtype=fp32", "optimizer.lr=5e-7"], None),
+    ],
+    ids=["too small", "large enough", "float32"],
+)
+def test_a_rate_too_small_for_bfloat16(overrides, said):
+    fault = bf16_fault(config(*overrides))
+    assert fault is None if said is None else said in fault
+
+
+def test_such_a_rate_moves_no_weight():
+    """The rule of thumb itself: 0.02 and larger stay where they are, small ones move."""
+    rate, weights = 1e-5, torch.tensor([0.02, 0.1, 1e-4], dtype=torch.bfloat16)
+    assert rate < 0.02 * 2**-9
+    assert ((weights - torch.tensor(rate, dtype=torch.bfloat16)) == weights).tolist() == [True, True, False]
+
+
+def test_a_dry_run_says_everything_and_writes_nothing(tmp_path):
+    words = [
+        "recipes/tdpo_distributed",
+        "--config",
+        "tiny/tdpo",
+        "dtype=bf16",
+        "optimizer.lr=5e-7",
+        "dry_run=true",
+    ]
+    for launch in ([], ["--nproc_per_node", "2"]):
+        done = tune(tmp_path, *launch, *words)
+        for part in (
+            "64 pairs",
+            "memory a process: about",
+            "disk: ",
+            "warning: optimizer.lr is 5e-07",
+            "dry run: ",
+        ):
+            assert done.stderr.count(part) == 1, (part, done.stderr)
+        assert not list(tmp_path.iterdir())
+
+
+@pytest.mark.parametrize(
+    ("recipe", "name"),
+    [
+        ("contrastive_reference_distributed", "contrastive_reference"),
+        ("ti_dpo_distributed", "ti_dpo"),
+        ("evaluate_distributed", "evaluate"),
+    ],
+)
+def test_every_recipe_has_it(tmp_path, recipe, name):
+    done = tune(tmp_path, f"recipes/{recipe}", "--config", f"tiny/{name}", "dry_run=true")
+    assert "dry run: " in done.stderr and not list(tmp_path.iterdir())
+
+
+def test_it_does_not_load_weights(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(PreferenceTrainer, "_setup_models", lambda self: pytest.fail("weights were read"))
+    trainer = PreferenceTrainer(load_config(["--config", "tiny/tdpo", "dry_run=true"]))
+    with pytest.raises(DryRun):
+        trainer.setup()
+    trainer.close()

@@ -1,0 +1,253 @@
+"""What can be known of a run before its weights are read: memory, disk, and settings that cannot train."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.graph import saved_tensors_hooks
+
+from tokenpref._torchtune import TransformerDecoder, set_default_dtype
+from tokenpref.data import PreferenceDataset
+from tokenpref.errors import ConfigError
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.config import TrainConfig
+from tokenpref.training.memory import free_memory
+from tokenpref.training.schema import Component
+from tokenpref.training.setup import DTYPES, build_optimizer, check_data_fits, check_decoder
+
+__all__ = ["MemoryEstimate", "bf16_fault", "disk_fault", "estimate_memory", "meta_model", "preflight"]
+
+# Large enough that optimizers which quantise their state do so for this tensor (torchao's start at 4,096 elements).
+_PROBE = 1 << 16
+# The size of a typical weight, as initialised: standard deviation 0.02.
+_TYPICAL_WEIGHT = 0.02
+# A bfloat16 keeps 8 significant bits: a change of less than 2^-9 of a number can round back to it.
+_BF16_HALF_STEP = 2**-9
+_HEAD_TILES = 3  # logits of the policy, of the reference, and their gradient
+
+
+@dataclass(frozen=True)
+class MemoryEstimate:
+    """Bytes that one process needs at the height of a step.
+
+    Args:
+        weights: its share of the policy.
+        gradients: its share.
+        optimizer: its share of the optimizer's state.
+        reference: its share of the reference.
+        activations: what the largest micro-batch keeps for the backward.
+        head: logits that exist at a time.
+        copy: of weights and optimizer state, for saves in the background.
+    """
+
+    weights: int
+    gradients: int
+    optimizer: int
+    reference: int
+    activations: int
+    head: int
+    copy: int
+
+    @property
+    def total(self) -> int:
+        """Their sum."""
+        return sum(vars(self).values())
+
+    def __str__(self) -> str:
+        parts = ", ".join(f"{name} {_size(size)}" for name, size in vars(self).items() if size)
+        return f"about {_size(self.total)} ({parts})"
+
+
+def preflight(
+    config: TrainConfig,
+    dataset: PreferenceDataset,
+    dataset_val: PreferenceDataset | None,
+    folder: Path,
+    *,
+    device: torch.device,
+    world_size: int,
+    reference: bool,
+    rows_per_pair: int,
+) -> list[str]:
+    """Look at a run before any weight is read.
+
+    Args:
+        config: the run's config.
+        dataset: its pairs.
+        dataset_val: its held-out pairs, if any.
+        folder: its output folder; it need not exist.
+        device: where this process computes.
+        world_size: number of processes.
+        reference: whether a second model is loaded.
+        rows_per_pair: sequences of a pair: 2, or 3 with anchors.
+
+    Returns:
+        Lines for the log: expected memory of a process, disk space, and warnings.
+
+    Raises:
+        ConfigError: if the data do not fit the model, or the disk has no room for the run's first checkpoint and weights.
+    """
+    model = meta_model(config.model, config.dtype)
+    check_data_fits(dataset, config.dataset, model)
+    if dataset_val is not None and config.dataset_val is not None:
+        check_data_fits(dataset_val, config.dataset_val, model)
+    longest = max(max(len(e.chosen_ids), len(e.rejected_ids)) for e in dataset)
+    memory = estimate_memory(
+        config,
+        model,
+        tokens=config.batch_size * rows_per_pair * longest,
+        world_size=world_size,
+        reference=reference,
+    )
+    lines = [f"memory a process: {memory}"]
+    free = free_memory(device)
+    if free is not None:
+        lines[0] += f"; {_size(free)} are free"
+        if memory.total > free:
+            lines.append(
+                f"warning: that is more than is free; lower batch_size ({config.batch_size}) and raise "
+                "gradient_accumulation_steps, set enable_activation_checkpointing=true, or use more processes"
+            )
+    model_bytes = memory.weights * world_size
+    checkpoint_bytes = model_bytes + memory.optimizer * world_size
+    lines.append(
+        f"disk: {_size(model_bytes)} for the weights of an epoch, {_size(checkpoint_bytes)} for a checkpoint "
+        f"({config.keep_last} kept); {_size(_free_disk(folder))} are free"
+    )
+    fault = disk_fault(folder, model_bytes + checkpoint_bytes)
+    if fault is not None:
+        raise ConfigError(fault)
+    warning = bf16_fault(config)
+    return lines if warning is None else [*lines, f"warning: {warning}"]
+
+
+def meta_model(model: Component, dtype: str) -> TransformerDecoder:
+    """A model without memory for its numbers."""
+    with set_default_dtype(DTYPES[dtype]), torch.device("meta"):
+        decoder: TransformerDecoder = model.build()
+    check_decoder(decoder, model)
+    return decoder
+
+
+def estimate_memory(
+    config: TrainConfig, model: TransformerDecoder, *, tokens: int, world_size: int, reference: bool
+) -> MemoryEstimate:
+    """Memory of one process.
+
+    Weights, gradients, optimizer state and activations are counted, not guessed: the optimizer takes a step on a small
+    tensor, and a forward on the meta device tells what autograd keeps of a token. Left out are what FSDP2 gathers of a
+    layer, the memory allocator's waste and Python itself (some 0.3 GiB).
+
+    Args:
+        config: the run's config.
+        model: the policy on the meta device.
+        tokens: tokens of the largest micro-batch, padding included.
+        world_size: number of processes.
+        reference: whether a second model is loaded.
+    """
+    count = sum(p.numel() for p in model.parameters())
+    element = DTYPES[config.dtype].itemsize
+    share = -(-count * element // world_size)
+    optimizer = int(_optimizer_bytes_per_parameter(config) * count / world_size)
+    kept = _saved_bytes_per_token(model)
+    if config.enable_activation_checkpointing:
+        # Each layer keeps its input, and one layer at a time is computed again.
+        layers = len(model.layers)
+        kept = layers * model.tok_embeddings.embedding_dim * element + kept / layers
+    vocabulary = model.tok_embeddings.num_embeddings
+    return MemoryEstimate(
+        weights=share,
+        gradients=share,
+        optimizer=optimizer,
+        reference=share if reference else 0,
+        activations=int(kept * tokens),
+        head=_HEAD_TILES * min(config.head_chunk_size, tokens) * vocabulary * 4,
+        copy=share + optimizer if config.enable_async_checkpointing else 0,
+    )
+
+
+def _optimizer_bytes_per_parameter(config: TrainConfig) -> float:
+    probe = nn.Parameter(torch.zeros(_PROBE // 256, 256, dtype=DTYPES[config.dtype]))
+    with torch.random.fork_rng(devices=[]):  # stochastic rounding draws from the run's generator
+        optimizer = build_optimizer(config.optimizer, nn.ParameterList([probe]))
+        probe.grad = torch.zeros_like(probe)
+        optimizer.step()
+    state = optimizer.state[probe].values()
+    return sum(_nbytes(value) for value in state if isinstance(value, Tensor)) / _PROBE
+
+
+def _nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; of one that wraps others (quantised state), of those."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
+
+
+def _saved_bytes_per_token(model: TransformerDecoder) -> float:
+    """What autograd keeps of a token, counted on sequences so short that attention's own matrices do not matter."""
+    for module in model.modules():
+        if hasattr(module, "rope_init"):  # some rotary embeddings build no table on the meta device
+            with torch.device("cpu"):
+                module.rope_init()
+            module.to("meta")
+    constant = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
+    kept: dict[int, Tensor] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        identity = tensor.untyped_storage()._cdata
+        if identity not in constant:
+            kept[identity] = tensor
+        return tensor
+
+    rows, length = 64, 2
+    model.requires_grad_(True).train()
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        ScoringModel(model).hidden(torch.zeros(rows, length, dtype=torch.int64, device="meta"))
+    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * length)
+
+
+def disk_fault(folder: Path, needed: int) -> str | None:
+    """What is wrong with the room for a folder's files, in bytes; None if it is enough."""
+    free = _free_disk(folder)
+    if free >= needed:
+        return None
+    return (
+        f"output_dir: {folder} needs {_size(needed)} for the first checkpoint and weights, and {_size(free)} are free there; "
+        "make room, or set output_dir to another disk"
+    )
+
+
+def _free_disk(folder: Path) -> int:
+    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
+    return shutil.disk_usage(there).free
+
+
+def bf16_fault(config: TrainConfig) -> str | None:
+    """Why the weights would hardly move; None if they do, or if nothing can be said.
+
+    An Adam update moves a weight by about the learning rate. Where that is below 2^-9 of the weight, adding it in bfloat16 gives
+    the weight back, unless the optimizer rounds at random.
+    """
+    rate = config.optimizer.kwargs.get("lr")
+    if (
+        config.dtype != "bf16"
+        or not isinstance(rate, float)
+        or "bf16_stochastic_round" in config.optimizer.kwargs
+    ):
+        return None
+    least = _TYPICAL_WEIGHT * _BF16_HALF_STEP
+    if rate >= least:
+        return None
+    return (
+        f"optimizer.lr is {rate:g} and dtype is bf16: weights above {rate / _BF16_HALF_STEP:.1g} in size cannot move by so "
+        f"little; set dtype=fp32, an optimizer with stochastic rounding, or a rate of at least {least:.1g}"
+    )
+
+
+def _size(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

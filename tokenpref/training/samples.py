@@ -1,0 +1,62 @@
+"""The text files of a sampling: openings that are continued, and samples that were drawn before."""
+
+from __future__ import annotations
+
+import json
+import math
+from pathlib import Path
+from typing import Any
+
+from tokenpref.errors import DataError
+
+__all__ = ["read_openings", "read_samples"]
+
+
+def read_openings(file: Path) -> list[str]:
+    """The openings of a text file, one a line.
+
+    Raises:
+        DataError: if it is no text, or holds none.
+    """
+    openings = [line for line in _text(file).splitlines() if line.strip()]
+    if not openings:
+        raise DataError(f"{file}: no openings; write one a line")
+    return openings
+
+
+def read_samples(file: Path) -> list[dict[str, Any]]:
+    """The records of a ``samples.jsonl``: ``prompt``, ``sample``, ``reward`` and more.
+
+    Raises:
+        DataError: naming the first line that is no such record.
+    """
+    records: list[dict[str, Any]] = []
+    # Not splitlines: JSON writes some line separators of Unicode as they are.
+    for number, line in enumerate(_text(file).removesuffix("\n").split("\n"), start=1):
+        where = f"{file}, line {number}"
+        try:
+            record = json.loads(line)
+        except (ValueError, RecursionError) as error:
+            raise DataError(
+                f"{where} is not valid JSON ({error}); name a samples.jsonl of an evaluation"
+            ) from error
+        if not isinstance(record, dict) or not {"prompt", "sample", "reward"} <= record.keys():
+            raise DataError(
+                f"{where}: needs prompt, sample and reward, found {line[:60]!r}; name a samples.jsonl of an evaluation"
+            )
+        reward = record["reward"]
+        if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not math.isfinite(reward):
+            raise DataError(
+                f"{where}: reward is {reward!r}, expected a finite number; evaluate that model anew"
+            )
+        records.append(record)
+    return records
+
+
+def _text(file: Path) -> str:
+    try:
+        return file.read_text(encoding="utf-8")
+    except UnicodeDecodeError as error:
+        raise DataError(
+            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
+        ) from error
