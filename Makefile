@@ -2,6 +2,7 @@
 #   make PYTHON=python3.12        another interpreter (3.10 to 3.12)
 #   make TORCH=torch==2.11.0      another torch (2.11 to 2.13); or the path of a wheel
 #   make test PYTEST_ARGS="-k registry -x"
+#   make bench BENCH_ARGS="--parts steps --lengths fixed"
 .DEFAULT_GOAL := help
 SHELL := /bin/bash
 .SHELLFLAGS := -eu -o pipefail -c
@@ -12,12 +13,13 @@ STAMP := $(VENV)/.installed
 # Named exactly, so that pip takes a CPU build where one is offered: the newest torch may be gigabytes of CUDA.
 TORCH ?= torch==2.13.0
 PYTEST_ARGS ?=
+BENCH_ARGS ?=
 
 SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12))
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done)
 
-.PHONY: help install demo test test-slow chaos lint type format clean
+.PHONY: help install demo bench test test-slow chaos lint type format clean
 
 help: ## show the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -27,10 +29,14 @@ install: $(STAMP) ## make .venv with the package (editable) and all that the oth
 demo: $(STAMP) ## train, score and compare on a small real model, CPU only
 	$(BIN)/python scripts/demo.py
 
+bench: $(STAMP) ## compare speed and memory with the peers, CPU only; makes an environment for them
+	TORCH="$(TORCH)" $(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)
+
 # One thread: the models of these tests are tiny, and the distributed ones run two processes.
+# Whole files go to a worker: their fixtures train models that several tests look at.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## fast tests
-	$(BIN)/python -m pytest -m "not slow" $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## tests that take minutes or need the prepared SmolLM2 model
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

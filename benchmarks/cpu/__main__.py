@@ -1,0 +1,387 @@
+"""Our steps beside TRL's, and our head beside others, on the CPU; see the package.
+
+    python -m benchmarks.cpu                     # all of it, on an idle machine
+    python -m benchmarks.cpu --write-docs        # and the page
+    python -m benchmarks.cpu --quick             # ours alone, tiny, a minute
+    python -m benchmarks.cpu --parts steps --lengths fixed --malloc keep
+
+TRL's environment is made on first use, below the output folder's parent. All raw numbers are in OUTPUT/results.json, what
+the processes said in OUTPUT/log.txt.
+"""
+
+from __future__ import annotations
+
+import argparse
+import importlib.metadata
+import json
+import os
+import resource
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from dataclasses import asdict, dataclass, replace
+from pathlib import Path
+from typing import Any
+
+from benchmarks.cpu import report
+from benchmarks.cpu.process import busy_seconds, machine, save
+from benchmarks.cpu.work import COMPARED_WITH, MALLOC, OFFLINE, PAIRED_MODES, SMOLLM2, Task
+
+ROOT = Path(__file__).parents[2]
+PAGE = ROOT / "docs" / "results" / "cpu.md"
+PARTS = ("steps", "smollm2", "heads", "growth")
+OURS_ALONE = ("tdpo2-ref",)
+"""Modes without a peer that our process has by now; each runs beside the DPO that it is compared with."""
+
+TRL = ("trl==1.16.0", "transformers==5.23.0", "accelerate", "peft")
+LIGER = "liger-kernel"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What to measure.
+
+    Args:
+        tasks: work of the steps.
+        smollm2: work of the second reading of the KL's cost.
+        mallocs: settings of the allocator, of :data:`benchmarks.cpu.work.MALLOC`.
+        rounds: how often every process is started.
+        parts: of :data:`PARTS`.
+        threads: of torch.
+        fused_adamw: on both sides.
+        peer: whether TRL takes part.
+        rows: positions of the head alone.
+        width: hidden size of the head alone.
+        vocabularies: sizes of the head alone.
+        dtypes: of the head alone.
+        growth: positions between which the head's memory should not grow.
+        repeats: forwards and backwards of a head.
+        rate_seconds: spent on the rate of each matrix product.
+    """
+
+    tasks: tuple[Task, ...] = (Task(lengths="fixed"), Task(lengths="varied"))
+    smollm2: Task = SMOLLM2
+    mallocs: tuple[str, ...] = tuple(MALLOC)
+    rounds: int = 2
+    parts: tuple[str, ...] = PARTS
+    threads: int = 2
+    fused_adamw: bool = False
+    peer: bool = True
+    rows: int = 2048
+    width: int = 512
+    vocabularies: tuple[int, ...] = (32_000, 128_256)
+    dtypes: tuple[str, ...] = ("float32", "bfloat16")
+    growth: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
+    repeats: int = 4
+    rate_seconds: float = 1.0
+
+    @property
+    def complete(self) -> bool:
+        """Whether it covers all that the page shows."""
+        return replace(self, rounds=2) == Plan() and self.rounds >= 2
+
+
+QUICK = Plan(
+    tasks=(
+        Task(shape="tiny", length=48, prompt=8, steps=3, warmup=1),
+        Task(shape="tiny", lengths="varied", length=48, steps=3, warmup=1),
+    ),
+    mallocs=("keep",),
+    rounds=1,
+    threads=1,
+    parts=("steps", "heads", "growth"),
+    peer=False,
+    rows=64,
+    width=16,
+    vocabularies=(96,),
+    dtypes=("float32",),
+    growth=(32, 64),
+    repeats=2,
+    rate_seconds=0.01,
+)
+
+
+class Processes:
+    """Starts the processes that measure, one at a time.
+
+    Args:
+        output: folder of work, results and the log.
+        peer: TRL's Python; None without it.
+    """
+
+    def __init__(self, output: Path, peer: Path | None) -> None:
+        self.output, self.peer = output, peer
+
+    def run(
+        self,
+        module: str,
+        settings: Mapping[str, Any],
+        malloc: str,
+        *,
+        folder: Path | None = None,
+        peer: bool = False,
+    ) -> Any:
+        """What ``measure`` of a module returns in a fresh process, with the cores that others used meanwhile.
+
+        Raises:
+            SystemExit: if it fails.
+        """
+        result = self.output / "result.json"
+        result.unlink(missing_ok=True)
+        before = busy_seconds() - _own_seconds(), time.perf_counter()
+        places = [*([str(folder)] if folder else []), str(result)]
+        self._call(module, [*places, json.dumps(dict(settings))], malloc, peer=peer)
+        found = json.loads(result.read_text(encoding="utf-8"))
+        others = (busy_seconds() - _own_seconds() - before[0]) / (time.perf_counter() - before[1])
+        return {"value": found, "others": max(0.0, others)}
+
+    def prepare(self, task: Task) -> Path:
+        """The folder of a task's model and pairs, written by TRL's environment where there is one."""
+        folder = self.output / "work" / task.name
+        if not (folder / "task.json").exists() or Task.read(folder) != task:
+            settings = json.dumps(asdict(task))
+            self._call("benchmarks.cpu.work", [str(folder), settings], "default", peer=self.peer is not None)
+        return folder
+
+    def _call(self, module: str, arguments: list[str], malloc: str, *, peer: bool) -> None:
+        python = str(self.peer) if peer else sys.executable
+        kept = {k: v for k, v in os.environ.items() if not k.startswith("MALLOC_")}
+        if peer:
+            kept.pop("PYTHONPATH", None)
+        with (self.output / "log.txt").open("a", encoding="utf-8") as log:
+            log.write(f"\n$ {module} {' '.join(arguments)} ({malloc})\n")
+            log.flush()
+            done = subprocess.run(
+                [python, "-m", module, *arguments],
+                cwd=ROOT,
+                env={**kept, **OFFLINE, **MALLOC[malloc]},
+                stdout=log,
+                stderr=subprocess.STDOUT,
+                check=False,
+            )
+        if done.returncode:
+            lines = (self.output / "log.txt").read_text(encoding="utf-8").splitlines()[-25:]
+            raise SystemExit(
+                "\n".join([*lines, f"{module} failed ({done.returncode}); see log.txt in the output folder"])
+            )
+
+
+def _own_seconds() -> float:
+    """CPU seconds of this process and of all that it has started and that have ended."""
+    used = (resource.getrusage(who) for who in (resource.RUSAGE_SELF, resource.RUSAGE_CHILDREN))
+    return sum(u.ru_utime + u.ru_stime for u in used)
+
+
+def peer_environment(folder: Path) -> Path:
+    """TRL's Python, in an environment that is made when it is missing or when what belongs into it has changed."""
+    torch = os.environ.get("TORCH") or f"torch=={importlib.metadata.version('torch').partition('+')[0]}"
+    wanted = "\n".join([torch, *TRL, LIGER])
+    python, stamp = folder / "bin" / "python", folder / "installed.txt"
+    if stamp.exists() and stamp.read_text(encoding="utf-8") == wanted:
+        return python
+    print(f"making an environment for {TRL[0]}", flush=True)
+    subprocess.run([sys.executable, "-m", "venv", "--clear", str(folder)], check=True)
+    pip = [str(python), "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
+    # torch first and alone: named without its exact version, pip may take gigabytes of CUDA.
+    for packages in ([torch], [torch, *TRL]):
+        subprocess.run([*pip, *packages], check=True)
+    if subprocess.run([*pip, torch, LIGER], check=False).returncode:
+        print(f"{LIGER} cannot be installed here; its head is left out", flush=True)
+    stamp.write_text(wanted, encoding="utf-8")
+    return python
+
+
+def measure(plan: Plan, output: Path, processes: Processes) -> report.Results:
+    """Run all of a plan; results are written after every process, so that nothing is lost when one fails."""
+    results: report.Results = {
+        "plan": asdict(plan),
+        "complete": False,
+        "machine": machine(),
+        "rates": {},
+        "runs": [],
+        "heads": [],
+        "growth": [],
+        "load": [os.getloadavg()[0]],
+    }
+    start = time.perf_counter()
+    for kind, record in _records(plan, processes):
+        if kind == "rates":
+            _merge_rates(results["rates"], record)
+        else:
+            results[kind].append(record)
+            print(report.line(kind, record), flush=True)
+        results["seconds"] = time.perf_counter() - start
+        save(output / "results.json", results)
+    results["complete"] = plan.complete
+    results["load"].append(os.getloadavg()[0])
+    save(output / "results.json", results)
+    return _read(output)
+
+
+def _read(output: Path) -> report.Results:
+    """Results as they come back from their file."""
+    results: report.Results = json.loads((output / "results.json").read_text(encoding="utf-8"))
+    return results
+
+
+def _records(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, Any]]]:
+    if "steps" in plan.parts:
+        for task in plan.tasks:
+            yield from _steps(plan, processes, task, plan.mallocs, peer=plan.peer)
+    if "smollm2" in plan.parts:
+        yield from _steps(plan, processes, plan.smollm2, plan.mallocs[:1], peer=False)
+    if "heads" in plan.parts:
+        yield from _heads(plan, processes)
+    if "growth" in plan.parts:
+        for malloc in plan.mallocs:
+            for rows in plan.growth:
+                settings: dict[str, Any] = {
+                    "name": "ours",
+                    "rows": rows,
+                    "vocab": plan.vocabularies[0],
+                    "dtype": "float32",
+                }
+                yield from _head(plan, processes, "growth", settings, malloc)
+
+
+def _steps(
+    plan: Plan, processes: Processes, task: Task, mallocs: tuple[str, ...], *, peer: bool
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    """Each mode's peer, ours, and what is compared with ours, by turns."""
+    folder = processes.prepare(task)
+    tokens, answers = (sum(counts) // task.steps for counts in task.tokens(folder))
+    sizes = task.sizes
+    products = {
+        "body": (tokens, sizes.width, sizes.mlp),
+        "head": (answers, sizes.width, sizes.vocab),
+    }
+    yield "rates", _rates(plan, processes, task.name, products, ("float32",))
+    for malloc in mallocs:
+        for mode in PAIRED_MODES:
+            turns = [("peer", mode)] if peer else []
+            turns += [("ours", mode), *(("ours", m) for m in OURS_ALONE if COMPARED_WITH[m] == mode)]
+            for number in range(plan.rounds):
+                for side, which in turns:
+                    found = processes.run(
+                        f"benchmarks.cpu.{side}",
+                        {"mode": which, "threads": plan.threads, "fused_adamw": plan.fused_adamw},
+                        malloc,
+                        folder=folder,
+                        peer=side == "peer",
+                    )
+                    about = {"task": task.name, "shape": task.shape, "lengths": task.lengths, "mode": which}
+                    about |= {"side": side, "malloc": malloc}
+                    more = {"round": number, "others": found["others"]}
+                    yield "runs", about | more | found["value"]
+    yield "rates", _rates(plan, processes, task.name, products, ("float32",))
+
+
+def _heads(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, Any]]]:
+    """All heads at one size after another."""
+    from benchmarks.cpu.heads import HEADS, PEERS
+
+    products = {str(vocab): (plan.rows, plan.width, vocab) for vocab in plan.vocabularies}
+    yield "rates", _rates(plan, processes, "heads", products, plan.dtypes)
+    for vocab in plan.vocabularies:
+        for dtype in plan.dtypes:
+            for malloc in plan.mallocs:
+                for name in HEADS:
+                    if name not in PEERS or plan.peer:
+                        settings: dict[str, Any] = {
+                            "name": name,
+                            "rows": plan.rows,
+                            "vocab": vocab,
+                            "dtype": dtype,
+                        }
+                        yield from _head(plan, processes, "heads", settings, malloc, peer=name in PEERS)
+
+
+def _head(
+    plan: Plan, processes: Processes, kind: str, settings: dict[str, Any], malloc: str, peer: bool = False
+) -> Iterator[tuple[str, dict[str, Any]]]:
+    settings = {**settings, "width": plan.width}
+    more = {"threads": plan.threads, "repeats": plan.repeats}
+    found = processes.run("benchmarks.cpu.heads", settings | more, malloc, peer=peer)
+    yield kind, {**settings, "malloc": malloc, "others": found["others"]} | found["value"]
+
+
+def _rates(
+    plan: Plan,
+    processes: Processes,
+    name: str,
+    products: Mapping[str, tuple[int, ...]],
+    dtypes: tuple[str, ...],
+) -> dict[str, Any]:
+    settings = {"products": products, "dtypes": dtypes, "threads": plan.threads, "seconds": plan.rate_seconds}
+    return {name: processes.run("benchmarks.cpu.floor", settings, "keep")["value"]}
+
+
+def _merge_rates(rates: dict[str, Any], found: Mapping[str, Any]) -> None:
+    """Keep the higher rate of each product: what a floor is made from is what the machine can do."""
+    for name, value in found.items():
+        if isinstance(value, Mapping):
+            _merge_rates(rates.setdefault(name, {}), value)
+        else:
+            rates[name] = max(rates.get(name, 0.0), value)
+
+
+def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Plan]:
+    parser = argparse.ArgumentParser(prog="python -m benchmarks.cpu", description=__doc__.splitlines()[0])
+    parser.add_argument("--quick", action="store_true", help="ours alone at tiny sizes; no page")
+    parser.add_argument("--rounds", type=int, help="starts of every process (default 2)")
+    parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
+    parser.add_argument("--lengths", nargs="+", choices=("fixed", "varied"), help="default: both")
+    parser.add_argument("--malloc", nargs="+", choices=tuple(MALLOC), help="default: both")
+    parser.add_argument("--threads", type=int)
+    parser.add_argument(
+        "--fused-adamw", action="store_true", help="on both sides; the fixed work has the plain one"
+    )
+    parser.add_argument("--no-peer", action="store_true", help="ours alone")
+    parser.add_argument(
+        "--output", type=Path, help="default outputs/bench/cpu, quick outputs/bench/cpu_quick"
+    )
+    parser.add_argument(
+        "--report-only", action="store_true", help="measure nothing; print what the output folder holds"
+    )
+    parser.add_argument("--write-docs", action="store_true", help=f"write {PAGE.name} into docs/results")
+    options = parser.parse_args(arguments)
+    plan = QUICK if options.quick else Plan()
+    given = {
+        "rounds": options.rounds,
+        "parts": options.parts and tuple(options.parts),
+        "mallocs": options.malloc and tuple(options.malloc),
+        "threads": options.threads,
+        "fused_adamw": options.fused_adamw or None,
+        "peer": False if options.no_peer else None,
+        "tasks": options.lengths and tuple(t for t in plan.tasks if t.lengths in options.lengths),
+    }
+    plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
+    if options.write_docs and not (plan.complete or options.report_only):
+        parser.error("--write-docs wants a whole run: leave out what makes it smaller")
+    return options, plan
+
+
+def main(arguments: list[str] | None = None) -> int:
+    """Measure, print, write; 1 when a loss differs by more than the tolerance."""
+    options, plan = _parse(arguments)
+    default = Path("outputs/bench/cpu_quick" if options.quick else "outputs/bench/cpu")
+    output: Path = (options.output or default).absolute()
+    output.mkdir(parents=True, exist_ok=True)
+    if options.report_only:
+        results = _read(output)
+    else:
+        (output / "log.txt").write_text("", encoding="utf-8")
+        peer = peer_environment(output.parent / "trl-env") if plan.peer else None
+        results = measure(plan, output, Processes(output, peer))
+    text = report.page(results)
+    print("\n" + text)
+    if options.write_docs:
+        if not results["complete"]:
+            raise SystemExit("the results are not those of a whole run; the page is left as it is")
+        PAGE.write_text(text, encoding="utf-8")
+    return int(any(d.worst > report.TOLERANCE for d in report.differences(results)))
+
+
+if __name__ == "__main__":
+    sys.exit(main())

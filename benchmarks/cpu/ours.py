@@ -1,0 +1,218 @@
+"""Our process: the library's own step on a folder of work, with the parts that a recipe puts together.
+
+python -m benchmarks.cpu.ours FOLDER RESULT.json '{"mode": "ref", "threads": 2}'
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+from torchtune.models.llama3 import llama3
+from torchtune.models.llama3_2 import llama3_2
+from torchtune.training import FullModelHFCheckpointer
+
+from benchmarks.cpu.process import StepClock, peak_mib, reset_peak, rss_mib, save, settled_mib, versions
+from benchmarks.cpu.work import NORM_EPS, OFFLINE, ROPE_BASE, SPECIAL, Task
+from tokenpref.data import IGNORE_INDEX, PairBatch, PairExample, collate_pairs
+from tokenpref.distributed import single_process_world
+from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
+from tokenpref.models.reference import FrozenReference, Reference, ReferenceOutput
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.scoring import no_weights
+from tokenpref.training.setup import read_weights
+from tokenpref.training.step import train_step
+
+__all__ = ["MODES", "measure"]
+
+WORLD = single_process_world()
+PAD = SPECIAL["<pad>"]
+
+
+class PrecomputedLogps:
+    """A reference that scored all answers before training. Stands in until the library brings a cache of its own.
+
+    Args:
+        scorer: the reference, which is not kept.
+        batches: everything that will be trained on.
+    """
+
+    provides = frozenset({"ref"})
+
+    def __init__(self, scorer: ScoringModel, batches: Sequence[PairBatch]) -> None:
+        self._logps: dict[tuple[int, str], Tensor] = {}
+        for batch in batches:
+            scored = scorer.logps(batch.tokens, batch.labels)
+            mask = batch.labels[:, 1:] != IGNORE_INDEX
+            for key, row, real in zip(self._keys(batch), scored, mask, strict=True):
+                self._logps[key] = row[real]
+
+    @staticmethod
+    def _keys(batch: PairBatch) -> list[tuple[int, str]]:
+        return [(row, side) for side in batch.sides for row in batch.rows]
+
+    @contextmanager
+    def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
+        """The log-probabilities of a batch, if they are needed."""
+        if not needs & self.provides:
+            yield ReferenceOutput()
+            return
+        mask = batch.labels[:, 1:] != IGNORE_INDEX
+        logps = torch.zeros(mask.shape)
+        logps[mask] = torch.cat([self._logps[key] for key in self._keys(batch)])
+        yield ReferenceOutput(logps=logps)
+
+
+def _model(folder: Path, *, trainable: bool) -> ScoringModel:
+    """The checkpoint in torchtune's decoder, read as recipes read it."""
+    task = Task.read(folder)
+    sizes = task.sizes
+    build = partial(llama3_2, tie_word_embeddings=True, scale_factor=1) if sizes.tied else llama3
+    decoder = build(
+        vocab_size=sizes.vocab,
+        num_layers=sizes.layers,
+        num_heads=sizes.heads,
+        num_kv_heads=sizes.kv_heads,
+        embed_dim=sizes.width,
+        intermediate_dim=sizes.mlp,
+        max_seq_len=max(2048, task.length),
+        rope_base=ROPE_BASE,
+        norm_eps=NORM_EPS,
+    )
+    with tempfile.TemporaryDirectory() as output:
+        checkpointer = FullModelHFCheckpointer(
+            checkpoint_dir=str(folder / "model"),
+            checkpoint_files=["model.safetensors"],
+            output_dir=output,
+            model_type="LLAMA3_2" if sizes.tied else "LLAMA3",
+        )
+        decoder.load_state_dict(read_weights(checkpointer, "checkpointer", WORLD))
+    decoder.requires_grad_(trainable)
+    decoder.train(trainable)
+    return ScoringModel(decoder)
+
+
+def _steps(folder: Path) -> list[list[PairExample]]:
+    """The pairs of each step, in the order of the file."""
+    task = Task.read(folder)
+    examples = []
+    for row, pair in enumerate(task.pairs(folder)):
+        prompt, chosen, rejected = (pair[f"{part}_ids"] for part in ("prompt", "chosen", "rejected"))
+        examples.append(
+            PairExample(
+                row=row,
+                chosen_ids=prompt + chosen,
+                chosen_start=len(prompt),
+                rejected_ids=prompt + rejected,
+                rejected_start=len(prompt),
+                chosen_offsets=[],
+                rejected_offsets=[],
+                chosen_has_eos=True,
+                rejected_has_eos=True,
+                key="",
+            )
+        )
+    return [examples[start : start + task.batch] for start in range(0, len(examples), task.batch)]
+
+
+def _micro_batches(examples: Sequence[PairExample]) -> list[PairBatch]:
+    """The micro-batches of a step. The one place for whatever the library does about lengths."""
+    return [collate_pairs(examples, PAD)]
+
+
+def _model_reference(_policy: ScoringModel, folder: Path) -> Reference:
+    """A second, frozen model beside the policy."""
+    return FrozenReference(_model(folder, trainable=False))
+
+
+def _cached_logps(policy: ScoringModel, folder: Path) -> Reference:
+    """Log-probabilities of all pairs, from the policy before its first step."""
+    return PrecomputedLogps(policy, [batch for pairs in _steps(folder) for batch in _micro_batches(pairs)])
+
+
+# TDPO2 from kept hidden states belongs here: "tdpo2-cached": (TokenDPOLoss, <its reference>).
+MODES: dict[str, tuple[Any, Any]] = {
+    "ref": (DPOLoss, _model_reference),
+    "precompute": (DPOLoss, _cached_logps),
+    "tdpo2-ref": (TokenDPOLoss, _model_reference),
+}
+"""Loss and reference of each mode; what is computed beforehand happens in those whose reference is no model."""
+
+
+def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False) -> dict[str, Any]:
+    """Train and return what was measured.
+
+    Args:
+        folder: of :func:`benchmarks.cpu.work.write`.
+        mode: of :data:`MODES`.
+        threads: of torch.
+        fused_adamw: update all parameters in one call.
+
+    Returns:
+        The entries of :func:`benchmarks.cpu.peer.measure`.
+    """
+    for name, value in OFFLINE.items():
+        os.environ.setdefault(name, value)
+    torch.set_num_threads(threads)
+    task = Task.read(folder)
+    make_loss, make_reference = MODES[mode]
+    loss: PreferenceLoss = make_loss(beta=task.beta)
+    policy = _model(folder, trainable=True)
+    memory: dict[str, float] = {}
+    precompute_s = None
+    if make_reference is _model_reference:
+        reference = make_reference(policy, folder)
+        memory["loaded"] = settled_mib()
+    else:
+        memory["loaded"] = settled_mib()
+        reset_peak()
+        start = time.perf_counter()
+        reference = make_reference(policy, folder)
+        precompute_s = time.perf_counter() - start
+        memory["precompute_peak"] = peak_mib()
+    optimizer = torch.optim.AdamW(
+        policy.model.parameters(), lr=task.lr, weight_decay=0.0, fused=True if fused_adamw else None
+    )
+    clock, losses = StepClock(), []
+    memory["before"] = rss_mib()
+    reset_peak()
+    for step, pairs in enumerate(_steps(folder), 1):
+        clock.begin()
+        result = train_step(
+            policy,
+            reference,
+            loss,
+            optimizer,
+            _micro_batches(pairs),
+            WORLD,
+            step=step,
+            needs=loss.needs,
+            weigh=no_weights,
+        )
+        clock.end()
+        losses.append(result.sums.reduce(WORLD)["loss"])
+    memory["peak"] = peak_mib()
+    tokens, answers = task.tokens(folder)
+    return {
+        **clock.summary(tokens, task.warmup),
+        "losses": losses,
+        "memory_mib": memory,
+        "precompute_s": precompute_s,
+        "tokens": tokens,
+        "answer_tokens": answers,
+        "versions": versions("tokenpref", "torch", "torchtune", "torchao", "transformers"),
+    }
+
+
+if __name__ == "__main__":
+    save(Path(sys.argv[2]), measure(Path(sys.argv[1]), **json.loads(sys.argv[3])))

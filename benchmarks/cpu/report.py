@@ -1,0 +1,523 @@
+"""Tables and sentences out of the raw results; no number in the page is typed by hand, but for what was asked for."""
+
+from __future__ import annotations
+
+import statistics
+import textwrap
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from benchmarks import tables
+from benchmarks.cpu.floor import KINDS, head_floor, step_floor, step_teraflop
+from benchmarks.cpu.work import COMPARED_WITH, PAIRED_MODES, SHAPES, TOLERANCE
+
+__all__ = ["TOLERANCE", "Difference", "Results", "differences", "line", "page"]
+
+Results = dict[str, Any]
+
+TOKENS_WANTED = {"fixed": 2.0, "varied": 3.0}
+PEAK_WANTED = 6.0
+KL_WANTED = {"llama-20m": 1.4, "smollm2-135m": 1.2}
+HEAD_PEAK_WANTED, HEAD_TIME_WANTED, HEAD_VOCABULARY = 15.0, 1.1, 128_256
+GROWTH_WANTED = 0.1
+BUSY = 0.1  # cores that others may use before the page says so
+
+TITLES = {
+    "ref": "DPO, reference model",
+    "precompute": "DPO, reference precomputed",
+    "tdpo2-ref": "TDPO2, reference model",
+    "tdpo2-cached": "TDPO2, hidden states cached",
+}
+SIDES = {"peer": "TRL", "ours": "tokenpref"}
+HEAD_TITLES = {
+    "eager": "eager, full logits",
+    "liger": "Liger, chunked DPO (a pair at a time)",
+    "trl": "TRL, chunked log-probs",
+    "ours": "tokenpref",
+    "eager-kl": "eager, full logits, KL",
+    "ours-kl": "tokenpref, KL",
+}
+
+
+@dataclass(frozen=True)
+class Runs:
+    """The runs of one side in one mode, over all rounds."""
+
+    runs: list[dict[str, Any]]
+
+    def best(self, name: str) -> float:
+        """The best round; a rate is good when it is high, a time when it is low."""
+        return (max if name.startswith("tokens") else min)(r[name] for r in self.runs)
+
+    def median(self, name: str) -> float:
+        """The median round."""
+        return statistics.median(r[name] for r in self.runs)
+
+    def memory(self, name: str = "peak") -> float:
+        """Highest memory of training, or of ``precompute_peak``, above the loaded model, in GiB; the median round."""
+        return statistics.median(r["memory_mib"][name] - r["memory_mib"]["loaded"] for r in self.runs) / 1024
+
+
+@dataclass(frozen=True)
+class Difference:
+    """How far our losses are from the peer's.
+
+    Args:
+        task: name of the work.
+        mode: of the step.
+        worst: the largest difference of a step, over all rounds and allocators.
+    """
+
+    task: str
+    mode: str
+    worst: float
+
+
+def _find(results: Results, side: str, task: str, mode: str, malloc: str) -> Runs | None:
+    wanted = (side, task, mode, malloc)
+    found = [r for r in results["runs"] if (r["side"], r["task"], r["mode"], r["malloc"]) == wanted]
+    return Runs(found) if found else None
+
+
+def _tasks(results: Results) -> list[tuple[str, str, str]]:
+    """Name, shape and lengths of the work that was done, in its order."""
+    return list(dict.fromkeys((r["task"], r["shape"], r["lengths"]) for r in results["runs"]))
+
+
+def _mallocs(results: Results, kind: str = "runs") -> list[str]:
+    return list(dict.fromkeys(r["malloc"] for r in results[kind]))
+
+
+def differences(results: Results) -> list[Difference]:
+    """Losses of both sides, wherever both ran."""
+    found = []
+    for task, _, _ in _tasks(results):
+        for mode in PAIRED_MODES:
+            runs = [r for r in results["runs"] if (r["task"], r["mode"]) == (task, mode)]
+            peers = [r["losses"] for r in runs if r["side"] == "peer"]
+            ours = [r["losses"] for r in runs if r["side"] == "ours"]
+            gaps = [abs(a - b) for one in peers for other in ours for a, b in zip(one, other, strict=True)]
+            if gaps:
+                found.append(Difference(task, mode, max(gaps)))
+    return found
+
+
+def _floor(results: Results, run: dict[str, Any]) -> float:
+    """Seconds of the products that a timed step needs, on average."""
+    tokens, answers = _per_step(run)
+    rates = results["rates"][run["task"]]["float32"]
+    return step_floor(SHAPES[run["shape"]], run["mode"], tokens, answers, rates)
+
+
+def _per_step(run: dict[str, Any]) -> tuple[float, float]:
+    """Tokens and answers' tokens of a timed step, on average."""
+    warmup = run["warmup"]
+    return statistics.mean(run["tokens"][warmup:]), statistics.mean(run["answer_tokens"][warmup:])
+
+
+def _floor_share(results: Results, runs: Runs) -> float:
+    """Floor over the time of a step, on average; the best round."""
+    run = runs.runs[0]
+    return _floor(results, run) * (len(run["step_s"]) - run["warmup"]) / runs.best("timed_s")
+
+
+def line(kind: str, record: dict[str, Any]) -> str:
+    """A line for the terminal, as soon as something is measured."""
+    others = f"  (others used {record['others']:.2f} cores)" if record["others"] > BUSY else ""
+    if kind == "runs":
+        above = (record["memory_mib"]["peak"] - record["memory_mib"]["loaded"]) / 1024
+        return (
+            f"{record['task']} {record['malloc']:7} {SIDES[record['side']]:9} {record['mode']:11} "
+            f"{record['median_step_s']:.3f} s/step {record['tokens_per_s']:6.0f} tokens/s {above:.2f} GiB{others}"
+        )
+    about = f"head V={record['vocab']} N={record['rows']} {record['dtype']} {record['malloc']:7} {record['name']:8}"
+    if "failed" in record:
+        return f"{about} {record['failed']}"
+    return f"{about} {record['best_s']:.3f} s {record['above_mib'] / 1024:.2f} GiB{others}"
+
+
+def page(results: Results) -> str:
+    """The whole of docs/results/cpu.md."""
+    parts = ["# Speed and memory on the CPU", _head(results)]
+    asked = _asked(results)
+    if asked:
+        head = ["asked for", "measured", "wanted", "reached"]
+        parts += ["## What was asked for", tables.markdown(head, [a.cells() for a in asked])]
+    if results["runs"]:
+        parts += ["## DPO steps", _step_words(results), _step_table(results)]
+        if differences(results):
+            parts += [
+                "## Side by side",
+                _ratio_table(results),
+                "## Losses",
+                _loss_words(results),
+                _loss_table(results),
+            ]
+        if any(r["mode"] in COMPARED_WITH for r in results["runs"]):
+            parts += ["## What the KL costs", _kl_words(), _kl_table(results)]
+    if results["heads"]:
+        parts += ["## The head alone", _heads_words(results), *_heads_tables(results)]
+    if results["growth"]:
+        parts += [
+            "## The head's memory and the number of positions",
+            _growth_words(results),
+            _growth_table(results),
+        ]
+    if results["rates"]:
+        parts += ["## Rates of matrix products", _rates_table(results)]
+    return "\n\n".join(parts) + "\n"
+
+
+def _head(results: Results) -> str:
+    machine, plan = results["machine"], results["plan"]
+    lines = [
+        "`python -m benchmarks.cpu --write-docs` made this page; `make bench` runs the same and prints it. Every number comes "
+        f"from a fresh process with {plan['threads']} threads; both sides run by turns, {plan['rounds']} rounds.",
+        f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
+        f"{', '.join(machine['instructions']) or 'no vector extensions named'}; {machine['system']}.",
+    ]
+    for side in ("ours", "peer"):
+        found = [r["versions"] for r in results["runs"] if r["side"] == side]
+        found += [h["versions"] for h in results["heads"] if "versions" in h and not found and side == "ours"]
+        if found:
+            lines.append(f"{SIDES[side]}: " + ", ".join(f"{k} {v}" for k, v in found[0].items()) + ".")
+    measured = [r for kind in ("runs", "heads", "growth") for r in results[kind]]
+    busy = [r["others"] for r in measured]
+    if busy:
+        lines.append(
+            f"While one of the {len(busy)} processes ran, others of the machine used {statistics.mean(busy):.2f} cores on "
+            f"average, {max(busy):.2f} at most. All took {results['seconds'] / 60:.0f} minutes."
+            + (" **The machine was not idle.**" if statistics.mean(busy) > BUSY else "")
+        )
+    if not results["complete"]:
+        lines.append("**Not a whole run**: sizes or parts were left out.")
+    return "\n\n".join(_wrapped(text) for text in lines)
+
+
+def _wrapped(text: str) -> str:
+    return textwrap.fill(text, 130, break_long_words=False, break_on_hyphens=False)
+
+
+@dataclass(frozen=True)
+class Asked:
+    """Something that was asked for, and what came out."""
+
+    claim: str
+    measured: float
+    wanted: float
+    at_most: bool = False
+
+    def cells(self) -> list[str]:
+        """Of the table."""
+        met = self.measured <= self.wanted if self.at_most else self.measured >= self.wanted
+        digits = ".1e" if self.wanted == TOLERANCE else ".2f"
+        wanted = f"{'at most' if self.at_most else 'at least'} {self.wanted:g}"
+        return [self.claim, format(self.measured, digits), wanted, "yes" if met else "**no**"]
+
+
+def _asked(results: Results) -> list[Asked]:
+    return [
+        *_asked_of_losses(results),
+        *_asked_of_steps(results),
+        *_asked_of_the_kl(results),
+        *_asked_of_heads(results),
+        *_asked_of_growth(results),
+    ]
+
+
+def _asked_of_losses(results: Results) -> Iterator[Asked]:
+    if gaps := differences(results):
+        claim = "largest difference of a step's loss from TRL's"
+        yield Asked(claim, max(d.worst for d in gaps), TOLERANCE, at_most=True)
+
+
+def _asked_of_steps(results: Results) -> Iterator[Asked]:
+    for task, _, lengths in _tasks(results):
+        for mode in PAIRED_MODES:
+            for malloc in _mallocs(results):
+                peer, ours = (_find(results, side, task, mode, malloc) for side in ("peer", "ours"))
+                if peer and ours:
+                    where = f"{TITLES[mode]}, {lengths} lengths, malloc {malloc}"
+                    speed = ours.median("tokens_per_s") / peer.median("tokens_per_s")
+                    yield Asked(f"tokens/s over TRL's: {where}", speed, TOKENS_WANTED[lengths])
+                    yield Asked(f"TRL's peak over ours: {where}", peer.memory() / ours.memory(), PEAK_WANTED)
+
+
+def _asked_of_the_kl(results: Results) -> Iterator[Asked]:
+    mode = "tdpo2-cached"
+    for task, shape, lengths in _tasks(results):
+        for malloc in _mallocs(results):
+            cached, dpo = (_find(results, "ours", task, m, malloc) for m in (mode, COMPARED_WITH[mode]))
+            if cached and dpo and shape in KL_WANTED:
+                claim = f"time over DPO's: {TITLES[mode]}, {shape}, {lengths} lengths, malloc {malloc}"
+                ratio = cached.median("timed_s") / dpo.median("timed_s")
+                yield Asked(claim, ratio, KL_WANTED[shape], at_most=True)
+
+
+def _asked_of_heads(results: Results) -> Iterator[Asked]:
+    for malloc in _mallocs(results, "heads"):
+        for dtype in dict.fromkeys(h["dtype"] for h in results["heads"]):
+            for more, gives in (("", "log-probs"), ("-kl", "log-probs and KL")):
+                names = ("eager" + more, "ours" + more)
+                eager, ours = (_head_of(results, n, HEAD_VOCABULARY, dtype, malloc) for n in names)
+                if eager and ours:
+                    where = f"head alone, {gives}, V = {HEAD_VOCABULARY:,}, {dtype}, malloc {malloc}"
+                    peak = _over(eager["above_mib"], ours["above_mib"])
+                    yield Asked(f"eager's peak over ours: {where}", peak, HEAD_PEAK_WANTED)
+                    ratio = ours["best_s"] / eager["best_s"]
+                    yield Asked(f"time over eager's: {where}", ratio, HEAD_TIME_WANTED, at_most=True)
+
+
+def _asked_of_growth(results: Results) -> Iterator[Asked]:
+    for malloc in _mallocs(results, "growth"):
+        peaks = [g["above_mib"] for g in results["growth"] if g["malloc"] == malloc]
+        claim = f"growth of the head's memory with the number of positions, malloc {malloc}"
+        yield Asked(claim, _over(max(peaks), min(peaks)) - 1, GROWTH_WANTED, at_most=True)
+
+
+def _over(one: float, other: float) -> float:
+    """A ratio of two memories, either of which may be too small to be seen."""
+    return one / max(other, 1.0)
+
+
+def _step_words(results: Results) -> str:
+    task = results["plan"]["tasks"][0]
+    shape = SHAPES[task["shape"]]
+    optimizer = "fused AdamW" if results["plan"]["fused_adamw"] else "AdamW"
+    return _wrapped(
+        f"Both sides train the same random Llama ({shape.parameters / 1e6:.1f} M parameters, V = {shape.vocab:,}, float32) on "
+        f"the same pairs in the same order: {task['batch']} pairs a step of up to {task['length']} tokens, {optimizer} "
+        f"{task['lr']:g}, no weight decay, no clipping, beta {task['beta']:g}, {task['steps']} steps, of which the first "
+        f"{task['warmup']} are not timed. tokens/s credits both sides with all tokens that are not padding, the prompt counted "
+        "in both answers. Peak: highest resident memory in training above what the loaded models take; gradients and optimizer "
+        "state are in it. `keep`: glibc keeps freed memory; `default`: as it ships. Needed: the matrix products that the step "
+        "cannot do without; floor: their time at the rates below, its share that of the best round. Precomputation is not in a "
+        "step's time."
+    )
+
+
+def _step_table(results: Results) -> str:
+    head = [
+        "model",
+        "lengths",
+        "mode",
+        "malloc",
+        "side",
+        "s/step, best",
+        "median",
+        "CPU s",
+        "tokens/s, best",
+        "median",
+    ]
+    head += ["tokens/CPU s", "peak GiB", "precompute s", "its peak GiB", "needed TFLOP", "floor share"]
+    rows = []
+    for task, shape, lengths in _tasks(results):
+        for mode in PAIRED_MODES:
+            for malloc in _mallocs(results):
+                for side, title in SIDES.items():
+                    runs = _find(results, side, task, mode, malloc)
+                    if runs:
+                        about = [shape, lengths, TITLES[mode], malloc, title]
+                        rows.append([*about, *_step_cells(results, runs)])
+    return tables.markdown(head, rows)
+
+
+def _step_cells(results: Results, runs: Runs) -> list[str]:
+    run = runs.runs[0]
+    first = run["precompute_s"] is not None
+    return [
+        f"{runs.best('median_step_s'):.3f}",
+        f"{runs.median('median_step_s'):.3f}",
+        f"{runs.median('median_step_cpu_s'):.2f}",
+        f"{runs.best('tokens_per_s'):.0f}",
+        f"{runs.median('tokens_per_s'):.0f}",
+        f"{runs.median('tokens_per_cpu_s'):.0f}",
+        f"{runs.memory():.2f}",
+        f"{runs.median('precompute_s'):.1f}" if first else "-",
+        f"{runs.memory('precompute_peak'):.2f}" if first else "-",
+        f"{step_teraflop(SHAPES[run['shape']], run['mode'], *_per_step(run)):.3f}",
+        f"{_floor_share(results, runs):.0%}",
+    ]
+
+
+def _ratio_table(results: Results) -> str:
+    head = [
+        "lengths",
+        "mode",
+        "malloc",
+        "tokens/s, best",
+        "tokens/s, median",
+        "tokens/CPU s",
+        "TRL's peak over ours",
+    ]
+    rows = []
+    for task, _, lengths in _tasks(results):
+        for mode in PAIRED_MODES:
+            for malloc in _mallocs(results):
+                peer, ours = (_find(results, side, task, mode, malloc) for side in ("peer", "ours"))
+                if peer and ours:
+                    rows.append(
+                        [
+                            lengths,
+                            TITLES[mode],
+                            malloc,
+                            f"{ours.best('tokens_per_s') / peer.best('tokens_per_s'):.2f} x",
+                            f"{ours.median('tokens_per_s') / peer.median('tokens_per_s'):.2f} x",
+                            f"{ours.median('tokens_per_cpu_s') / peer.median('tokens_per_cpu_s'):.2f} x",
+                            f"{peer.memory() / ours.memory():.1f} x",
+                        ]
+                    )
+    return tables.markdown(head, rows)
+
+
+def _loss_words(results: Results) -> str:
+    worst = max(d.worst for d in differences(results))
+    return _wrapped(
+        f"Of the first round, reference model, malloc {_mallocs(results)[0]}. Over all rounds, modes and allocators the largest "
+        f"difference of a step is {worst:.1e}; allowed is {TOLERANCE:.0e}."
+    )
+
+
+def _loss_table(results: Results) -> str:
+    columns: list[list[float]] = []
+    head = ["step"]
+    for task, _, lengths in _tasks(results):
+        peer, ours = (_find(results, side, task, "ref", _mallocs(results)[0]) for side in ("peer", "ours"))
+        if peer and ours:
+            head += [f"TRL, {lengths}", f"tokenpref, {lengths}", "difference"]
+            both = [runs.runs[0]["losses"] for runs in (peer, ours)]
+            columns += [*both, [b - a for a, b in zip(*both, strict=True)]]
+    rows = []
+    for step, values in enumerate(zip(*columns, strict=True), 1):
+        cells = [f"{v:+.1e}" if i % 3 == 2 else f"{v:.7f}" for i, v in enumerate(values)]
+        rows.append([str(step), *cells])
+    worst = [f"{d.worst:.1e} ({TITLES[d.mode]}, {d.task.split('_')[1]})" for d in differences(results)]
+    return tables.markdown(head, rows) + "\n\nLargest differences: " + "; ".join(worst) + "."
+
+
+def _kl_words() -> str:
+    return _wrapped(
+        "TDPO2's step over our DPO step with the same reference, by turns, medians; beside it the ratio of their floors. The KL "
+        "is the exact one over the whole vocabulary."
+    )
+
+
+def _kl_table(results: Results) -> str:
+    head = [
+        "model",
+        "lengths",
+        "malloc",
+        "mode",
+        "compared with",
+        "s/step",
+        "tokens/s",
+        "peak GiB",
+        "floor share",
+    ]
+    head += ["time over DPO", "floor over DPO's"]
+    rows = []
+    for task, shape, lengths in _tasks(results):
+        for mode, base in COMPARED_WITH.items():
+            for malloc in _mallocs(results):
+                runs, dpo = (_find(results, "ours", task, m, malloc) for m in (mode, base))
+                if runs and dpo:
+                    rows.append(
+                        [
+                            shape,
+                            lengths,
+                            malloc,
+                            TITLES[mode],
+                            TITLES[base],
+                            f"{runs.median('median_step_s'):.3f}",
+                            f"{runs.median('tokens_per_s'):.0f}",
+                            f"{runs.memory():.2f}",
+                            f"{_floor_share(results, runs):.0%}",
+                            f"{runs.median('timed_s') / dpo.median('timed_s'):.2f}",
+                            f"{_floor(results, runs.runs[0]) / _floor(results, dpo.runs[0]):.2f}",
+                        ]
+                    )
+    return tables.markdown(head, rows)
+
+
+def _head_of(results: Results, name: str, vocab: int, dtype: str, malloc: str) -> dict[str, Any] | None:
+    for found in results["heads"]:
+        if (found["name"], found["vocab"], found["dtype"], found["malloc"]) == (name, vocab, dtype, malloc):
+            return found if "failed" not in found else None
+    return None
+
+
+def _heads_words(results: Results) -> str:
+    plan = results["plan"]
+    return _wrapped(
+        f"Forward and backward of N = {plan['rows']:,} positions, D = {plan['width']:,}, to the gradients of hidden states and "
+        f"head, best of {plan['repeats']}. Peak: highest resident memory above inputs, weights and these gradients. Eager takes "
+        "the logits to float32 and a log-softmax; with the KL, as TDPO's own code does. Liger's loss has no reference here, so "
+        "that it does the same work. TRL's chunks are those of its trainers, with nothing beside the log-probabilities."
+    )
+
+
+def _heads_tables(results: Results) -> list[str]:
+    head = [
+        "malloc",
+        "head",
+        "best s",
+        "floor share",
+        "peak GiB",
+        "time over eager's",
+        "eager's peak over it",
+    ]
+    parts = []
+    for vocab in dict.fromkeys(h["vocab"] for h in results["heads"]):
+        for dtype in dict.fromkeys(h["dtype"] for h in results["heads"]):
+            found = [h for h in results["heads"] if (h["vocab"], h["dtype"]) == (vocab, dtype)]
+            rows = [_head_row(results, h) for h in found]
+            parts += [f"V = {vocab:,}, {dtype}:", tables.markdown(head, rows)]
+    return parts
+
+
+def _head_row(results: Results, found: dict[str, Any]) -> list[str]:
+    title = [found["malloc"], HEAD_TITLES[found["name"]]]
+    if "failed" in found:
+        return [*title, f"cannot run here: {found['failed']}", "-", "-", "-", "-"]
+    more = "-kl" if found["name"].endswith("-kl") else ""
+    rates = results["rates"]["heads"][found["dtype"]][str(found["vocab"])]
+    floor = head_floor(found["rows"], found["width"], found["vocab"], rates, reference=bool(more))
+    eager = _head_of(results, "eager" + more, found["vocab"], found["dtype"], found["malloc"])
+    return [
+        *title,
+        f"{found['best_s']:.3f}",
+        f"{floor / found['best_s']:.0%}",
+        f"{found['above_mib'] / 1024:.3f}",
+        f"{found['best_s'] / eager['best_s']:.2f}" if eager else "-",
+        f"{_over(eager['above_mib'], found['above_mib']):.1f}" if eager else "-",
+    ]
+
+
+def _growth_words(results: Results) -> str:
+    first = results["growth"][0]
+    return _wrapped(
+        f"Our head, log-probs, D = {first['width']:,}, V = {first['vocab']:,}, {first['dtype']}, the library's own budget: peak "
+        "above hidden states, weights and their gradients, in MiB."
+    )
+
+
+def _growth_table(results: Results) -> str:
+    counts = list(dict.fromkeys(g["rows"] for g in results["growth"]))
+    rows = []
+    for malloc in _mallocs(results, "growth"):
+        peaks = {g["rows"]: g["above_mib"] for g in results["growth"] if g["malloc"] == malloc}
+        rows.append([malloc, *(f"{peaks[n]:.0f}" if n in peaks else "-" for n in counts)])
+    return tables.markdown(["malloc", *(f"{n:,} positions" for n in counts)], rows)
+
+
+def _rates_table(results: Results) -> str:
+    head = ["work", "dtype", "layer", *(f"{kind.replace('_', ' ')}, GFLOP/s" for kind in KINDS)]
+    layer: Callable[[str], str] = lambda name: f"head, V = {int(name):,}" if name.isdigit() else name  # noqa: E731
+    rows = [
+        [work, dtype, layer(name), *(f"{rate[kind] / 1e9:.0f}" for kind in KINDS)]
+        for work, dtypes in results["rates"].items()
+        for dtype, names in dtypes.items()
+        for name, rate in names.items()
+    ]
+    return tables.markdown(head, rows)

@@ -1,0 +1,157 @@
+"""The CPU benchmark: its work, its arithmetic, and the whole of ``--quick`` in this process."""
+
+import importlib
+import json
+import sys
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+import torch
+
+sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no part of the package
+
+from benchmarks.cpu import __main__ as command
+from benchmarks.cpu import floor, heads, ours, report, work
+from tokenpref.models.reference import FrozenReference
+
+pytest.importorskip("transformers")
+
+FIXED, VARIED = command.QUICK.tasks
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    root = tmp_path_factory.mktemp("work")
+    for task in (FIXED, VARIED):
+        work.write(root / "work" / task.name, task)
+    return root
+
+
+@pytest.fixture(scope="module")
+def folder(folders):
+    return folders / "work" / VARIED.name
+
+
+@pytest.fixture
+def here(monkeypatch):
+    """Everything that would run in a process of its own runs in this one."""
+
+    def run(self, module, settings, malloc, *, folder=None, peer=False):
+        assert not peer
+        places = [folder] if folder else []
+        threads = torch.get_num_threads()
+        value = importlib.import_module(module).measure(*places, **json.loads(json.dumps(settings)))
+        torch.set_num_threads(threads)
+        return {"value": value, "others": 0.0}
+
+    monkeypatch.setattr(command.Processes, "run", run)
+
+
+def test_work_is_a_function_of_the_task(folder, tmp_path):
+    work.write(tmp_path, VARIED)
+    for name in ("pairs.jsonl", "model/model.safetensors"):
+        assert (tmp_path / name).read_bytes() == (folder / name).read_bytes()
+
+
+def test_lengths_of_pairs(folders):
+    for pair in FIXED.pairs(folders / "work" / FIXED.name):
+        lengths = [len(pair[f"{part}_ids"]) for part in ("prompt", "chosen", "rejected")]
+        assert lengths == [8, 40, 40] and pair["chosen_ids"][-1] == work.SPECIAL["</s>"]
+    pairs = VARIED.pairs(folders / "work" / VARIED.name)
+    assert len({len(p["chosen_ids"]) for p in pairs}) > 3
+    assert all(len(p["prompt_ids"]) + len(p[f"{s}_ids"]) <= 48 for p in pairs for s in ("chosen", "rejected"))
+
+
+def test_a_step_is_credited_with_the_prompt_in_both_answers(folders):
+    # 4 pairs of 2 x 48 tokens, of which 2 x 40 are scored
+    assert FIXED.tokens(folders / "work" / FIXED.name) == ([384] * 3, [320] * 3)
+
+
+def test_the_baseline_has_20_million_parameters_and_0_41_teraflop():
+    shape = work.SHAPES["llama-20m"]
+    assert shape.parameters == 20_580_608
+    # all positions scored, as the peer does: 4,096 tokens through layers and head, twice 3 + 1 operations a weight
+    assert floor.step_teraflop(shape, "ref", 4096, 4096) == pytest.approx(0.406, abs=1e-3)
+    assert work.SHAPES["smollm2-135m"].parameters == 134_515_008
+
+
+def test_floor_by_hand():
+    shape = work.Shape(vocab=10, width=4, layers=1, heads=2, kv_heads=1, mlp=8)
+    assert (shape.body_weights, shape.head_weights) == (4 * 4 * 3 + 3 * 4 * 8, 40)
+    rates = {part: dict.fromkeys(floor.KINDS, 2.0) for part in ("body", "head")}
+    # forward and two products of the backward; a reference adds a forward; cached hidden states add the head's alone
+    assert floor.step_floor(shape, "precompute", 3, 2, rates) == 3 * (3 * 144 + 2 * 40)
+    assert floor.step_floor(shape, "tdpo2-ref", 3, 2, rates) == 4 * (3 * 144 + 2 * 40)
+    assert floor.step_floor(shape, "tdpo2-cached", 3, 2, rates) == 3 * 3 * 144 + 4 * 2 * 40
+    assert floor.head_floor(2, 4, 10, rates["head"], reference=True) == 4 * 2 * 40
+
+
+def test_precomputed_logps_are_the_reference_models(folder):
+    policy = ours._model(folder, trainable=True)
+    reference = FrozenReference(ours._model(folder, trainable=False))
+    kept = ours._cached_logps(policy, folder)
+    for pairs in ours._steps(folder):
+        for batch in ours._micro_batches(pairs):
+            needs = frozenset({"ref"})
+            with reference.outputs(batch, needs) as wanted, kept.outputs(batch, needs) as found:
+                torch.testing.assert_close(found.logps, wanted.logps, rtol=0, atol=1e-6)
+            with kept.outputs(batch, frozenset()) as nothing:
+                assert nothing.logps is None
+
+
+def test_both_references_train_alike(folder):
+    losses = [ours.measure(folder, mode, threads=1)["losses"] for mode in work.PAIRED_MODES]
+    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+    assert losses[0][0] == pytest.approx(0.693147, abs=1e-6) and losses[0][1] != losses[0][0]
+
+
+@pytest.mark.parametrize(("one", "other"), [("ours", "eager"), ("ours-kl", "eager-kl")])
+def test_heads_give_the_same(one, other):
+    values = [
+        heads.measure(n, rows=32, width=8, vocab=50, threads=1, repeats=1)["value"] for n in (one, other)
+    ]
+    assert values[0] == pytest.approx(values[1], rel=1e-4)
+
+
+def test_a_peers_head_that_is_not_there_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "liger_kernel", None)
+    found = heads.measure("liger", rows=32, width=8, vocab=50, threads=1, repeats=1)
+    assert "liger_kernel" in found["failed"]
+
+
+def test_quick_prints_its_tables(folders, here, capsys):
+    assert command.main(["--quick", "--output", str(folders)]) == 0
+    text = capsys.readouterr().out
+    for title in ("DPO steps", "What the KL costs", "The head alone", "Rates of matrix products"):
+        assert f"## {title}" in text
+    assert "## Side by side" not in text and "Not a whole run" in text
+    results = json.loads((folders / "results.json").read_text(encoding="utf-8"))
+    assert {r["mode"] for r in results["runs"]} == {"ref", "precompute", "tdpo2-ref"}
+    assert all(r["memory_mib"]["peak"] >= r["memory_mib"]["before"] for r in results["runs"])
+    with pytest.raises(SystemExit, match="whole run"):
+        command.main(["--report-only", "--write-docs", "--output", str(folders)])
+
+
+def test_the_page_compares_with_the_peer(folders, here):
+    plan = replace(command.QUICK, tasks=(FIXED,), parts=("steps",))
+    results = command.measure(plan, folders, command.Processes(folders, None))
+    # A peer that takes twice our time and three times our memory, and whose third loss is another.
+    peers = json.loads(json.dumps([r for r in results["runs"] if r["mode"] in work.PAIRED_MODES]))
+    for run in peers:
+        run["side"] = "peer"
+        run["tokens_per_s"] /= 2
+        above = run["memory_mib"]["peak"] - run["memory_mib"]["loaded"]
+        run["memory_mib"]["peak"] += 2 * above
+        run["losses"][2] += 5e-4
+    results["runs"] += peers
+    assert [d.worst for d in report.differences(results)] == pytest.approx([5e-4] * 2, rel=1e-2)
+    text = report.page(results)
+    assert text.count("| 2.00 x") == 4 and text.count("3.0 x") >= 2
+    assert "| 5.0e-04  | at most 0.0001 | **no** " in text
+
+
+@pytest.mark.parametrize("more", [["--quick"], ["--parts", "steps"], ["--rounds", "1"], ["--no-peer"]])
+def test_the_page_wants_a_whole_run(more):
+    with pytest.raises(SystemExit):
+        command.main([*more, "--write-docs"])
