@@ -44,6 +44,7 @@ class Saves:
 
     def __init__(self, steps: Steps, folder: Path, length: int) -> None:
         self.steps, self.folder, self.length = steps, folder, length
+        folder.mkdir()
         self.checkpoints = Checkpoints(folder / "checkpoints", WORLD)
 
     def tensors(self) -> dict[str, Tensor]:
@@ -55,7 +56,7 @@ class Saves:
         return found
 
     def safetensors(self) -> None:
-        """One file, synced to the disk."""
+        """One new file, synced to the disk."""
         file = self.folder / "plain.safetensors"
         save_file(self.tensors(), file)
         descriptor = os.open(file, os.O_RDONLY)
@@ -74,6 +75,11 @@ class Saves:
             keep_last=1,
             background=background,
         )
+
+    def forget(self) -> None:
+        """Remove all files, so that every save finds the same disk and the same memory."""
+        shutil.rmtree(self.folder)
+        self.folder.mkdir()
 
     def plain_steps(self) -> None:
         """Steps alone."""
@@ -96,7 +102,7 @@ def seconds(action: Callable[[], None]) -> float:
 def main() -> None:
     """Time everything by turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
-    parser.add_argument("--pairs", type=int, default=2)
+    parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
     parser.add_argument("--rounds", type=int, default=4)
     parser.add_argument(
@@ -108,22 +114,22 @@ def main() -> None:
     steps.take(DPOLoss())
     found: dict[str, list[float]] = {"safetensors": [], "checkpoint": [], "steps": [], "steps, saving": []}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
-        saves = Saves(steps, Path(folder), arguments.steps)
+        saves = Saves(steps, Path(folder) / "saves", arguments.steps)
         size = sum(t.numel() * t.element_size() for t in saves.tensors().values())
         for round_ in range(arguments.rounds + 1):  # the first warms up
-            times = {
-                "safetensors": seconds(saves.safetensors),
-                "checkpoint": seconds(saves.checkpoint),
-                "steps": seconds(saves.plain_steps),
-                "steps, saving": seconds(saves.steps_after_a_save),
-            }
+            times = {"safetensors": seconds(saves.safetensors)}
+            saves.forget()
+            times["checkpoint"] = seconds(saves.checkpoint)
+            saves.forget()
+            times["steps"] = seconds(saves.plain_steps)
+            times["steps, saving"] = seconds(saves.steps_after_a_save)
             rest = seconds(saves.checkpoints.settle)
             print(", ".join(f"{k} {v:.2f} s" for k, v in times.items()), f"then {rest:.2f} s", flush=True)
+            saves.forget()
             if round_:
                 for name, value in times.items():
                     found[name].append(value)
         saves.checkpoints.close()
-        shutil.rmtree(saves.checkpoints.path)
     medians = {name: statistics.median(values) for name, values in found.items()}
     own = medians["checkpoint"]
     cost = statistics.median(b - a for a, b in zip(found["steps"], found["steps, saving"], strict=True))

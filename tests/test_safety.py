@@ -18,7 +18,7 @@ SOURCES = [
     ROOT / "_tokenpref_tune.py",
 ]
 # Reads the index of a distributed checkpoint, which is a pickle, with an unpickler that imports nothing.
-MAY_UNPICKLE = {ROOT / "tokenpref/distributed/state.py"}
+MAY_UNPICKLE = {ROOT / "tokenpref/distributed/safe_reading.py"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 RUNS = {"eval", "exec", "compile", "__import__", "execfile"}
 PLAIN_YAML = {

@@ -9,7 +9,7 @@ from support import workers
 from torch.distributed.checkpoint import metadata
 
 from tokenpref.distributed import single_process_world
-from tokenpref.distributed.state import _IndexUnpickler
+from tokenpref.distributed.safe_reading import _IndexUnpickler
 from tokenpref.distributed.testing import run_distributed
 
 

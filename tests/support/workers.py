@@ -133,7 +133,7 @@ def save_and_load(world: World, folder: str, load: bool) -> dict[str, Any]:
 
     if not load:
         step()
-        save_sharded(Path(folder), model, optimizer)
+        save_sharded(Path(folder), model, optimizer, world)
     else:
         load_sharded(Path(folder), model, optimizer)
     step()

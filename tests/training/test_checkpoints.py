@@ -12,7 +12,7 @@ import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
 
 from tokenpref.distributed import single_process_world
-from tokenpref.distributed.state import _SafeReader
+from tokenpref.distributed.safe_reading import SafeReader
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training import PreferenceTrainer, TripletTrainer
 from tokenpref.training.checkpoints import MANIFEST, Checkpoints, fault_of, seal
@@ -239,9 +239,9 @@ def test_saves_in_the_background_hold_the_step_that_they_name(run, tmp_path):
 
 def load_shards(folder):
     """Every tensor of a checkpoint by name."""
-    index = _SafeReader(folder).read_metadata().state_dict_metadata
+    index = SafeReader(folder).read_metadata().state_dict_metadata
     state = {k: torch.empty(m.size) for k, m in index.items() if hasattr(m, "size")}
-    dcp.load(state, storage_reader=_SafeReader(folder))
+    dcp.load(state, storage_reader=SafeReader(folder))
     return state
 
 
@@ -255,10 +255,10 @@ def test_a_run_killed_while_it_saves_in_the_background_goes_on(run, tmp_path):
 def test_a_save_that_fails_in_the_background_stops_the_run(run, tmp_path, monkeypatch):
     publish = Checkpoints._publish
 
-    def on_a_full_disk(self, partial, name, keep_last):
+    def on_a_full_disk(self, partial, name, *rest):
         if name == "step_4":
             raise OSError(28, "No space left on device")
-        publish(self, partial, name, keep_last)
+        publish(self, partial, name, *rest)
 
     monkeypatch.setattr(Checkpoints, "_publish", on_a_full_disk)
     with pytest.raises(OSError, match="No space left"):

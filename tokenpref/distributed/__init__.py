@@ -1,5 +1,6 @@
 """Process group, FSDP2 and collectives: the only folder that imports ``torch.distributed``."""
 
+from tokenpref.distributed.plain_writing import Written
 from tokenpref.distributed.sharding import gradient_sync, is_sharded, shard, unsharded
 from tokenpref.distributed.state import (
     StateCopy,
@@ -16,6 +17,7 @@ from tokenpref.distributed.world import World, init_world, launched_by_torchrun,
 __all__ = [
     "StateCopy",
     "World",
+    "Written",
     "check_sharded",
     "full_state_dict",
     "gradient_sync",

@@ -7,7 +7,7 @@ import os
 import signal
 import sys
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from datetime import timedelta
 from typing import Any, TypeVar
 
@@ -37,12 +37,14 @@ class World:
         size: number of processes.
         device: where this process computes.
         mesh: one-dimensional device mesh for FSDP2, or None in a plain single process.
+        group: processes that ``gather_objects`` asks; None: those of the run.
     """
 
     rank: int
     size: int
     device: torch.device
     mesh: DeviceMesh | None = None
+    group: dist.ProcessGroup | None = None
 
     @property
     def is_main(self) -> bool:
@@ -92,7 +94,7 @@ class World:
         if self.mesh is None:
             return [value]
         values: list[Any] = [None] * self.size
-        dist.all_gather_object(values, value)
+        dist.all_gather_object(values, value, group=self.group)
         return values
 
     def together(self, action: Callable[[], T]) -> T:
@@ -119,12 +121,12 @@ class World:
                 raise TokenprefError(f"rank {rank} failed: {message}")
         return result  # type: ignore[return-value]  # no failure: the action's own result
 
-    def side_group(self) -> dist.ProcessGroup | None:
-        """A group of all processes for collectives on CPU objects in another thread; None in a plain single process.
+    def aside(self) -> World:
+        """The same processes with a group of their own, for collectives on objects in another thread.
 
         Every process must call it. Threads that share one group would take each other's messages.
         """
-        return None if self.mesh is None else dist.new_group(backend="gloo")
+        return self if self.mesh is None else replace(self, group=dist.new_group(backend="gloo"))
 
     def close(self) -> None:
         """Leave the process group."""

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 import os
@@ -17,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
@@ -24,7 +24,15 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.distributed import StateCopy, World, check_sharded, load_sharded, sharded_state, write_sharded
+from tokenpref.distributed import (
+    StateCopy,
+    World,
+    Written,
+    check_sharded,
+    load_sharded,
+    sharded_state,
+    write_sharded,
+)
 from tokenpref.errors import ConfigError
 
 __all__ = [
@@ -130,12 +138,12 @@ class Checkpoints:
         schedule = scheduler.state_dict() if scheduler is not None else None
         record = {**vars(progress), "scheduler": _plain(schedule), "facts": dict(facts)}
 
-        def finish() -> None:
+        def finish(written: Mapping[str, Written]) -> None:
             write_json(partial / PROGRESS, record)
             states = {f"{k}_{rank}": v for rank, (own, _) in enumerate(everyone) for k, v in own.items()}
             save_file(states, partial / RANDOM)
             save_file(_merged([own for _, own in everyone]), partial / LIVE)
-            self._publish(partial, name, keep_last)
+            self._publish(partial, name, keep_last, written)
 
         if background:
             if self._writer is None:
@@ -143,8 +151,8 @@ class Checkpoints:
             then = finish if self.world.is_main else None
             self._pending = self._writer.submit(partial, state, then)
         else:
-            write_sharded(partial, state)
-            self._on_main(finish)
+            written = write_sharded(partial, state, self.world)
+            self._on_main(lambda: finish(written))
 
     def settle(self) -> None:
         """Wait for a save in the background. Every process must call it.
@@ -166,9 +174,9 @@ class Checkpoints:
         if self._writer is not None:
             self._writer.close()
 
-    def _publish(self, partial: Path, name: str, keep_last: int) -> None:
+    def _publish(self, partial: Path, name: str, keep_last: int, written: Mapping[str, Written]) -> None:
         """Seal a folder, give it its name, point to it, and drop the oldest."""
-        seal(partial)
+        seal(partial, written)
         final = self.path / name
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
@@ -231,20 +239,22 @@ class _BackgroundWriter:
     """
 
     def __init__(self, world: World) -> None:
-        self._group = world.side_group()
+        self._world = world.aside()
         self._copy = StateCopy()
         self._thread = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="checkpoint", initializer=_step_back
         )
 
-    def submit(self, folder: Path, state: dict[str, Any], then: Callable[[], None] | None) -> Future[None]:
+    def submit(
+        self, folder: Path, state: dict[str, Any], then: Callable[[Mapping[str, Written]], None] | None
+    ) -> Future[None]:
         """Copy the state, and write it to the folder in the background; ``then`` comes after, on the same thread."""
         copied = self._copy.take(state)
 
         def write() -> None:
-            write_sharded(folder, copied, self._group)
+            written = write_sharded(folder, copied, self._world)
             if then is not None:
-                then()
+                then(written)
 
         return self._thread.submit(write)
 
@@ -306,12 +316,24 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         ) from error
 
 
-def seal(folder: Path) -> None:
-    """Write a manifest of all files, their sizes and checksums, and sync everything to the disk."""
+def seal(folder: Path, written: Mapping[str, Written] | None = None) -> None:
+    """Write a manifest of all files, their sizes and checksums, and sync everything to the disk.
+
+    Args:
+        folder: what is whole now.
+        written: files whose checksums were taken as they were written and that are not read again.
+    """
     files = {}
     for file in _files(folder):
         _sync(file)
-        files[file.relative_to(folder).as_posix()] = {"bytes": file.stat().st_size, "sha256": _digest(file)}
+        size = file.stat().st_size
+        known = (written or {}).get(file.name)
+        if known is not None and known.size != size:
+            raise OSError(f"{file} has {size} bytes and {known.size} were written to it")
+        files[file.relative_to(folder).as_posix()] = {
+            "bytes": size,
+            "xxh3_128": known.checksum if known is not None else _digest(file),
+        }
     write_json(folder / MANIFEST, {"files": files})
     _sync(folder / MANIFEST)
     _sync(folder)
@@ -321,7 +343,7 @@ def fault_of(folder: Path) -> str | None:
     """Why a folder must not be read as a checkpoint; None if it is sealed and every byte is as it was written."""
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        sizes = {str(name): (int(entry["bytes"]), str(entry["sha256"])) for name, entry in files.items()}
+        sizes = {str(name): (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
     except FileNotFoundError:
         return f"it has no {MANIFEST}: it was never finished"
     except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
@@ -354,7 +376,7 @@ def _files(folder: Path) -> Iterator[Path]:
 
 
 def _digest(file: Path) -> str:
-    hasher = hashlib.sha256()
+    hasher = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             hasher.update(block)
