@@ -45,7 +45,7 @@ def smollm2() -> ScoringModel:
     for parameter in model.parameters():
         if parameter.dim() == 2:
             parameter.data.normal_(0, 0.02)
-    return ScoringModel(model, head_chunk_size=256)
+    return ScoringModel(model)
 
 
 def pairs(count: int, step: int, vocabulary: int) -> tuple[PairBatch, list[Answer]]:

@@ -34,8 +34,8 @@ def combination(stats):
     return total
 
 
-@pytest.mark.parametrize("chunk", [1, 4, 1000])
-def test_statistics_are_those_of_the_decoders_logits(tied, chunk):
+@pytest.mark.parametrize("memory_mb", [1e-4, 0.01, 100])
+def test_statistics_are_those_of_the_decoders_logits(tied, memory_mb):
     plain, reference = small.decoder(0, tied=tied), small.decoder(1, tied=tied)
     weights = torch.rand(BATCH.labels.shape[0], BATCH.labels.shape[1] - 1, dtype=torch.float64)
     with torch.no_grad():
@@ -45,7 +45,7 @@ def test_statistics_are_those_of_the_decoders_logits(tied, chunk):
     )
     combination(expected).backward()
 
-    scorer = ScoringModel(small.decoder(0, tied=tied), head_chunk_size=chunk)
+    scorer = ScoringModel(small.decoder(0, tied=tied), head_memory_mb=memory_mb)
     other = ScoringModel(reference)
     with torch.no_grad():
         ref_hidden = other.hidden(BATCH.tokens)
@@ -86,7 +86,7 @@ def test_a_second_installation_gives_the_first_head(tied):
     model = small.decoder(0, tied=tied)
     head = install_head(model)
     assert install_head(model) is head
-    assert ScoringModel(model).head is head and ScoringModel(model, head_chunk_size=2).head is head
+    assert ScoringModel(model).head is head and ScoringModel(model, head_memory_mb=2).head is head
     assert not isinstance(head.inner, StatsHead)
 
 

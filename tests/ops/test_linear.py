@@ -3,6 +3,7 @@ import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenpref.ops import linear_token_stats, score_tokens, token_stats_from_logits
+from tokenpref.ops._blocks import plan_blocks
 
 ALL = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
 LABELS = torch.tensor([[-100, -100, 3, 0, 4, 1, 6], [-100, 2, 2, 1, -100, -100, -100]])
@@ -21,27 +22,103 @@ def make(dtype=torch.float64, vocab=7, width=4, ref_width=3):
 def total(stats):
     """A scalar in which every statistic counts differently at every token."""
     places = torch.arange(1, stats.mask.numel() + 1, device=stats.mask.device).view_as(stats.mask)
-    mix = 3 * stats.policy_logps - 2 * stats.kl_ref_policy + stats.kl_policy_ref + 0.5 * stats.entropy
-    return (places * mix).sum()
+    parts = {"policy_logps": 3, "kl_ref_policy": -2, "kl_policy_ref": 1, "entropy": 0.5}
+    return sum(
+        (places * factor * v).sum()
+        for name, factor in parts.items()
+        if (v := getattr(stats, name)) is not None
+    )
 
 
-@pytest.mark.parametrize("chunk_size", [1, 3, 100])
-def test_values_and_gradients_equal_those_through_logits(chunk_size):
+BUDGETS = [1e-5, 1e-4, 5e-4, 1e-3, 1]  # MiB: a column at a time, several, some of them kept, all kept
+
+
+@pytest.mark.parametrize("memory_mb", BUDGETS)
+@pytest.mark.parametrize("wanted", ["both", "hidden", "weight"])
+@pytest.mark.parametrize(
+    "needs",
+    [set(), {"ref"}, {"entropy"}, {"ref", "kl_ref_policy"}, {"kl_policy_ref"}, ALL],
+    ids=lambda n: "+".join(sorted(n)),
+)
+def test_values_and_gradients_equal_those_through_logits(memory_mb, wanted, needs):
     hidden, weight, ref_hidden, ref_weight = make()
-    expected = token_stats_from_logits(hidden @ weight.T, ref_hidden @ ref_weight.T, LABELS, needs=ALL)
-    got = linear_token_stats(hidden, weight, ref_hidden, ref_weight, LABELS, needs=ALL, chunk_size=chunk_size)
+    hidden.requires_grad_(wanted != "weight")
+    weight.requires_grad_(wanted != "hidden")
+    needs = frozenset(needs)
+    reference = (ref_hidden, ref_weight) if needs - {"entropy"} else (None, None)
+    ref_logits = ref_hidden @ ref_weight.T if needs - {"entropy"} else None
+    expected = token_stats_from_logits(hidden @ weight.T, ref_logits, LABELS, needs=needs)
+    got = linear_token_stats(hidden, weight, *reference, LABELS, needs=needs, memory_mb=memory_mb)
     for name in ("policy_logps", "ref_logps", "kl_ref_policy", "kl_policy_ref", "entropy"):
-        torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-12, rtol=0)
-    gradients = [torch.autograd.grad(total(stats), (hidden, weight)) for stats in (got, expected)]
+        if getattr(expected, name) is not None:
+            torch.testing.assert_close(getattr(got, name), getattr(expected, name), atol=1e-12, rtol=0)
+    inputs = [x for x in (hidden, weight) if x.requires_grad]
+    gradients = [torch.autograd.grad(total(stats), inputs) for stats in (got, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+def test_the_backward_can_be_asked_twice():
+    hidden, weight, ref_hidden, ref_weight = make()
+    needs = frozenset({"ref", "kl_ref_policy"})
+    stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, LABELS, needs=needs)
+    first = torch.autograd.grad(total(stats), (hidden, weight), retain_graph=True)
+    second = torch.autograd.grad(total(stats), (hidden, weight))
+    assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+
+
+@pytest.mark.parametrize("memory_mb", BUDGETS)
+def test_equal_models_have_no_divergence_and_no_gradient_of_it(memory_mb):
+    hidden, weight, _, _ = (x.float() for x in make(vocab=101))
+    hidden, weight = hidden.detach().requires_grad_(), weight.detach().requires_grad_()
+    stats = linear_token_stats(
+        hidden, weight, hidden.detach(), weight.detach(), LABELS, needs=ALL, memory_mb=memory_mb
+    )
+    assert not stats.kl_ref_policy.any() and not stats.kl_policy_ref.any() and not stats.log_ratio.any()
+    for gradient in torch.autograd.grad(stats.kl_ref_policy.sum(), (hidden, weight)):
+        assert not gradient.any()
+
+
+def test_logits_far_apart_give_finite_numbers():
+    """A target a hundred nats below the rest, and rows whose largest logit grows from block to block."""
+    weight = torch.tensor([[-200.0], [0.0], [100.0], [250.0]], requires_grad=True)
+    hidden = torch.ones(1, 3, 1, requires_grad=True)
+    labels = torch.tensor([[-100, 0, 3]])
+    for memory_mb in (1e-6, 1):
+        stats = linear_token_stats(
+            hidden, weight, None, None, labels, needs=frozenset({"entropy"}), memory_mb=memory_mb
+        )
+        assert stats.policy_logps.tolist() == [[-450.0, 0.0]] and stats.entropy.abs().max() < 1e-30
+        gradients = torch.autograd.grad(stats.policy_logps.sum(), (hidden, weight))
+        assert gradients[0].tolist() == [[[-450.0], [0.0], [0.0]]]
+        assert gradients[1].flatten().tolist() == [1.0, 0.0, 0.0, -1.0]
+
+
+@pytest.mark.parametrize("scale", [1e-3, 1.0])
+def test_float32_divergences_are_close_to_float64(scale):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight = (
+        torch.randn(1, 65, 32, generator=generator),
+        torch.randn(3000, 32, generator=generator) / 4,
+    )
+    ref_hidden = hidden + scale * torch.randn(1, 65, 32, generator=generator)
+    labels = torch.randint(3000, (1, 65), generator=generator)
+    low, high = (
+        linear_token_stats(
+            *(x.to(d) for x in (hidden, weight, ref_hidden, weight)), labels, needs=ALL, memory_mb=0.1
+        )
+        for d in (torch.float32, torch.float64)
+    )
+    for name in ("policy_logps", "ref_logps", "kl_ref_policy", "kl_policy_ref", "entropy"):
+        assert (getattr(low, name) - getattr(high, name)).abs().max() < 3e-6, name
+        assert name.endswith("logps") or getattr(low, name).min() >= 0
 
 
 def test_gradcheck_of_hidden_states_and_head():
     hidden, weight, ref_hidden, ref_weight = make()
 
     def function(h, w):
-        return total(linear_token_stats(h, w, ref_hidden, ref_weight, LABELS, needs=ALL, chunk_size=3))
+        return total(linear_token_stats(h, w, ref_hidden, ref_weight, LABELS, needs=ALL, memory_mb=3e-4))
 
     assert torch.autograd.gradcheck(function, (hidden, weight))
 
@@ -63,7 +140,7 @@ def test_a_tied_head_adds_both_gradients():
     _, weight, ref_hidden, ref_weight = make()
     tokens = LABELS.clamp(min=0)
     hidden = torch.tanh(weight[tokens])
-    stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, LABELS, needs=ALL, chunk_size=2)
+    stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, LABELS, needs=ALL, memory_mb=3e-4)
     expected = token_stats_from_logits(hidden @ weight.T, ref_hidden @ ref_weight.T, LABELS, needs=ALL)
     (ours,) = torch.autograd.grad(total(stats), weight, retain_graph=True)
     (theirs,) = torch.autograd.grad(total(expected), weight)
@@ -87,13 +164,13 @@ def test_no_gradient_mode_keeps_no_graph():
     assert not stats.policy_logps.requires_grad
 
 
-@pytest.mark.parametrize("chunk_size", [1, 100])
-def test_head_gradient_in_bfloat16_accumulates_in_float32(chunk_size):
+@pytest.mark.parametrize("memory_mb", [0.01, 100])
+def test_head_gradient_in_bfloat16_accumulates_in_float32(memory_mb):
     # 2048 tokens, each adding about the same small number: in bfloat16 the sum would stall long before the end.
     hidden = torch.ones(1, 2049, 1, dtype=torch.bfloat16)
     weight = torch.zeros(4, 1, dtype=torch.bfloat16, requires_grad=True)
     labels = torch.zeros(1, 2049, dtype=torch.int64)
-    stats = linear_token_stats(hidden, weight, None, None, labels, needs=frozenset(), chunk_size=chunk_size)
+    stats = linear_token_stats(hidden, weight, None, None, labels, needs=frozenset(), memory_mb=memory_mb)
     stats.policy_logps.sum().backward()
     # p = 1/4 everywhere, target 0: 2048 * (1 - 1/4) = 1536 for the target, -2048 / 4 = -512 for the others
     assert weight.grad.dtype == torch.bfloat16
@@ -105,7 +182,7 @@ def test_half_precision_is_close_to_float32():
     high = [x.detach().float().requires_grad_(x.requires_grad) for x in low]
     gradients = []
     for hidden, weight, ref_hidden, ref_weight in (low, high):
-        stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, LABELS, needs=ALL, chunk_size=2)
+        stats = linear_token_stats(hidden, weight, ref_hidden, ref_weight, LABELS, needs=ALL, memory_mb=3e-4)
         assert stats.policy_logps.dtype == stats.kl_ref_policy.dtype == torch.float32
         gradients.append((stats.policy_logps, *torch.autograd.grad(total(stats), (hidden, weight))))
     for ours, theirs in zip(*gradients, strict=True):
@@ -130,19 +207,60 @@ class Watch(TorchDispatchMode):
         return out
 
 
-def test_no_tensor_is_larger_than_a_chunk_of_logits_and_the_host_waits_once():
-    batch, length, vocab, width, chunk = 2, 64, 101, 5, 8
+@pytest.mark.parametrize("needs", [frozenset({"ref"}), frozenset({"ref", "kl_ref_policy"}), ALL])
+def test_logits_stay_within_the_budget_and_the_host_waits_for_places_alone(needs):
+    batch, length, vocab, width, budget = 2, 64, 1001, 5, 100_000
     hidden = torch.randn(batch, length, width, requires_grad=True)
     weight = torch.randn(vocab, width, requires_grad=True)
     labels = torch.randint(vocab, (batch, length))
     with Watch() as watch:
         stats = linear_token_stats(
-            hidden, weight, hidden.detach() + 1, weight.detach(), labels, needs=ALL, chunk_size=chunk
+            hidden,
+            weight,
+            hidden.detach() + 1,
+            weight.detach(),
+            labels,
+            needs=needs,
+            memory_mb=budget / 2**20,
         )
         total(stats).backward()
-    assert watch.largest == chunk * vocab  # 808, against 12928 for all logits
+    assert watch.largest * 4 <= budget < batch * length * vocab * 4 / 5
     assert watch.operations.count("nonzero") == 1
-    assert "_local_scalar_dense" not in watch.operations
+    assert watch.operations.count("_local_scalar_dense") == 0
+
+
+@pytest.mark.parametrize(
+    ("rows", "vocabulary", "models", "budget"),
+    [
+        (3072, 32000, 1, 512),
+        (3072, 32000, 2, 512),
+        (2048, 128256, 1, 800),
+        (8192, 128256, 2, 64),
+        (1, 50, 1, 1),
+        (0, 50, 2, 1),
+    ],
+)
+def test_plans_fill_the_budget(rows, vocabulary, models, budget):
+    def plan(mebibytes):
+        return plan_blocks(
+            rows,
+            vocabulary,
+            models=models,
+            dtype=torch.float32,
+            device=torch.device("cpu"),
+            budget=mebibytes * 2**20,
+        )
+
+    blocks = plan(budget)
+    parts = list(blocks)
+    assert parts[0].start == 0 and parts[-1].stop == vocabulary and len(parts) == len(blocks)
+    assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
+    at_work = max(rows, 1) * blocks.columns * 4 * (2 * models - 1)
+    kept = blocks.kept * max(rows, 1) * blocks.columns * 4 * models
+    assert at_work + kept <= budget * 2**20
+    one_more = max(rows, 1) * blocks.columns * 4 * models
+    assert blocks.kept == len(blocks) or at_work + kept + one_more > budget * 2**20
+    assert plan(1 << 20).kept == len(plan(1 << 20))
 
 
 def test_score_tokens_gives_rows():
@@ -172,8 +290,8 @@ def test_score_tokens_checks_its_arguments():
         score_tokens(
             rows, weight, targets, ref_hidden=ref_hidden[0, :3], ref_head_weight=ref_weight[:6], needs={"ref"}
         )
-    with pytest.raises(ValueError, match="chunk_size must be an integer >= 1, got 0"):
-        score_tokens(rows, weight, targets, chunk_size=0)
+    with pytest.raises(ValueError, match="memory_mb must be a number above 0, got 0"):
+        score_tokens(rows, weight, targets, memory_mb=0)
 
 
 @pytest.mark.gpu
@@ -183,7 +301,7 @@ def test_cuda_equals_cpu(dtype):
     results = []
     for device in ("cpu", "cuda"):
         tensors = [x.detach().to(device).requires_grad_(x.requires_grad) for x in make(dtype)]
-        stats = linear_token_stats(*tensors, LABELS.to(device), needs=ALL, chunk_size=2)
+        stats = linear_token_stats(*tensors, LABELS.to(device), needs=ALL, memory_mb=3e-4)
         results.append([g.float().cpu() for g in torch.autograd.grad(total(stats), tensors[:2])])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() < (1e-5 if dtype == torch.float32 else 0.03) * theirs.norm()

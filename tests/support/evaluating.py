@@ -40,7 +40,7 @@ def scorer(seed: int, world: World | None = None) -> ScoringModel:
     model.double()
     if world is not None:
         shard(model, world)
-    return ScoringModel(model, head_chunk_size=7)
+    return ScoringModel(model, head_memory_mb=0.002)
 
 
 def sampling(path: str = "tokenpref.rewards.KeywordReward", **changes: Any) -> SamplingConfig:

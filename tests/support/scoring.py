@@ -15,22 +15,22 @@ from tokenpref.stats import PairStats, TokenStats
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
-def by_head(chunk_size: int) -> Callable[..., TokenStats]:
+def by_head(memory_mb: float) -> Callable[..., TokenStats]:
     """``linear_token_stats`` as a function of logits: with the identity as head, hidden states are logits."""
 
     def score(logits: Tensor, ref: Tensor | None, labels: Tensor, **options: object) -> TokenStats:
         eye = torch.eye(logits.shape[-1], dtype=logits.dtype)
         ref_head = None if ref is None else eye
-        return linear_token_stats(logits, eye, ref, ref_head, labels, chunk_size=chunk_size, **options)
+        return linear_token_stats(logits, eye, ref, ref_head, labels, memory_mb=memory_mb, **options)
 
     return score
 
 
 SCORERS: dict[str, Callable[..., TokenStats]] = {
     "logits": token_stats_from_logits,
-    "head, chunks of 1": by_head(1),
-    "head, chunks of 3": by_head(3),
-    "head, one chunk": by_head(1000),
+    "head, a column at a time": by_head(1e-5),
+    "head, some columns kept": by_head(3e-4),
+    "head, one block": by_head(100),
 }
 
 

@@ -36,7 +36,7 @@ def scorer(seed: int = 0, *, tied: bool = True, frozen: bool = False, **kwargs: 
     """A scoring model over :func:`decoder`."""
     model = decoder(seed, tied=tied, **kwargs)  # type: ignore[arg-type]
     model.requires_grad_(not frozen)
-    return ScoringModel(model, head_chunk_size=5)
+    return ScoringModel(model, head_memory_mb=0.002)
 
 
 def reference(seed: int = 1, **kwargs: object) -> FrozenReference:

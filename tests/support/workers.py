@@ -37,8 +37,8 @@ def one_step(
     frozen.requires_grad_(False)
     for model in (policy, frozen):
         shard(model, world, reshard_after_forward=reshard)
-    scorer = ScoringModel(policy, head_chunk_size=4)
-    reference = FrozenReference(ScoringModel(frozen, head_chunk_size=4))
+    scorer = ScoringModel(policy, head_memory_mb=0.002)
+    reference = FrozenReference(ScoringModel(frozen, head_memory_mb=0.002))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     batches = [small.batch(rows, filler=not rows) for rows in split[world.rank]]
     for step in range(steps):
@@ -150,7 +150,7 @@ def attribution(world: World, split: list[list[list[int]]], tied: bool) -> dict[
     """
     policy = small.decoder(0, tied=tied)
     shard(policy, world)
-    scorer = ScoringModel(policy, head_chunk_size=4)
+    scorer = ScoringModel(policy, head_memory_mb=0.002)
     other = small.batch([5, 6])
     scorer.token_stats(other.tokens, other.labels, needs=frozenset()).policy_logps.sum().backward()
     before = [p.grad.to_local().clone() for p in policy.parameters() if p.grad is not None]

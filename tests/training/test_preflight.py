@@ -52,7 +52,7 @@ def test_what_changes_them():
     assert memory(reference=False).reference == 0
     background = memory("enable_async_checkpointing=true")
     assert background.copy == background.weights + background.optimizer
-    assert memory("head_chunk_size=8").head == memory().head * 8 // 96
+    assert memory("head_memory_mb=0.01").head == int(0.01 * 2**20) < memory().head
 
 
 def test_activations_are_what_autograd_keeps(tmp_path, monkeypatch):

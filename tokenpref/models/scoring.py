@@ -17,15 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
-from tokenpref.ops import linear_token_stats
+from tokenpref.ops import DEFAULT_MEMORY_MB, linear_token_stats
 from tokenpref.stats import TokenStats
 
 __all__ = ["ScoringModel", "StatsHead", "install_head", "logits_of", "next_token_logits"]
 
 HeadJob = Callable[[Tensor, Tensor], Any]
 """What to make of the last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``."""
-
-DEFAULT_HEAD_CHUNK = 512
 
 
 class StatsHead:
@@ -115,13 +113,13 @@ class ScoringModel:
 
     Args:
         model: a torchtune decoder, sharded or not.
-        head_chunk_size: answer tokens scored at a time; the head's memory is this times the vocabulary.
+        head_memory_mb: MiB for logits; see :func:`tokenpref.ops.linear_token_stats`.
     """
 
-    def __init__(self, model: TransformerDecoder, *, head_chunk_size: int = DEFAULT_HEAD_CHUNK) -> None:
+    def __init__(self, model: TransformerDecoder, *, head_memory_mb: float = DEFAULT_MEMORY_MB) -> None:
         self.model = model
         self.head = install_head(model)
-        self.head_chunk_size = head_chunk_size
+        self.head_memory_mb = head_memory_mb
 
     @contextmanager
     def _job(self, job: HeadJob) -> Iterator[None]:
@@ -183,7 +181,7 @@ class ScoringModel:
                 ref_logps=ref_logps,
                 weights=weights,
                 needs=needs,
-                chunk_size=self.head_chunk_size,
+                memory_mb=self.head_memory_mb,
             )
             # A dict of tensors: FSDP2 looks for the tensors in a forward's output to hook its backward.
             return {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}

@@ -108,16 +108,16 @@ def row_statistics(
 def logit_gradient(
     logits: Tensor,
     ref_logits: Tensor | None,
-    targets: Tensor,
+    targets: Tensor | None,
     rows: RowStatistics,
-    grads: dict[str, Tensor],
+    grads: Mapping[str, Tensor],
 ) -> Tensor:
     """Gradient with respect to the policy's logits; see the table at the top of this module.
 
     Args:
-        logits: policy logits ``[N, V]``.
+        logits: policy logits ``[N, V]``, or some of their columns.
         ref_logits: reference logits ``[N, V]``, if a KL has a gradient.
-        targets: ``[N]`` int64.
+        targets: ``[N]`` int64; None leaves e_y out, which a block of columns may not hold.
         rows: what :func:`row_statistics` returned for these rows.
         grads: incoming gradients ``[N]`` by statistic; absent means zero.
 
@@ -146,6 +146,6 @@ def logit_gradient(
     if log_q is not None and grad_ref_policy is not None:
         # p - q goes in as one difference: taken apart, its two large halves would leave rounding behind at p = q.
         gradient += grad_ref_policy[:, None] * (p - log_q.exp())
-    if grad_logps is not None:
+    if grad_logps is not None and targets is not None:
         gradient.scatter_add_(-1, targets[:, None], grad_logps[:, None])
     return gradient

@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Sequence
+from dataclasses import fields, replace
 from typing import Any, cast
 
 import torch
@@ -10,19 +11,15 @@ from torch import Tensor
 from torch.autograd.function import once_differentiable
 
 from tokenpref.ops._answers import AnswerRows, check_needs, check_reference, check_shapes
-from tokenpref.ops._closed_form import (
-    KL_STATISTICS,
-    OUTPUTS,
-    RowStatistics,
-    accumulation_dtype,
-    logit_gradient,
-    row_statistics,
-)
-from tokenpref.stats import STATISTICS, TokenStats
+from tokenpref.ops._blocks import MIB, Found, Heads, backward_blocks, forward_blocks, plan_blocks
+from tokenpref.ops._closed_form import KL_STATISTICS, OUTPUTS
+from tokenpref.stats import TokenStats
 
-__all__ = ["DEFAULT_CHUNK_SIZE", "linear_token_stats", "score_tokens"]
+__all__ = ["DEFAULT_MEMORY_MB", "linear_token_stats", "score_tokens"]
 
-DEFAULT_CHUNK_SIZE = 512
+DEFAULT_MEMORY_MB = 512.0
+
+_VALUES_OF_BACKWARD = ("kl_policy_ref", "entropy")
 
 
 def linear_token_stats(
@@ -34,14 +31,15 @@ def linear_token_stats(
     *,
     weights: Tensor | None = None,
     needs: frozenset[str] = frozenset({"ref"}),
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    memory_mb: float = DEFAULT_MEMORY_MB,
     ref_logps: Tensor | None = None,
 ) -> TokenStats:
     """Token statistics from the last hidden states and the LM heads of both models.
 
     The numbers and gradients of :func:`~tokenpref.ops.token_stats_from_logits` on ``hidden @ head_weight.T``, but only
-    positions that predict an answer's token meet the head, ``chunk_size`` at a time, and the backward recomputes their
-    logits. The gradient flows to ``hidden`` and ``head_weight`` (which gets none if it requires none).
+    positions that predict an answer's token meet the head, a block of the vocabulary at a time, and what ``memory_mb`` does
+    not hold the backward computes again. The gradient flows to ``hidden`` and ``head_weight`` (which gets none if it requires
+    none; the forward then ends with one vector a position, and the backward multiplies no matrix).
 
     Args:
         hidden: policy's last hidden states ``[B, L, D]``, as its LM head takes them (after the final norm).
@@ -54,7 +52,8 @@ def linear_token_stats(
         weights: token weights ``[B, T]`` with T = L - 1, in the columns of the predicted tokens.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy": what to compute beside the policy's
             log-probabilities ("weights" and "anchor" are ignored: a loss checks them).
-        chunk_size: positions whose logits exist at a time.
+        memory_mb: MiB for logits and what is kept of them until the backward; it changes time and memory, and numbers by
+            rounding only.
         ref_logps: the reference's log-probabilities ``[B, T]`` in place of ``ref_hidden``, when no KL is needed.
 
     Returns:
@@ -78,7 +77,7 @@ def linear_token_stats(
         ref_hidden=rows.take(ref_hidden.detach()) if ref_hidden is not None and use_reference else None,
         ref_head_weight=ref_head_weight,
         needs=from_hidden,
-        chunk_size=chunk_size,
+        memory_mb=memory_mb,
     )
     return rows.token_stats(values, ref_logps, weights)
 
@@ -91,7 +90,7 @@ def score_tokens(
     ref_hidden: Tensor | None = None,
     ref_head_weight: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
-    chunk_size: int = DEFAULT_CHUNK_SIZE,
+    memory_mb: float = DEFAULT_MEMORY_MB,
 ) -> dict[str, Tensor]:
     """Statistics of rows that are already selected; what :func:`linear_token_stats` scatters into ``[B, T]``.
 
@@ -102,7 +101,7 @@ def score_tokens(
         ref_hidden: reference's last hidden states ``[N, D']``.
         ref_head_weight: reference's LM head ``[V, D']``.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
-        chunk_size: rows whose logits exist at a time.
+        memory_mb: as in :func:`linear_token_stats`.
 
     Returns:
         ``[N]`` tensors by the name of their :class:`~tokenpref.stats.TokenStats` field: "policy_logps" and what
@@ -114,12 +113,19 @@ def score_tokens(
     computed = check_needs(needs)
     check_reference(computed, "ref_hidden", ref_hidden, None)
     _check_heads(hidden, head_weight, targets, ref_hidden, ref_head_weight)
-    if not isinstance(chunk_size, int) or chunk_size < 1:
-        raise ValueError(f"chunk_size must be an integer >= 1, got {chunk_size!r}")
+    if not memory_mb > 0:
+        raise ValueError(f"memory_mb must be a number above 0, got {memory_mb!r}")
     if ref_hidden is not None and ref_head_weight is not None:
         ref_hidden, ref_head_weight = ref_hidden.detach(), ref_head_weight.detach()
     outputs = _LinearStatistics.apply(
-        hidden, head_weight, ref_hidden, ref_head_weight, targets, computed, chunk_size
+        hidden,
+        head_weight,
+        ref_hidden,
+        ref_head_weight,
+        targets,
+        computed,
+        int(memory_mb * MIB),
+        torch.is_grad_enabled(),
     )
     return {name: value for name, value in zip(OUTPUTS, outputs, strict=True) if value is not None}
 
@@ -153,32 +159,27 @@ def _check_heads(
         )
 
 
-def _chunks(total: int, size: int) -> Iterator[slice]:
-    for start in range(0, total, size):
-        yield slice(start, min(start + size, total))
+def _flattened(heads: Heads, found: Found) -> tuple[list[int], list[Tensor | None]]:
+    """What the backward needs, as autograd keeps it: tensors in a row, and how many belong together."""
+    single = [*vars(heads).values(), *(found.values.get(name) for name in _VALUES_OF_BACKWARD)]
+    groups = [found.lse, found.vectors, *found.shifts, *found.kept]
+    return [len(group) for group in groups], [*single, *(tensor for group in groups for tensor in group)]
 
 
-def _logits(hidden: Tensor | None, weight: Tensor | None, part: slice) -> Tensor | None:
-    # In the model's own dtype: the model's output layer would round its logits the same way.
-    return None if hidden is None or weight is None else hidden[part] @ weight.T
-
-
-def _add_product(total: Tensor, left: Tensor, right: Tensor) -> None:
-    """``total += left @ right``, without rounding the product to half precision on the way."""
-    if left.dtype == total.dtype:
-        total.addmm_(left, right)
-    elif left.is_cuda:
-        total.add_(torch.mm(left, right, out_dtype=total.dtype))
-    else:
-        total.addmm_(left.to(total.dtype), right.to(total.dtype))
+def _restored(lengths: list[int], tensors: Sequence[Tensor | None]) -> tuple[Heads, Found]:
+    count = len(fields(Heads))
+    heads = Heads(*tensors[:count])  # type: ignore[arg-type]  # as they were
+    rest = iter(tensors[count:])
+    values = {name: next(rest) for name in _VALUES_OF_BACKWARD}
+    groups = [[cast(Tensor, next(rest)) for _ in range(length)] for length in lengths]
+    lse, vectors, blocks = groups[0], groups[1], groups[2:]
+    half = len(blocks) // 2
+    present = {name: value for name, value in values.items() if value is not None}
+    return heads, Found(present, lse, blocks[:half], blocks[half:], vectors)
 
 
 class _LinearStatistics(torch.autograd.Function):
-    """Statistics of rows of hidden states ``[N, D]``, a chunk of logits at a time.
-
-    Between forward and backward it holds the hidden states, the heads, the targets and per-row numbers: nothing of
-    size V beside the heads.
-    """
+    """Statistics of rows of hidden states ``[N, D]``; see :mod:`tokenpref.ops._blocks`."""
 
     @staticmethod
     def forward(
@@ -189,74 +190,48 @@ class _LinearStatistics(torch.autograd.Function):
         ref_head_weight: Tensor | None,
         targets: Tensor,
         needs: frozenset[str],
-        chunk_size: int,
+        budget: int,
+        with_grad: bool,
     ) -> tuple[Tensor | None, ...]:
         if not needs - {"entropy"}:
             ref_hidden = ref_head_weight = None
-        size, dtype = targets.shape[0], accumulation_dtype(hidden.dtype)
-        names = ["policy_logps", *(STATISTICS[name] for name in needs)]
-        values = {name: hidden.new_empty(size, dtype=dtype) for name in names}
-        lse = hidden.new_empty(size, dtype=dtype)
-        ref_lse = None
-        if ref_hidden is not None:
-            ref_lse = hidden.new_empty(size, dtype=accumulation_dtype(ref_hidden.dtype))
-        for part in _chunks(size, chunk_size):
-            logits = hidden[part] @ head_weight.T
-            rows = row_statistics(logits, _logits(ref_hidden, ref_head_weight, part), targets[part], needs)
-            for name in names:
-                values[name][part] = cast(Tensor, rows.values[name])
-            lse[part] = rows.lse
-            if ref_lse is not None and rows.ref_lse is not None:
-                ref_lse[part] = rows.ref_lse
-        if not needs & KL_STATISTICS:
-            ref_hidden = ref_head_weight = ref_lse = None  # the backward does not need them
-        ctx.save_for_backward(
-            hidden,
-            head_weight,
-            ref_hidden,
-            ref_head_weight,
-            targets,
-            lse,
-            ref_lse,
-            values.get("kl_policy_ref"),
-            values.get("entropy"),
+        heads = Heads(hidden, head_weight, targets, ref_hidden, ref_head_weight)
+        blocks = plan_blocks(
+            targets.shape[0],
+            head_weight.shape[0],
+            models=len(heads.pairs),
+            dtype=hidden.dtype,
+            device=hidden.device,
+            budget=budget,
         )
-        ctx.chunk_size = chunk_size
+        want_hidden, want_weight = (with_grad and want for want in ctx.needs_input_grad[:2])
+        # A frozen head needs no gradient of its own: the rows' gradient vectors are all that the backward asks for.
+        vectors = want_hidden and not want_weight and not needs & {"kl_policy_ref", "entropy"}
+        if vectors or not (want_hidden or want_weight):
+            blocks = replace(blocks, kept=0)
+        found = forward_blocks(heads, needs, blocks, vectors=vectors)
+        if not needs & KL_STATISTICS:
+            heads = replace(heads, ref_hidden=None, ref_weight=None)  # the backward does not need them
+            found.lse, found.shifts, found.kept = (
+                found.lse[:1],
+                [shifts[:1] for shifts in found.shifts],
+                [kept[:1] for kept in found.kept],
+            )
+        ctx.layout, tensors = _flattened(heads, found)
+        ctx.save_for_backward(*tensors)
+        ctx.blocks = blocks
         ctx.set_materialize_grads(False)
-        if "ref_logps" in values:
-            ctx.mark_non_differentiable(values["ref_logps"])
-        return tuple(values.get(name) for name in OUTPUTS)
+        if "ref_logps" in found.values:
+            ctx.mark_non_differentiable(found.values["ref_logps"])
+        return tuple(found.values.get(name) for name in OUTPUTS)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, head_weight, ref_hidden, ref_head_weight, targets, lse, ref_lse, kl_policy_ref, entropy = (
-            ctx.saved_tensors
-        )
+        heads, found = _restored(ctx.layout, ctx.saved_tensors)
         grads = {name: grad for name, grad in zip(OUTPUTS, output_grads, strict=True) if grad is not None}
         want_hidden, want_weight = ctx.needs_input_grad[:2]
-        grad_hidden = torch.empty_like(hidden) if want_hidden else None
-        grad_weight = None
-        if want_weight:
-            grad_weight = torch.zeros_like(head_weight, dtype=accumulation_dtype(head_weight.dtype))
-
-        def cut(values: Tensor | None, part: slice) -> Tensor | None:
-            return None if values is None else values[part]
-
-        for part in _chunks(targets.shape[0], ctx.chunk_size):
-            kept = {"kl_policy_ref": cut(kl_policy_ref, part), "entropy": cut(entropy, part)}
-            rows = RowStatistics(kept, lse[part], cut(ref_lse, part))
-            gradient = logit_gradient(
-                hidden[part] @ head_weight.T,
-                _logits(ref_hidden, ref_head_weight, part),
-                targets[part],
-                rows,
-                {name: grad[part] for name, grad in grads.items()},
-            ).to(hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[part] = gradient @ head_weight
-            if grad_weight is not None:
-                _add_product(grad_weight, gradient.T, hidden[part])
-        if grad_weight is not None:
-            grad_weight = grad_weight.to(head_weight.dtype)
-        return grad_hidden, grad_weight, None, None, None, None, None
+        grad_hidden, grad_weight = backward_blocks(
+            heads, found, grads, ctx.blocks, want_hidden=want_hidden, want_weight=want_weight
+        )
+        return grad_hidden, grad_weight, None, None, None, None, None, None

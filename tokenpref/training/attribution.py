@@ -79,7 +79,7 @@ def token_importances(
 
         def logps() -> Tensor:
             stats = linear_token_stats(
-                hidden, weight, None, None, labels, needs=frozenset(), chunk_size=scorer.head_chunk_size
+                hidden, weight, None, None, labels, needs=frozenset(), memory_mb=scorer.head_memory_mb
             )
             return stats.policy_logps
 

@@ -53,8 +53,8 @@ class ScoringConfig:
     dry_run: bool = flag(False)
     """Check everything that can be checked without the weights, say it, and stop; nothing is written."""
     fsdp_reshard_after_forward: bool = flag(True)
-    head_chunk_size: int = integer(512)
-    """Answer tokens whose logits exist at a time."""
+    head_memory_mb: float = number(512.0)
+    """MiB for logits: a part of the vocabulary at a time, and as much as fits is kept for the backward."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""

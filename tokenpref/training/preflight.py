@@ -27,7 +27,7 @@ _PROBE = 1 << 16
 _TYPICAL_WEIGHT = 0.02
 # A bfloat16 keeps 8 significant bits: a change of less than 2^-9 of a number can round back to it.
 _BF16_HALF_STEP = 2**-9
-_HEAD_TILES = 3  # logits of the policy, of the reference, and their gradient
+_LOGITS = 3  # the policy's, the reference's, and what is made of both
 
 
 @dataclass(frozen=True)
@@ -165,7 +165,7 @@ def estimate_memory(
         optimizer=optimizer,
         reference=share if reference else 0,
         activations=int(kept * tokens),
-        head=_HEAD_TILES * min(config.head_chunk_size, tokens) * vocabulary * 4,
+        head=min(int(config.head_memory_mb * 2**20), _LOGITS * tokens * vocabulary * 4),
         copy=share + optimizer if config.enable_async_checkpointing else 0,
     )
 
