@@ -3,7 +3,7 @@
 from tokenpref.distributed.plain_writing import Written
 from tokenpref.distributed.sharding import gradient_sync, is_sharded, shard, unsharded
 from tokenpref.distributed.state import (
-    StateCopy,
+    BackgroundWrite,
     check_sharded,
     full_state_dict,
     load_full_state_dict,
@@ -15,7 +15,7 @@ from tokenpref.distributed.state import (
 from tokenpref.distributed.world import World, init_world, launched_by_torchrun, single_process_world
 
 __all__ = [
-    "StateCopy",
+    "BackgroundWrite",
     "World",
     "Written",
     "check_sharded",

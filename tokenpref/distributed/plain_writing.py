@@ -7,7 +7,9 @@ no checksum beside the data could.
 
 from __future__ import annotations
 
+import errno
 import io
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,7 +24,10 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-__all__ = ["PlainWriter", "Written"]
+__all__ = ["Arena", "PlainWriter", "Written"]
+
+_PIECE = 16 << 20
+_ROOM_OF_A_SETTING = 1 << 16
 
 SERIALISED = "torch.save"
 """Marks a tensor that is not bare elements, such as quantised optimizer state."""
@@ -42,48 +47,58 @@ class Written:
 
 
 class PlainWriter(dcp.FileSystemWriter):
-    """Writes the shards of this process into one file.
+    """Writes the shards of this process into one file, at once or by way of memory.
 
     Args:
         path: an empty folder.
+        memory: where to put everything first; :meth:`flush` then writes the file. None: straight to the file.
 
     Attributes:
         written: what was written, by file name; the index, which comes last and is small, is not among it.
     """
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, memory: Arena | None = None) -> None:
         super().__init__(path)
         self.written: dict[str, Written] = {}
+        self._memory = memory
+        self._name = ""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write what the plan lists, and sync it to the disk."""
-        name = f"{plan.storage_data.prefix}0.distcp"
-        with (Path(self.path) / name).open("wb") as stream:
-            file = _HashedFile(stream)
-            results = [self._write(file, name, item, planner) for item in plan.items]
-            stream.flush()
-            os.fsync(stream.fileno())
-        self.written[name] = Written(file.size, file.hasher.hexdigest())
+        """Write what the plan lists, and sync it to the disk; with a memory, put it there."""
+        self._name = f"{plan.storage_data.prefix}0.distcp"
+        if self._memory is not None:
+            self._memory.start(_bytes_of(plan))
+            results = [self._write(self._memory, item, planner) for item in plan.items]
+        else:
+            with (Path(self.path) / self._name).open("wb") as stream:
+                file = _HashedFile(stream)
+                results = [self._write(file, item, planner) for item in plan.items]
+                stream.flush()
+                os.fsync(stream.fileno())
+            self.written[self._name] = Written(file.size, file.hasher.hexdigest())
         done: Future[list[WriteResult]] = Future()
         done.set_result(results)
         return done
 
-    @staticmethod
-    def _write(file: _HashedFile, name: str, item: WriteItem, planner: SavePlanner) -> WriteResult:
+    def flush(self) -> None:
+        """Write what lies in memory to its file, and sync it; no tensor is looked at, nothing is sent."""
+        assert self._memory is not None  # there is nothing to flush otherwise
+        self.written[self._name] = self._memory.to_file(Path(self.path) / self._name)
+
+    def _write(self, target: Arena | _HashedFile, item: WriteItem, planner: SavePlanner) -> WriteResult:
         data: Any = planner.resolve_data(item)
-        marks = None
+        marks, offset = None, target.size
         if item.type is WriteItemType.BYTE_IO:
-            content = data.getbuffer()
+            target.write(torch.frombuffer(data.getbuffer(), dtype=torch.uint8))
         elif type(data.detach()) is Tensor:
-            content = _elements(data.detach())
+            target.write(_elements(data.detach()))
         else:
             buffer, marks = io.BytesIO(), [SERIALISED]
             torch.save(data.detach().cpu(), buffer)
-            content = buffer.getbuffer()
-        offset = file.size
-        file.write(content)
-        place = _StorageInfo(name, offset, file.size - offset, transform_descriptors=marks)
-        return WriteResult(index=item.index, size_in_bytes=file.size - offset, storage_data=place)
+            target.write(torch.frombuffer(buffer.getbuffer(), dtype=torch.uint8))
+        length = target.size - offset
+        place = _StorageInfo(self._name, offset, length, transform_descriptors=marks)
+        return WriteResult(index=item.index, size_in_bytes=length, storage_data=place)
 
 
 class _HashedFile:
@@ -93,13 +108,79 @@ class _HashedFile:
         self._stream = stream
         self.hasher, self.size = xxhash.xxh3_128(), 0
 
-    def write(self, content: memoryview) -> None:
-        self.hasher.update(content)
-        self._stream.write(content)
-        self.size += content.nbytes
+    def write(self, content: Tensor) -> None:
+        view = content.cpu().numpy().data
+        self.hasher.update(view)
+        self._stream.write(view)
+        self.size += view.nbytes
 
 
-def _elements(tensor: Tensor) -> memoryview:
-    """A tensor's elements as bytes, not copied if they lie on the CPU in their order."""
-    flat = tensor.cpu().contiguous().reshape(-1)
-    return flat.view(torch.uint8).numpy().data
+class Arena:
+    """Memory for a file's content that every save uses again.
+
+    It goes to the disk past the page cache where the file system allows: 1.6 GB of cache would have to be found, filled and
+    written out by processors that the training needs.
+    """
+
+    def __init__(self) -> None:
+        self._memory = mmap.mmap(-1, _PIECE)
+        self.size = 0
+
+    def start(self, capacity: int) -> None:
+        """Forget what is there, and make room."""
+        self.size = 0
+        if capacity > len(self._memory):
+            self._memory = mmap.mmap(-1, -(-capacity // _PIECE) * _PIECE)
+
+    def write(self, content: Tensor) -> None:
+        """Add a flat tensor of bytes, from whatever device."""
+        end = self.size + content.numel()
+        if end > len(self._memory):
+            raise ValueError(f"{end} bytes for a memory of {len(self._memory)}")
+        if content.numel():
+            torch.frombuffer(self._memory, dtype=torch.uint8)[self.size : end].copy_(content)
+        self.size = end
+
+    def to_file(self, file: Path) -> Written:
+        """Write and sync the content."""
+        hasher, view = xxhash.xxh3_128(), memoryview(self._memory)
+        descriptor = _opened(file)
+        try:
+            for start in range(0, self.size, _PIECE):
+                hasher.update(view[start : min(start + _PIECE, self.size)])
+                # Whole pages, as direct writing wants them; what is too much at the end is cut off below.
+                end = min(start + _PIECE, -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE)
+                while start < end:
+                    start += os.write(descriptor, view[start:end])
+            os.ftruncate(descriptor, self.size)
+            os.fsync(descriptor)
+        finally:
+            os.close(descriptor)
+        return Written(self.size, hasher.hexdigest())
+
+
+def _opened(file: Path) -> int:
+    """A new file for direct writing, or for plain writing where there is none (tmpfs, some network file systems)."""
+    flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
+    try:
+        return os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o644)
+    except OSError as error:
+        if error.errno != errno.EINVAL:
+            raise
+        return os.open(file, flags, 0o644)
+
+
+def _bytes_of(plan: SavePlan) -> int:
+    """Room for a plan's tensors, and for what else it lists: settings of an optimizer, a few bytes each."""
+    total = 0
+    for item in plan.items:
+        data = item.tensor_data
+        total += (
+            _ROOM_OF_A_SETTING if data is None else data.chunk.sizes.numel() * data.properties.dtype.itemsize
+        )
+    return total
+
+
+def _elements(tensor: Tensor) -> Tensor:
+    """A tensor's elements as bytes, where they lie, not copied if they stand in their order."""
+    return tensor.contiguous().reshape(-1).view(torch.uint8)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -11,7 +11,6 @@ import torch
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
-from torch.distributed.checkpoint.staging import DefaultStager, StagingOptions
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
@@ -21,13 +20,13 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
-from tokenpref.distributed.plain_writing import PlainWriter, Written
+from tokenpref.distributed.plain_writing import Arena, PlainWriter, Written
 from tokenpref.distributed.safe_reading import SafePlanner, SafeReader
 from tokenpref.distributed.world import World
 from tokenpref.errors import TokenprefError
 
 __all__ = [
-    "StateCopy",
+    "BackgroundWrite",
     "check_sharded",
     "full_state_dict",
     "load_full_state_dict",
@@ -103,7 +102,7 @@ def write_sharded(path: Path, state: dict[str, Any], world: World) -> dict[str, 
 
     Args:
         path: an empty folder.
-        state: from :func:`sharded_state`, or a :class:`StateCopy` of it.
+        state: from :func:`sharded_state`, or nothing else.
         world: the processes; for a call from another thread :meth:`World.aside`.
 
     Returns:
@@ -115,27 +114,49 @@ def write_sharded(path: Path, state: dict[str, Any], world: World) -> dict[str, 
     writer = PlainWriter(path)
     with _plain_failures(f"{path}: the checkpoint cannot be written"):
         dcp.save(state, storage_writer=writer, process_group=world.group)
+    return _of_all(writer, world)
+
+
+def _of_all(writer: PlainWriter, world: World) -> dict[str, Written]:
     return {
         name: written for files in world.gather_objects(writer.written) for name, written in files.items()
     }
 
 
-class StateCopy:
-    """Copies of a state in main memory that training does not change; the memory is used again at the next copy."""
+class BackgroundWrite:
+    """A save in two parts: everything is copied to memory while nothing moves, and written by another thread.
 
-    def __init__(self) -> None:
-        options = StagingOptions(
-            use_pinned_memory=torch.cuda.is_available(),
-            use_shared_memory=False,
-            use_async_staging=False,
-            use_non_blocking_copy=torch.cuda.is_available(),
-        )
-        self._stager = DefaultStager(options)
+    Args:
+        world: the processes, with a group of their own for that thread (:meth:`World.aside`).
+    """
 
-    def take(self, state: dict[str, Any]) -> dict[str, Any]:
-        """A copy, valid until the next one is taken."""
-        copied: dict[str, Any] = self._stager.stage(state)  # type: ignore[assignment]  # no future: it stages at once
-        return copied
+    def __init__(self, world: World) -> None:
+        self._world = world
+        self._memory = Arena()
+
+    def take(self, path: Path, state: dict[str, Any]) -> Callable[[], dict[str, Written]]:
+        """Copy the shards of this process; every process calls it, in the thread that trains.
+
+        Args:
+            path: an empty folder.
+            state: from :func:`sharded_state`.
+
+        Returns:
+            What writes them to the folder, to be called in another thread, on every process, before the next copy is taken. It
+            returns what :func:`write_sharded` does.
+
+        Raises:
+            TokenprefError: on every process, if one of them cannot copy.
+        """
+        writer = PlainWriter(path, self._memory)
+        with _plain_failures(f"{path}: the checkpoint cannot be written"):
+            dcp.save(state, storage_writer=writer, process_group=self._world.group)
+
+        def write() -> dict[str, Written]:
+            self._world.together(writer.flush)
+            return _of_all(writer, self._world)
+
+        return write
 
 
 def check_sharded(path: Path) -> None:

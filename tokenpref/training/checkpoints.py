@@ -25,7 +25,7 @@ from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import (
-    StateCopy,
+    BackgroundWrite,
     World,
     Written,
     check_sharded,
@@ -239,8 +239,7 @@ class _BackgroundWriter:
     """
 
     def __init__(self, world: World) -> None:
-        self._world = world.aside()
-        self._copy = StateCopy()
+        self._save = BackgroundWrite(world.aside())
         self._thread = ThreadPoolExecutor(
             max_workers=1, thread_name_prefix="checkpoint", initializer=_step_back
         )
@@ -249,10 +248,10 @@ class _BackgroundWriter:
         self, folder: Path, state: dict[str, Any], then: Callable[[Mapping[str, Written]], None] | None
     ) -> Future[None]:
         """Copy the state, and write it to the folder in the background; ``then`` comes after, on the same thread."""
-        copied = self._copy.take(state)
+        write_copy = self._save.take(folder, state)
 
         def write() -> None:
-            written = write_sharded(folder, copied, self._world)
+            written = write_copy()
             if then is not None:
                 then(written)
 
