@@ -245,6 +245,14 @@ def load_shards(folder):
     return state
 
 
+def test_a_checkpoint_says_whose_it_is_and_of_what(run, tmp_path):
+    run("output_dir=mine", *EVERY_TWO, until=5)
+    facts = json.loads((tmp_path / "mine/checkpoints/step_4/progress.json").read_text())["facts"]
+    assert facts["run"] == json.loads((tmp_path / "mine/run.json").read_text())["id"]
+    assert facts["config"]["optimizer"]["lr"] == 0.001 and facts["pairs_per_step"] == 8
+    assert all(len(facts[name]) == 64 for name in ("data", "reference"))
+
+
 def test_a_run_killed_while_it_saves_in_the_background_goes_on(run, tmp_path):
     run("output_dir=whole", *EVERY_TWO)
     run("output_dir=mine", *IN_BACKGROUND, until=5)

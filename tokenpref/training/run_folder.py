@@ -286,6 +286,11 @@ class RunFolder:
             write_json(self.path / RUN_FILE, record)
         self.world.barrier()
 
+    def run_id(self) -> str | None:
+        """The run that owns the folder; None before it is claimed."""
+        owner = self._owner()
+        return None if owner is None else str(owner["id"])
+
     def claim_once(self) -> None:
         """Make the folder this run's unless it is already; nothing in it is removed."""
         # Decided by the main process alone: its file may appear while another process looks.

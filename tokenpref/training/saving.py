@@ -79,7 +79,8 @@ class Saver:
         folder: its folder.
         world: its processes.
         facts: what has to be the same when the run continues: ``pairs_per_step``, ``steps_per_epoch``, ``data`` (fingerprint),
-            ``reference`` (digest), ``seed``, ``shuffle``; and ``config``, whose differences are only said.
+            ``reference`` (digest), ``seed``, ``shuffle``; and ``config``, whose differences are only said. The run's id
+            joins them in what is written.
     """
 
     def __init__(
@@ -162,7 +163,7 @@ class Saver:
                 state.scheduler,
                 progress,
                 live=state.rows(),
-                facts=self._facts,
+                facts={**self._facts, "run": self._folder.run_id() if self._world.is_main else None},
                 keep_last=self._config.keep_last,
                 background=self._config.enable_async_checkpointing and not stopping,
             )
