@@ -7,6 +7,7 @@ import json
 from pathlib import Path
 
 import pytest
+from support.tokenizers import train_sentencepiece
 from tokenizers import AddedToken, Tokenizer, decoders, models, pre_tokenizers, processors
 
 SPECIALS = ["<s>", "</s>", "<pad>", "<|im_start|>", "<|im_end|>"]
@@ -101,21 +102,5 @@ def tiktoken_file(tmp_path) -> str:
 
 @pytest.fixture(scope="session")
 def sentencepiece_file(tmp_path_factory) -> str:
-    import sentencepiece
-
-    folder = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text.txt").write_text(
-        "hello world the cat sat\nthe dog and the cat\nhello again my friend\n" * 20
-    )
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "model"),
-        vocab_size=310,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
-    )
-    return str(folder / "model.model")
+    lines = ["hello world the cat sat", "the dog and the cat", "hello again my friend"]
+    return train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), lines, vocab_size=310)

@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import base64
 import tempfile
-from pathlib import Path
 
 import pytest
 from hypothesis import configuration, settings
+from support.tokenizers import train_sentencepiece
 
 from tokenpref.data import Tokenizer, adapt_tokenizer, tokenizer_json
 
@@ -39,24 +39,13 @@ def tiktoken_tokenizer(tmp_path_factory) -> Tokenizer:
 
 @pytest.fixture(scope="session")
 def sentencepiece_tokenizer(tmp_path_factory) -> Tokenizer:
-    """torchtune's Llama 2 over a model with byte fallback, trained on four lines."""
-    import sentencepiece
+    """torchtune's Llama 2 over a model with byte fallback."""
     from torchtune.models.llama2 import llama2_tokenizer
 
-    folder: Path = tmp_path_factory.mktemp("sentencepiece")
-    (folder / "text.txt").write_text("hello world the cat sat\nhello again my friend\n" * 20)
-    sentencepiece.SentencePieceTrainer.train(
-        input=str(folder / "text.txt"),
-        model_prefix=str(folder / "model"),
-        vocab_size=300,
-        model_type="bpe",
-        byte_fallback=True,
-        normalization_rule_name="identity",
-        remove_extra_whitespaces=False,
-        hard_vocab_limit=False,
-        minloglevel=2,
+    lines = ["hello world the cat sat", "hello again my friend"]
+    return adapt_tokenizer(
+        llama2_tokenizer(train_sentencepiece(tmp_path_factory.mktemp("sentencepiece"), lines, vocab_size=300))
     )
-    return adapt_tokenizer(llama2_tokenizer(str(folder / "model.model")))
 
 
 @pytest.fixture(scope="session", params=["byte", "tiktoken", "sentencepiece"])

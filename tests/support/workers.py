@@ -9,7 +9,7 @@ from typing import Any
 import torch
 
 from support import evaluating, small
-from tokenpref.distributed import World, full_state_dict, load_sharded, save_sharded, shard
+from tokenpref.distributed import World, full_state_dict, load_sharded, shard, sharded_state, write_sharded
 from tokenpref.errors import TokenprefError
 from tokenpref.models.reference import FrozenReference, NoReference
 from tokenpref.models.scoring import ScoringModel
@@ -133,7 +133,7 @@ def save_and_load(world: World, folder: str, load: bool) -> dict[str, Any]:
 
     if not load:
         step()
-        save_sharded(Path(folder), model, optimizer, world)
+        write_sharded(Path(folder), sharded_state(model, optimizer), world)
     else:
         load_sharded(Path(folder), model, optimizer)
     step()

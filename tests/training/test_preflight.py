@@ -9,7 +9,7 @@ from support.commands import tune
 from torch.autograd.graph import saved_tensors_hooks
 
 from tokenpref.errors import ConfigError, DryRun
-from tokenpref.training import PreferenceTrainer
+from tokenpref.training import ContrastiveReference, PreferenceTrainer
 from tokenpref.training.cli import load_config
 from tokenpref.training.config import TrainConfig
 from tokenpref.training.preflight import bf16_fault, estimate_memory, meta_model
@@ -158,3 +158,26 @@ def test_it_does_not_load_weights(tmp_path, monkeypatch):
     with pytest.raises(DryRun):
         trainer.setup()
     trainer.close()
+
+
+@pytest.mark.parametrize("method", ["prompt", "dpo"])
+def test_a_dry_run_of_a_pair_with_nothing_left_to_train_writes_nothing(tmp_path, monkeypatch, method):
+    """Prompts train nothing, and finished sides are not trained again: what is left to do is the writing."""
+    monkeypatch.chdir(tmp_path)
+    words = [
+        f"method={method}",
+        "positive_prompt=Be kind.",
+        "negative_prompt=Be rude.",
+        "max_steps_per_epoch=1",
+    ]
+    cfg = load_config(["--config", "tiny/contrastive_reference", "output_dir=pair", *words])
+    if method == "dpo":
+        built = ContrastiveReference(cfg.copy())
+        built.run()
+        built.close()
+        (tmp_path / "pair/pair.yaml").unlink()
+    before = sorted(tmp_path.rglob("*"))
+    cfg.dry_run = True
+    with pytest.raises(DryRun, match=r"nothing was written to .*pair"):
+        ContrastiveReference(cfg).run()
+    assert sorted(tmp_path.rglob("*")) == before

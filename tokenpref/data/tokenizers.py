@@ -10,6 +10,7 @@ from typing import Any, Protocol, runtime_checkable
 
 import tokenizers
 
+from tokenpref._files import read_text
 from tokenpref._paths import resolve_path
 from tokenpref.data.chat import ChatTemplate
 from tokenpref.errors import ConfigError
@@ -285,16 +286,7 @@ def _given_template(chat_template: str) -> str:
     file = resolve_path(chat_template)
     if not file.is_file():
         raise ConfigError(f"tokenizer.chat_template: no file {file}")
-    return _read_template(file)
-
-
-def _read_template(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise ConfigError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
+    return read_text(file, ConfigError)
 
 
 class _Beside:
@@ -336,7 +328,7 @@ class _Beside:
     def chat_template(self) -> str | None:
         file = self._folder / "chat_template.jinja"
         if file.is_file():
-            return _read_template(file)
+            return read_text(file, ConfigError)
         for settings in (self._optional("chat_template.json"), self._named[0]):
             template = _default_template(settings.get("chat_template"))
             if template is not None:

@@ -8,7 +8,6 @@ from tokenpref.distributed.state import (
     full_state_dict,
     load_full_state_dict,
     load_sharded,
-    save_sharded,
     sharded_state,
     write_sharded,
 )
@@ -26,7 +25,6 @@ __all__ = [
     "launched_by_torchrun",
     "load_full_state_dict",
     "load_sharded",
-    "save_sharded",
     "shard",
     "sharded_state",
     "single_process_world",

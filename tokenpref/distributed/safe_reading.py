@@ -107,7 +107,8 @@ class SafeReader(dcp.FileSystemReader):
             place = self.storage_data[item.storage_index]
             with (Path(self.path) / place.relative_path).open("rb") as stream:
                 stream.seek(place.offset)
-                data = stream.read(place.length)
+                data = bytearray(place.length)
+                stream.readinto(data)
             if item.type is LoadItemType.BYTE_IO:
                 planner.load_bytes(item, io.BytesIO(data))
                 continue
@@ -124,7 +125,7 @@ class SafeReader(dcp.FileSystemReader):
         done.set_result(None)
         return done
 
-    def _chunk(self, index: metadata.MetadataIndex, data: bytes, *, whole: bool) -> Tensor:
+    def _chunk(self, index: metadata.MetadataIndex, data: bytearray, *, whole: bool) -> Tensor:
         """A stored part of a tensor: its bare elements, or, where these have a structure, what PyTorch serialised."""
         described = self._tensors[index.fqn]
         if not isinstance(described, metadata.TensorStorageMetadata):
@@ -140,11 +141,7 @@ class SafeReader(dcp.FileSystemReader):
             raise ValueError(
                 f"{index.fqn} has {len(data)} bytes there, and its size {list(size)} needs another number"
             )
-        return (
-            torch.frombuffer(bytearray(data), dtype=dtype).view(size)
-            if data
-            else torch.empty(size, dtype=dtype)
-        )
+        return torch.frombuffer(data, dtype=dtype).view(size) if data else torch.empty(size, dtype=dtype)
 
     def read_metadata(self, *args: Any, **kwargs: Any) -> metadata.Metadata:
         """The checkpoint's index."""

@@ -31,7 +31,6 @@ __all__ = [
     "full_state_dict",
     "load_full_state_dict",
     "load_sharded",
-    "save_sharded",
     "sharded_state",
     "write_sharded",
 ]
@@ -86,11 +85,6 @@ def _plain_failures(what: str) -> Iterator[None]:
         raise TokenprefError(f"{what} (rank {rank}: {type(cause).__name__}: {text[0]})") from error
 
 
-def save_sharded(path: Path, model: nn.Module, optimizer: Optimizer, world: World) -> dict[str, Written]:
-    """Write model and optimizer to the folder ``path``, each process its own shards; see :func:`write_sharded`."""
-    return write_sharded(path, sharded_state(model, optimizer), world)
-
-
 def sharded_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """What :func:`write_sharded` writes: this process's shards, not copied. Every process must call it."""
     weights, state = get_state_dict(model, optimizer)
@@ -102,8 +96,8 @@ def write_sharded(path: Path, state: dict[str, Any], world: World) -> dict[str, 
 
     Args:
         path: an empty folder.
-        state: from :func:`sharded_state`, or nothing else.
-        world: the processes; for a call from another thread :meth:`World.aside`.
+        state: from :func:`sharded_state`.
+        world: the processes.
 
     Returns:
         The shards of all processes by their file names, with checksums that were made as they were written.
@@ -160,7 +154,7 @@ class BackgroundWrite:
 
 
 def check_sharded(path: Path) -> None:
-    """Check the index of what :func:`save_sharded` wrote, before any process reads anything else.
+    """Check the index of what :func:`write_sharded` wrote, before any process reads anything else.
 
     PyTorch would look for another index and print where it failed.
 
@@ -178,7 +172,7 @@ def check_sharded(path: Path) -> None:
 
 
 def load_sharded(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
-    """Read what :func:`save_sharded` wrote, into a model and a fresh optimizer, in place.
+    """Read what :func:`write_sharded` wrote, into a model and a fresh optimizer, in place.
 
     The number of processes may differ from the one that wrote.
     """

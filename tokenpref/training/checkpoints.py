@@ -23,6 +23,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
+from tokenpref._files import write_json
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import (
     BackgroundWrite,
@@ -43,7 +44,6 @@ __all__ = [
     "fault_of",
     "read_progress",
     "seal",
-    "write_json",
 ]
 
 MANIFEST = "manifest.json"
@@ -361,13 +361,6 @@ def fault_of(folder: Path) -> str | None:
         if _digest(present[name]) != digest:
             return f"{name} is not what was written (its checksum differs)"
     return None
-
-
-def write_json(path: Path, record: dict[str, Any]) -> None:
-    """Write plain data in one piece: the old file or the new one, never half of it."""
-    temporary = path.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, path)
 
 
 def _files(folder: Path) -> Iterator[Path]:

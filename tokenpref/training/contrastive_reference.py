@@ -12,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 from tokenpref.components import COMPONENT, accepts
 from tokenpref.data import adapt_tokenizer
 from tokenpref.distributed import World, init_world
+from tokenpref.errors import DryRun
 from tokenpref.training.config import TrainConfig, loss_faults
 from tokenpref.training.pair import METHODS, SIDES, nested_components, write_pair
 from tokenpref.training.run_folder import RunFolder
@@ -88,6 +89,7 @@ class ContrastiveReference:
         self._cfg = cfg
         self.config = read_config(ContrastiveConfig, cfg, self._faults)
         self.world: World | None = None
+        self._folder: RunFolder | None = None
 
     def _faults(self, config: ContrastiveConfig) -> list[str]:
         faults = loss_faults(config.loss, PreferenceTrainer.provides, self.recipe)
@@ -102,22 +104,27 @@ class ContrastiveReference:
 
         Returns:
             The pair's folder.
+
+        Raises:
+            DryRun: after the checks, with ``dry_run: true``.
         """
         config = self.config
         folder = Path(config.output_dir).expanduser().absolute()
         self.world = init_world(config.device)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
-        own = RunFolder(folder, plain, self.recipe, self.world)
+        self._folder = own = RunFolder(folder, plain, self.recipe, self.world)
         own.start(False)
         sides: dict[str, dict[str, Any]] = {}
         if config.method == "prompt":
             prompts = (config.positive_prompt, config.negative_prompt)
             sides = {s: {"checkpoint": None, "prompt": p} for s, p in zip(SIDES, prompts, strict=True)}
-            own.claim_once()
         else:
             for side in SIDES:
                 weights = self._build_side(folder, side, own)
                 sides[side] = {"checkpoint": weights.relative_to(folder).as_posix(), "prompt": None}
+        if config.dry_run:  # a side that is still to be trained has ended the run in its own checks
+            raise DryRun(f"dry run: nothing is left to train, nothing was written to {folder}")
+        own.claim_once()
         if self.world.is_main:
             write_pair(
                 folder,
@@ -174,7 +181,9 @@ class ContrastiveReference:
             log.info(message)
 
     def close(self) -> None:
-        """Leave the process group."""
+        """Let other runs into the folder, and leave the process group."""
+        if self._folder is not None:
+            self._folder.unlock()
         if self.world is not None:
             self.world.close()
 

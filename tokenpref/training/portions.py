@@ -10,8 +10,8 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+from tokenpref._files import write_json
 from tokenpref.distributed import World
-from tokenpref.training.checkpoints import write_json
 
 __all__ = ["KeptPortions", "Portions"]
 

@@ -15,11 +15,12 @@ from pathlib import Path
 from typing import Any
 
 from tokenpref import __version__
+from tokenpref._files import write_json
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
-from tokenpref.training.checkpoints import MANIFEST, PROGRESS, Checkpoints, fault_of, seal, write_json
+from tokenpref.training.checkpoints import MANIFEST, PROGRESS, Checkpoints, fault_of, seal
 
 __all__ = ["RunFolder", "config_fingerprint"]
 

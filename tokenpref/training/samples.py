@@ -7,6 +7,7 @@ import math
 from pathlib import Path
 from typing import Any
 
+from tokenpref._files import read_text
 from tokenpref.errors import DataError
 
 __all__ = ["read_openings", "read_samples"]
@@ -18,7 +19,7 @@ def read_openings(file: Path) -> list[str]:
     Raises:
         DataError: if it is no text, or holds none.
     """
-    openings = [line for line in _text(file).splitlines() if line.strip()]
+    openings = [line for line in read_text(file, DataError).splitlines() if line.strip()]
     if not openings:
         raise DataError(f"{file}: no openings; write one a line")
     return openings
@@ -32,7 +33,7 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
     """
     records: list[dict[str, Any]] = []
     # Not splitlines: JSON writes some line separators of Unicode as they are.
-    for number, line in enumerate(_text(file).removesuffix("\n").split("\n"), start=1):
+    for number, line in enumerate(read_text(file, DataError).removesuffix("\n").split("\n"), start=1):
         where = f"{file}, line {number}"
         try:
             record = json.loads(line)
@@ -51,12 +52,3 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
             )
         records.append(record)
     return records
-
-
-def _text(file: Path) -> str:
-    try:
-        return file.read_text(encoding="utf-8")
-    except UnicodeDecodeError as error:
-        raise DataError(
-            f"{file} is not UTF-8 text ({error.reason} at byte {error.start}); save it as UTF-8"
-        ) from error
