@@ -12,7 +12,12 @@ from torchtune.config._utils import _get_component_from_path as component_from_p
 from torchtune.data import Message
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.llama3_2 import llama3_2
-from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
+from torchtune.modules import (
+    MultiHeadAttention,
+    TiedLinear,
+    TransformerDecoder,
+    TransformerSelfAttentionLayer,
+)
 from torchtune.modules.common_utils import local_kv_cache
 from torchtune.training import (
     compile_model,
@@ -27,6 +32,7 @@ from torchtune.training import (
 __all__ = [
     "InstantiationError",
     "Message",
+    "MultiHeadAttention",
     "TiedLinear",
     "TransformerDecoder",
     "TransformerSelfAttentionLayer",

@@ -194,7 +194,7 @@ class Evaluation:
             tokens,
             labels,
             needs=frozenset({"ref", name}),
-            ref_hidden=self.reference.hidden(tokens),
+            ref_hidden=self.reference.answer_hidden(tokens, labels),
             ref_head_weight=self.reference.head.weight,
         )
         return stats.require(name).double().sum(-1).tolist()

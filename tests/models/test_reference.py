@@ -4,7 +4,7 @@ from support import small
 
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference
 from tokenpref.models.scoring import logits_of
-from tokenpref.ops import token_stats_from_logits
+from tokenpref.ops import AnswerRows, token_stats_from_logits
 from tokenpref.training.scoring import score_pairs
 
 BATCH = small.batch([0, 1, 2])
@@ -57,7 +57,10 @@ def test_hidden_states_and_head_for_a_kl(reference, forwards, needs):
         hidden, weight = output.hidden, output.head_weight
     assert forwards == [1] and not hidden.requires_grad and not weight.requires_grad
     torch.testing.assert_close(
-        hidden @ weight.T, logits_of(reference.scorer.model, BATCH.tokens), atol=1e-12, rtol=0
+        hidden @ weight.T,
+        AnswerRows.of(BATCH.labels).take(logits_of(reference.scorer.model, BATCH.tokens)),
+        atol=1e-12,
+        rtol=0,
     )
 
 

@@ -48,7 +48,7 @@ def test_statistics_are_those_of_the_decoders_logits(tied, memory_mb):
     scorer = ScoringModel(small.decoder(0, tied=tied), head_memory_mb=memory_mb)
     other = ScoringModel(reference)
     with torch.no_grad():
-        ref_hidden = other.hidden(BATCH.tokens)
+        ref_hidden = other.answer_hidden(BATCH.tokens, BATCH.labels)
     stats = scorer.token_stats(
         BATCH.tokens,
         BATCH.labels,

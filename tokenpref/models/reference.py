@@ -25,7 +25,8 @@ class ReferenceOutput:
 
     Args:
         logps: per-token log-probabilities ``[2B, T]``.
-        hidden: last hidden states ``[2B, L, D]``.
+        hidden: last hidden states ``[N, D]`` at the positions that predict the answers' tokens, as
+            :meth:`tokenpref.models.ScoringModel.answer_hidden` returns them.
         head_weight: LM head ``[V, D]``, whole for as long as the context is open.
     """
 
@@ -66,7 +67,7 @@ class FrozenReference:
             yield ReferenceOutput(logps=self.scorer.logps(batch.tokens, batch.labels))
         else:
             with torch.no_grad():
-                hidden = self.scorer.hidden(batch.tokens)
+                hidden = self.scorer.answer_hidden(batch.tokens, batch.labels)
             # The backward recomputes the reference's logits from this weight: it stays whole until the context ends.
             with unsharded(self.scorer.model):
                 yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head.weight.detach())

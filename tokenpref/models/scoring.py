@@ -9,7 +9,6 @@ from __future__ import annotations
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import fields
 from typing import Any
 
 import torch
@@ -17,7 +16,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
-from tokenpref.ops import DEFAULT_MEMORY_MB, linear_token_stats
+from tokenpref.models.padding_free import PackedRows, install_segments
+from tokenpref.ops import DEFAULT_MEMORY_MB, AnswerRows, score_tokens
+from tokenpref.ops.answers import check_shapes, needs_of_rows
 from tokenpref.stats import TokenStats
 
 __all__ = ["ScoringModel", "StatsHead", "install_head", "logits_of", "next_token_logits"]
@@ -114,12 +115,26 @@ class ScoringModel:
     Args:
         model: a torchtune decoder, sharded or not.
         head_memory_mb: MiB for logits; see :func:`tokenpref.ops.linear_token_stats`.
+        padding_free: score sequences one after another, so that nothing is computed for padding; see
+            :mod:`tokenpref.models.padding_free`. False: padded batches, which any decoder takes.
+
+    Raises:
+        TypeError: for a model without a plain linear head, or with an attention that only takes padded batches.
     """
 
-    def __init__(self, model: TransformerDecoder, *, head_memory_mb: float = DEFAULT_MEMORY_MB) -> None:
+    def __init__(
+        self,
+        model: TransformerDecoder,
+        *,
+        head_memory_mb: float = DEFAULT_MEMORY_MB,
+        padding_free: bool = True,
+    ) -> None:
         self.model = model
         self.head = install_head(model)
         self.head_memory_mb = head_memory_mb
+        self.padding_free = padding_free
+        if padding_free:
+            install_segments(model)
 
     @contextmanager
     def _job(self, job: HeadJob) -> Iterator[None]:
@@ -129,21 +144,52 @@ class ScoringModel:
         finally:
             self.head.job = None
 
-    def run(self, tokens: Tensor, job: HeadJob) -> Any:
+    def run(self, tokens: Tensor, job: HeadJob, **kwargs: Any) -> Any:
         """One forward, in which ``job`` takes the head's place.
 
         Args:
             tokens: ``[B, L]`` ids, right padded.
             job: last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``, whole inside the call alone, to what
                 is returned. Under FSDP2 what it returns has to be a tensor or a dict of tensors: their backward is hooked.
+            kwargs: handed to the decoder (``mask``, ``input_pos``).
         """
         with self._job(job):
-            return self.model(tokens)[0]
+            return self.model(tokens, **kwargs)[0]
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Last hidden states ``[B, L, D]``, after the final norm."""
         hidden: Tensor = self.run(tokens, lambda hidden, _weight: hidden)
         return hidden
+
+    def answer_hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
+        """Last hidden states ``[N, D]`` at the positions that predict the labelled tokens.
+
+        Args:
+            tokens: ``[B, L]`` ids, right padded.
+            labels: ``[B, L]`` ids, -100 where no token is scored.
+
+        Returns:
+            Row by row, in the order of the tokens.
+        """
+        hidden: Tensor = self._answers(tokens, labels, AnswerRows.of(labels), lambda hidden, _weight: hidden)
+        return hidden
+
+    def _answers(self, tokens: Tensor, labels: Tensor, rows: AnswerRows, job: HeadJob) -> Any:
+        """One forward, in which ``job`` gets the hidden states ``[N, D]`` of the answers' positions."""
+        if not self.padding_free:
+            return self.run(tokens, lambda hidden, weight: job(rows.take(hidden), weight))
+        packed = PackedRows.of(tokens, labels, rows)
+        longest = max(packed.segments.lengths)
+        if longest > self.model.max_seq_len:
+            raise ValueError(
+                f"a sequence has {longest} tokens and the model's context is {self.model.max_seq_len}"
+            )
+        return self.run(
+            packed.tokens,
+            lambda hidden, weight: job(hidden.squeeze(1).index_select(0, packed.answers), weight),
+            mask=packed.segments,
+            input_pos=packed.positions,
+        )
 
     def token_stats(
         self,
@@ -163,30 +209,30 @@ class ScoringModel:
             labels: ``[B, L]`` ids, -100 where no token is scored.
             needs: names of the statistics wanted beside the log-probabilities.
             ref_logps: the reference's per-token log-probabilities ``[B, L-1]``, if it scored itself.
-            ref_hidden: the reference's last hidden states ``[B, L, D']``, for the KL terms.
+            ref_hidden: the reference's last hidden states ``[N, D']`` as :meth:`answer_hidden` returns them, for the KL terms.
             ref_head_weight: the reference's head ``[V, D']``.
             weights: token weights ``[B, L-1]``.
 
         Returns:
             Token statistics with ``T = L - 1`` columns; gradients flow to the model.
         """
+        rows = AnswerRows.of(labels)
+        check_shapes(labels, {}, {"weights": weights, "ref_logps": ref_logps})
+        from_hidden = needs_of_rows(needs, ref_hidden, ref_logps)
 
+        # A dict of tensors: FSDP2 looks for the tensors in a forward's output to hook its backward.
         def job(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-            stats = linear_token_stats(
+            return score_tokens(
                 hidden,
                 weight,
-                ref_hidden,
-                ref_head_weight,
-                labels,
-                ref_logps=ref_logps,
-                weights=weights,
-                needs=needs,
+                rows.targets,
+                ref_hidden=ref_hidden,
+                ref_head_weight=ref_head_weight,
+                needs=from_hidden,
                 memory_mb=self.head_memory_mb,
             )
-            # A dict of tensors: FSDP2 looks for the tensors in a forward's output to hook its backward.
-            return {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
 
-        return TokenStats(**self.run(tokens, job))
+        return rows.token_stats(self._answers(tokens, labels, rows, job), ref_logps, weights)
 
     @torch.no_grad()
     def logps(self, tokens: Tensor, labels: Tensor) -> Tensor:

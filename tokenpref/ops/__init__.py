@@ -2,7 +2,14 @@
 
 from __future__ import annotations
 
+from tokenpref.ops.answers import AnswerRows
 from tokenpref.ops.linear import DEFAULT_MEMORY_MB, linear_token_stats, score_tokens
 from tokenpref.ops.logits import token_stats_from_logits
 
-__all__ = ["DEFAULT_MEMORY_MB", "linear_token_stats", "score_tokens", "token_stats_from_logits"]
+__all__ = [
+    "DEFAULT_MEMORY_MB",
+    "AnswerRows",
+    "linear_token_stats",
+    "score_tokens",
+    "token_stats_from_logits",
+]

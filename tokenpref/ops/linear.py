@@ -10,9 +10,9 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenpref.ops._answers import AnswerRows, check_needs, check_reference, check_shapes
 from tokenpref.ops._blocks import MIB, Found, Heads, backward_blocks, forward_blocks, plan_blocks
 from tokenpref.ops._closed_form import KL_STATISTICS, OUTPUTS
+from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, check_shapes, needs_of_rows
 from tokenpref.stats import TokenStats
 
 __all__ = ["DEFAULT_MEMORY_MB", "linear_token_stats", "score_tokens"]
@@ -62,13 +62,11 @@ def linear_token_stats(
     Raises:
         ValueError: for wrong shapes, unknown names in ``needs``, or a reference that does not serve them.
     """
-    computed = check_needs(needs)
-    check_reference(computed, "ref_hidden", ref_hidden, ref_logps)
+    from_hidden = needs_of_rows(needs, ref_hidden, ref_logps)
     check_shapes(
         labels, {"hidden": hidden, "ref_hidden": ref_hidden}, {"weights": weights, "ref_logps": ref_logps}
     )
     rows = AnswerRows.of(labels)
-    from_hidden = computed if ref_logps is None else computed - {"ref"}
     use_reference = ref_hidden is not None and from_hidden - {"entropy"}
     values = score_tokens(
         rows.take(hidden),

@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenpref.ops._answers import AnswerRows, check_needs, check_reference, check_shapes
 from tokenpref.ops._closed_form import OUTPUTS, RowStatistics, logit_gradient, row_statistics
+from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, check_shapes
 from tokenpref.stats import TokenStats
 
 __all__ = ["token_stats_from_logits"]

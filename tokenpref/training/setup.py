@@ -158,7 +158,7 @@ def build_scorer(
     validate_no_params_on_meta_device(decoder)
     decoder.train(trainable)
     try:
-        return ScoringModel(decoder, head_memory_mb=config.head_memory_mb)
+        return ScoringModel(decoder, head_memory_mb=config.head_memory_mb, padding_free=config.padding_free)
     except TypeError as error:
         raise ConfigError(f"model ({model.path}): {error}") from error
 

@@ -12,7 +12,7 @@ from tokenpref._checks import check_known
 from tokenpref.ops._closed_form import KL_STATISTICS
 from tokenpref.stats import NEEDS, TokenStats
 
-__all__ = ["AnswerRows", "check_needs", "check_reference", "check_shapes"]
+__all__ = ["AnswerRows", "check_needs", "check_reference", "check_shapes", "needs_of_rows"]
 
 IGNORE_INDEX = -100
 
@@ -93,6 +93,19 @@ def check_reference(
         raise ValueError(
             f"needs names {sorted(lacking)}, which the reference's side given here cannot serve; {mend}"
         )
+
+
+def needs_of_rows(
+    needs: frozenset[str], ref_hidden: Tensor | None, ref_logps: Tensor | None
+) -> frozenset[str]:
+    """What is left to compute from hidden states; checks that the reference's side serves ``needs``.
+
+    Raises:
+        ValueError: for unknown names, or a reference that does not serve them.
+    """
+    computed = check_needs(needs)
+    check_reference(computed, "ref_hidden", ref_hidden, ref_logps)
+    return computed if ref_logps is None else computed - {"ref"}
 
 
 def check_shapes(

@@ -1,0 +1,139 @@
+"""Sequences of a batch one after another, without padding, through torchtune's decoders.
+
+A decoder's layers look at each position alone, but for the attention. So a batch enters as ``[N, 1]``: N positions of all its
+sequences, each with its place in its own sequence, and the attention is the only part that is told where sequences begin. Its
+``mask`` carries that: torchtune hands it through unread, to the recomputation of checkpointed layers too.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from tokenpref._torchtune import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
+from tokenpref.ops import AnswerRows
+
+__all__ = ["PackedRows", "Segments", "install_segments"]
+
+
+@dataclass(frozen=True)
+class Segments:
+    """Where sequences begin and end in ``[N, 1]`` positions.
+
+    Args:
+        lengths: of the sequences, in their order.
+    """
+
+    lengths: tuple[int, ...]
+
+    def runs(self) -> Iterator[tuple[int, int]]:
+        """How many sequences of one length follow each other, and that length."""
+        for length, group in groupby(self.lengths):
+            yield len(list(group)), length
+
+
+@dataclass(frozen=True)
+class PackedRows:
+    """The positions of a batch that something reads, one sequence after another.
+
+    Args:
+        tokens: ``[N, 1]`` ids.
+        positions: ``[N, 1]``, places in their sequences.
+        segments: the sequences.
+        answers: ``[M]``, which of the N positions predict an answer's token, in the order of :class:`AnswerRows`.
+    """
+
+    tokens: Tensor
+    positions: Tensor
+    segments: Segments
+    answers: Tensor
+
+    @classmethod
+    def of(cls, tokens: Tensor, labels: Tensor, rows: AnswerRows) -> PackedRows:
+        """Positions up to the one that predicts a sequence's last label; a sequence without labels has none.
+
+        A batch without any label keeps one position: every rank has to run its forwards.
+
+        Args:
+            tokens: ``[B, L]`` ids.
+            labels: ``[B, L]``, -100 where no token is scored.
+            rows: of these labels.
+        """
+        places = torch.arange(rows.mask.shape[1], device=tokens.device)
+        lengths = torch.where(rows.mask, places + 1, 0).amax(1)
+        if rows.index.numel() == 0:
+            lengths[0] = 1
+        inside = places < lengths[:, None]
+        slots = nn.functional.pad(inside, (0, 1)).flatten().cumsum(0) - 1
+        return cls(
+            tokens=tokens[:, :-1][inside][:, None],
+            positions=places.expand_as(inside)[inside][:, None],
+            segments=Segments(tuple(n for n in lengths.tolist() if n)),
+            answers=slots[rows.index],
+        )
+
+
+def install_segments(model: TransformerDecoder) -> None:
+    """Teach a decoder's attention to take :class:`Segments` for its mask (once); all else stays as it was.
+
+    Raises:
+        TypeError: if a layer is not torchtune's plain causal self-attention.
+    """
+    if model.__dict__.get("_takes_segments"):
+        return
+    layers = [module for module in model.modules() if isinstance(module, TransformerSelfAttentionLayer)]
+    strange = [
+        type(layer.attn).__name__
+        for layer in layers
+        if not isinstance(layer.attn, MultiHeadAttention)
+        or not layer.attn.is_causal
+        or getattr(layer, "mask_mod", None) is not None
+    ]
+    if strange or len(layers) != len(model.layers):
+        raise TypeError(
+            f"the model has {len(model.layers)} layers, {len(layers) - len(strange)} of them with torchtune's causal "
+            "self-attention, which batches without padding need of all; set padding_free=false (ScoringModel(..., "
+            "padding_free=False))"
+        )
+    for layer in layers:
+        layer.attn._attention_call = _SegmentAttention(layer.attn._attention_call)
+    model.__dict__["_takes_segments"] = True
+
+
+class _SegmentAttention:
+    """Attention inside each sequence, by the layer's own function.
+
+    Args:
+        inner: torchtune's attention function.
+    """
+
+    def __init__(self, inner: Any) -> None:
+        self._inner = inner
+
+    def __call__(
+        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
+    ) -> Tensor:
+        if not isinstance(mask, Segments):
+            output: Tensor = self._inner(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
+            return output
+        return self._by_segment(q, k, v, mask, dropout_p)
+
+    # Lengths change with every batch; a compiled layer would be compiled again for each set of them.
+    @torch.compiler.disable
+    def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout_p: float) -> Tensor:
+        """``[N, heads, 1, d]`` each, and so the output."""
+        runs = list(segments.runs())
+        sizes = [count * length for count, length in runs]
+        # One split, not a slice for each: the backward of a slice is a tensor of the whole's size.
+        parts = zip(*(x.squeeze(2).split(sizes) for x in (q, k, v)), strict=True)
+        outputs = []
+        for (count, length), part in zip(runs, parts, strict=True):
+            batched = (x.unflatten(0, (count, length)).transpose(1, 2) for x in part)
+            output = self._inner(*batched, mask=None, dropout_p=dropout_p, is_causal=True)
+            outputs.append(output.transpose(1, 2).flatten(0, 1))
+        return torch.cat(outputs).unsqueeze(2)
