@@ -3,9 +3,11 @@
     python -m benchmarks.checkpoint                    # the shape of SmolLM2-135M, some ten minutes on two idle cores
     python -m benchmarks.checkpoint --rounds 5 --write-docs
 
-A round, by turns: safetensors writes and syncs model and optimizer state in one file; the run's own checkpoint (written, synced,
-hashed, sealed, renamed); ten steps without a save; ten steps with a save in the background begun before them. A background
-save's cost is what its ten steps took longer, its own copying included. Run it on an idle machine.
+A round, by turns: safetensors writes and syncs model and optimizer state in one file; the run's own checkpoint (written,
+synced, hashed, sealed, renamed); ten steps without a save; a save in the background and ten steps. A background save costs its
+own call and what the steps beside it take longer than the median step without one. Steps after its end run beside nothing; the
+difference of all ten is reported too, with its standard error: a machine's noise in ten steps may be larger than the cost.
+Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -81,15 +83,17 @@ class Saves:
         shutil.rmtree(self.folder)
         self.folder.mkdir()
 
-    def plain_steps(self) -> None:
-        """Steps alone."""
-        for _ in range(self.length):
-            self.steps.take(DPOLoss())
+    def plain_steps(self) -> list[float]:
+        """Seconds of steps alone."""
+        return [self.steps.take(DPOLoss()) for _ in range(self.length)]
 
-    def steps_after_a_save(self) -> None:
-        """Steps after a save that goes on beside them."""
-        self.checkpoint(background=True)
-        self.plain_steps()
+    def steps_after_a_save(self) -> tuple[list[float], int]:
+        """Seconds of a save's call in the background and of the steps after it; and how many of these ran beside it."""
+        times, beside = [seconds(lambda: self.checkpoint(background=True))], 0
+        for _ in range(self.length):
+            beside += self.checkpoints.saving
+            times.append(self.steps.take(DPOLoss()))
+        return times, beside
 
 
 def seconds(action: Callable[[], None]) -> float:
@@ -99,12 +103,45 @@ def seconds(action: Callable[[], None]) -> float:
     return time.perf_counter() - start
 
 
+def report(
+    found: dict[str, list[float]],
+    plain: list[list[float]],
+    saving: list[tuple[list[float], int]],
+    length: int,
+) -> str:
+    """The table, and the differences of all steps."""
+    own, other = (statistics.median(found[name]) for name in ("checkpoint", "safetensors"))
+    step = statistics.median(time for times in plain for time in times)
+    costs = [times[0] + sum(t - step for t in times[1 : beside + 1]) for times, beside in saving]
+    cost = statistics.median(costs)
+    rows = [
+        ["safetensors, write and sync", f"{other:.2f}", "-", "-"],
+        ["checkpoint", f"{own:.2f}", f"{own / other:.2f} x safetensors", f"{SYNC_LIMIT:g} x"],
+        [
+            "checkpoint in the background, with what the steps beside it take longer",
+            f"{cost:.2f}",
+            f"{cost / own:.2f} x checkpoint",
+            f"{BACKGROUND_LIMIT:g} x",
+        ],
+    ]
+    whole = [sum(times) - sum(alone) for alone, (times, _) in zip(plain, saving, strict=True)]
+    error = statistics.stdev(whole) / len(whole) ** 0.5 if len(whole) > 1 else float("nan")
+    calls = statistics.median(times[0] for times, _ in saving)
+    singles = " ".join(f"{c:.2f}" for c in costs)
+    return (
+        tables.markdown(["save", "seconds", "ratio", "at most"], rows)
+        + f"\n\nThe background save's call takes {calls:.2f} s, and {max(n for _, n in saving)} of the {length} steps at most "
+        f"ran beside the rest (median step {step:.2f} s; costs of the rounds: {singles} s).\nAll {length} steps together took "
+        f"{statistics.mean(whole):+.2f} s (standard error {error:.2f}) longer than {length} steps without a save."
+    )
+
+
 def main() -> None:
     """Time everything by turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)
-    parser.add_argument("--rounds", type=int, default=4)
+    parser.add_argument("--rounds", type=int, default=6)
     parser.add_argument(
         "--folder", help="on the disk to measure; default: the system's place for temporary files"
     )
@@ -112,48 +149,33 @@ def main() -> None:
     arguments = parser.parse_args()
     steps = Steps(arguments.pairs)
     steps.take(DPOLoss())
-    found: dict[str, list[float]] = {"safetensors": [], "checkpoint": [], "steps": [], "steps, saving": []}
+    plain: list[list[float]] = []
+    saving: list[tuple[list[float], int]] = []
+    found: dict[str, list[float]] = {"safetensors": [], "checkpoint": []}
     with tempfile.TemporaryDirectory(dir=arguments.folder) as folder:
         saves = Saves(steps, Path(folder) / "saves", arguments.steps)
         size = sum(t.numel() * t.element_size() for t in saves.tensors().values())
-        for round_ in range(arguments.rounds + 1):  # the first warms up
-            times = {"safetensors": seconds(saves.safetensors)}
+        for round_ in range(arguments.rounds + 1):
+            times = {}
+            for name, save in (("safetensors", saves.safetensors), ("checkpoint", saves.checkpoint)):
+                times[name] = seconds(save)
+                saves.forget()
+            plain.append(saves.plain_steps())
+            saving.append(saves.steps_after_a_save())
+            saves.checkpoints.settle()
             saves.forget()
-            times["checkpoint"] = seconds(saves.checkpoint)
-            saves.forget()
-            times["steps"] = seconds(saves.plain_steps)
-            times["steps, saving"] = seconds(saves.steps_after_a_save)
-            rest = seconds(saves.checkpoints.settle)
-            print(", ".join(f"{k} {v:.2f} s" for k, v in times.items()), f"then {rest:.2f} s", flush=True)
-            saves.forget()
-            if round_:
-                for name, value in times.items():
-                    found[name].append(value)
+            steps_s, (saving_s, beside) = plain[-1], saving[-1]
+            print(", ".join(f"{k} {v:.2f} s" for k, v in times.items()), end=", ")
+            print(
+                f"steps {sum(steps_s):.2f} s, saving {sum(saving_s):.2f} s ({beside} beside it)", flush=True
+            )
+            if round_ == 0:  # it warms up
+                plain, saving = [], []
+                continue
+            for name, value in times.items():
+                found[name].append(value)
         saves.checkpoints.close()
-    medians = {name: statistics.median(values) for name, values in found.items()}
-    own = medians["checkpoint"]
-    cost = statistics.median(b - a for a, b in zip(found["steps"], found["steps, saving"], strict=True))
-    rows = [
-        ["safetensors, write and sync", f"{medians['safetensors']:.2f}", "-", "-"],
-        [
-            "checkpoint",
-            f"{own:.2f}",
-            f"{own / medians['safetensors']:.2f} x safetensors",
-            f"{SYNC_LIMIT:g} x",
-        ],
-        [
-            f"checkpoint in the background, over {arguments.steps} steps",
-            f"{cost:.2f}",
-            f"{cost / own:.2f} x checkpoint",
-            f"{BACKGROUND_LIMIT:g} x",
-        ],
-    ]
-    text = tables.markdown(["save", "seconds", "ratio", "at most"], rows)
-    singles = " ".join(f"{b - a:+.2f}" for a, b in zip(found["steps"], found["steps, saving"], strict=True))
-    text += (
-        f"\n\n{size / 2**30:.2f} GiB. {arguments.steps} steps took {medians['steps']:.1f} s without and "
-        f"{medians['steps, saving']:.1f} s with a save beside them (differences of the rounds: {singles})."
-    )
+    text = report(found, plain, saving, arguments.steps) + f"\n{size / 2**30:.2f} GiB."
     print(text)
     if arguments.write_docs:
         head = (

@@ -3,7 +3,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 
-from tokenpref.data import epoch_order, step_micro_batches, steps_per_epoch
+from tokenpref.data import (
+    epoch_order,
+    micro_batches_by_tokens,
+    step_micro_batches,
+    step_pairs,
+    steps_per_epoch,
+)
 
 
 def test_order_is_a_pure_function_of_seed_and_epoch():
@@ -88,3 +94,35 @@ def test_arguments_out_of_range(change, message):
 def test_no_rows():
     with pytest.raises(ValueError, match="num_rows must be an integer of at least 1"):
         epoch_order(0, seed=0, epoch=0, shuffle=True)
+
+
+def test_a_step_cut_by_tokens_by_hand():
+    def take(rank, **changes):
+        arguments = {"budget": 10, "world_size": 2, **changes}
+        return micro_batches_by_tokens([30, 31, 32, 33, 34, 35], [2, 9, 4, 6, 6, 3], rank=rank, **arguments)
+
+    # 9 to rank 0; 6 and (at 6 against 9) 6 to rank 1; 4 to rank 0; 3 to rank 1 (12 against 13); 2 to rank 0.
+    assert take(0) == [[31], [32, 30]]
+    assert take(1) == [[33, 35], [34]]
+    assert take(0, world_size=1) == [[31], [33, 32], [34, 35], [30]]
+    # Padded, 4 and 2 cost 8, and 6 and 3 twelve.
+    assert take(0, padded=True) == [[31], [32, 30], []]
+    assert take(1, padded=True) == [[33], [34], [35]]
+
+
+def test_a_rank_without_pairs_has_as_many_micro_batches():
+    assert micro_batches_by_tokens([7], [5], budget=5, rank=0, world_size=3) == [[7]]
+    assert micro_batches_by_tokens([7], [5], budget=5, rank=2, world_size=3) == [[]]
+
+
+def test_a_pair_above_the_budget_is_refused():
+    with pytest.raises(ValueError, match="a pair has 6 tokens and a micro-batch may have 5"):
+        micro_batches_by_tokens([7], [6], budget=5, rank=0, world_size=1)
+
+
+def test_a_step_has_the_pairs_of_all_its_micro_batches():
+    order = epoch_order(11, seed=1, epoch=0, shuffle=True)
+    shape = {"batch_size": 2, "accumulation": 1, "world_size": 2}
+    for step in range(3):
+        micro = [step_micro_batches(order, step=step, rank=rank, **shape) for rank in range(2)]
+        assert step_pairs(order, step=step, **shape) == [row for rank in micro for row in rank[0]]

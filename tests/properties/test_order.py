@@ -4,7 +4,7 @@ import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from tokenpref.data import epoch_order, step_micro_batches, steps_per_epoch
+from tokenpref.data import epoch_order, micro_batches_by_tokens, step_micro_batches, steps_per_epoch
 
 seeds = st.integers(0, 2**64 - 1)
 epochs = st.integers(0, 2**64 - 1)
@@ -82,3 +82,22 @@ def test_a_step_depends_on_the_product_alone(data, num_rows, seed, product):
             for shape in (one, other)
         ]
         assert unions[0] == unions[1]
+
+
+@settings(max_examples=100)
+@given(st.lists(st.integers(2, 50), min_size=1, max_size=40), small, st.integers(0, 60), st.booleans())
+def test_a_step_cut_by_tokens_has_every_pair_once_within_the_budget(tokens, world_size, spare, padded):
+    pairs, budget = [100 + i for i in range(len(tokens))], max(tokens) + spare
+    ranks = [
+        micro_batches_by_tokens(pairs, tokens, budget=budget, rank=rank, world_size=world_size, padded=padded)
+        for rank in range(world_size)
+    ]
+    assert len({len(micro_batches) for micro_batches in ranks}) == 1 and ranks[0]
+    assert sorted(row for rank in ranks for batch in rank for row in batch) == pairs
+    count = dict(zip(pairs, tokens, strict=True))
+    for batch in (batch for rank in ranks for batch in rank if batch):
+        cost = len(batch) * max(count[row] for row in batch) if padded else sum(count[row] for row in batch)
+        assert cost <= budget
+    # Each pair went to the rank with the fewest tokens: no two differ by more than the longest pair.
+    loads = [sum(count[row] for batch in rank for row in batch) for rank in ranks]
+    assert max(loads) - min(loads) <= max(tokens)

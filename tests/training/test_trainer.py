@@ -70,6 +70,35 @@ def test_accumulation_equals_the_larger_batch(run, tmp_path):
     assert small == pytest.approx(large, abs=2e-5)
 
 
+@pytest.mark.parametrize("padding_free", ["true", "false"])
+def test_cutting_a_step_by_tokens_changes_only_rounding(run, tmp_path, padding_free):
+    run("output_dir=whole", "batch_size=8")
+    run("output_dir=cut", "batch_size=8", "tokens_per_batch=130", f"padding_free={padding_free}")
+    for name, tensor in weights(tmp_path / "whole").items():
+        torch.testing.assert_close(
+            weights(tmp_path / "cut")[name], tensor, atol=2e-6, rtol=1e-4, msg=lambda m, n=name: f"{n}: {m}"
+        )
+    for whole, cut in zip(logged(tmp_path / "whole"), logged(tmp_path / "cut"), strict=True):
+        assert cut.keys() == whole.keys()
+        for name in ("loss", "eval_loss", "num_tokens"):
+            assert cut.get(name) == pytest.approx(whole.get(name), abs=1e-5)
+
+
+def test_padding_changes_only_rounding(run, tmp_path):
+    run("output_dir=free")
+    run("output_dir=padded", "padding_free=false")
+    for name, tensor in weights(tmp_path / "free").items():
+        torch.testing.assert_close(weights(tmp_path / "padded")[name], tensor, atol=2e-6, rtol=1e-4)
+
+
+def test_a_pair_that_fits_no_micro_batch_is_refused(run, tmp_path):
+    with pytest.raises(
+        ConfigError, match=r"tokens_per_batch: 12, and a pair of dataset has (\d+) tokens; set at least \1"
+    ):
+        run("output_dir=out", "tokens_per_batch=12")
+    assert not (tmp_path / "out").exists()
+
+
 def test_bfloat16_trains_close_to_float32_and_writes_bfloat16(run, tmp_path):
     run("output_dir=full")
     trainer = run("output_dir=half", "dtype=bf16")

@@ -22,7 +22,13 @@ from tokenpref.data.dataset import (
     WholeAnswer,
     preference_dataset,
 )
-from tokenpref.data.order import epoch_order, step_micro_batches, steps_per_epoch
+from tokenpref.data.order import (
+    epoch_order,
+    micro_batches_by_tokens,
+    step_micro_batches,
+    step_pairs,
+    steps_per_epoch,
+)
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.stored_scores import PairScores, ScoreSource, StoredScores, provenance
 from tokenpref.data.tokenization import EncodedAnswer, encode_chat_answer, encode_prompt, encode_text_answer
@@ -58,11 +64,13 @@ __all__ = [
     "encode_text_answer",
     "epoch_order",
     "load_rows",
+    "micro_batches_by_tokens",
     "normalize_messages",
     "padded",
     "preference_dataset",
     "provenance",
     "step_micro_batches",
+    "step_pairs",
     "steps_per_epoch",
     "tokenizer_json",
 ]

@@ -252,6 +252,10 @@ class PreferenceDataset:
     def __iter__(self) -> Iterator[PairExample]:
         return (self[index] for index in range(len(self)))
 
+    def lengths(self) -> np.ndarray:
+        """Tokens of the chosen and the rejected sequence of every pair, prompts included: int64 ``[pairs, 2]``."""
+        return np.stack([self._packed.lengths(side) for side in (0, 1)], axis=1)
+
     def _position(self, index: int) -> int:
         if not -len(self) <= index < len(self):
             raise IndexError(f"pair {index} of a data set with {len(self)} pairs")

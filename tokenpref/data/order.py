@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["epoch_order", "step_micro_batches", "steps_per_epoch"]
+__all__ = ["epoch_order", "micro_batches_by_tokens", "step_micro_batches", "step_pairs", "steps_per_epoch"]
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -40,6 +40,32 @@ def steps_per_epoch(num_rows: int, *, batch_size: int, accumulation: int, world_
     return -(-num_rows // (batch_size * accumulation * world_size))
 
 
+def step_pairs(
+    order: np.ndarray | Sequence[int], *, step: int, batch_size: int, accumulation: int, world_size: int
+) -> list[int]:
+    """The pairs of all ranks in one step of an epoch: the next ``batch_size * accumulation * world_size`` of the order.
+
+    Args:
+        order: rows in the order of the epoch, shape [num_rows].
+        step: step within the epoch, counted from 0.
+        batch_size: pairs in a full micro-batch.
+        accumulation: micro-batches in a step.
+        world_size: number of processes.
+
+    Raises:
+        ValueError: if a number is out of range or the epoch has no such step.
+    """
+    _at_least(1, batch_size=batch_size, accumulation=accumulation, world_size=world_size)
+    _at_least(0, step=step)
+    total = steps_per_epoch(
+        len(order), batch_size=batch_size, accumulation=accumulation, world_size=world_size
+    )
+    if step >= total:
+        raise ValueError(f"the epoch has {total} steps, counted from 0; got step {step}")
+    size = batch_size * accumulation * world_size
+    return [int(row) for row in order[step * size : (step + 1) * size]]
+
+
 def step_micro_batches(
     order: np.ndarray | Sequence[int],
     *,
@@ -71,23 +97,85 @@ def step_micro_batches(
     Raises:
         ValueError: if a number is out of range or the epoch has no such step.
     """
-    _at_least(1, batch_size=batch_size, accumulation=accumulation, world_size=world_size)
-    _at_least(0, step=step, rank=rank)
-    if rank >= world_size:
-        raise ValueError(f"rank must be below world_size, got rank {rank} of {world_size}")
-    total = steps_per_epoch(
-        len(order), batch_size=batch_size, accumulation=accumulation, world_size=world_size
+    pairs = step_pairs(
+        order, step=step, batch_size=batch_size, accumulation=accumulation, world_size=world_size
     )
-    if step >= total:
-        raise ValueError(f"the epoch has {total} steps, counted from 0; got step {step}")
+    _check_rank(rank, world_size)
     slices = accumulation * world_size
-    pairs = order[step * batch_size * slices : (step + 1) * batch_size * slices]
     length, longer = divmod(len(pairs), slices)
     micro_batches = []
     for index in range(rank, slices, world_size):
         start = index * length + min(index, longer)
-        micro_batches.append([int(row) for row in pairs[start : start + length + (index < longer)]])
+        micro_batches.append(pairs[start : start + length + (index < longer)])
     return micro_batches
+
+
+def micro_batches_by_tokens(
+    pairs: Sequence[int],
+    tokens: Sequence[int],
+    *,
+    budget: int,
+    rank: int,
+    world_size: int,
+    padded: bool = False,
+) -> list[list[int]]:
+    """Cut a step's pairs into micro-batches of at most ``budget`` tokens, with ranks as equally loaded as pairs allow.
+
+    Longest pairs first, each goes to the rank with the fewest tokens so far; there into the first micro-batch with room. So
+    pairs of like length stand together, and every rank has the same number of micro-batches (empty ones at the end). A
+    pure function of its arguments: every rank works out everyone's share.
+
+    Args:
+        pairs: rows of the step, of all ranks.
+        tokens: tokens of each of them, both answers together; with ``padded`` twice those of its longer answer.
+        budget: most tokens of a micro-batch.
+        rank: this process.
+        world_size: number of processes.
+        padded: every sequence costs as many tokens as the longest of its micro-batch.
+
+    Returns:
+        Lists of rows, at least one.
+
+    Raises:
+        ValueError: if a pair alone has more tokens than ``budget``.
+    """
+    _at_least(1, budget=budget, world_size=world_size)
+    _check_rank(rank, world_size)
+    if len(pairs) != len(tokens):
+        raise ValueError(f"{len(tokens)} numbers of tokens for {len(pairs)} pairs")
+    longest = max(tokens, default=0)
+    if longest > budget:
+        raise ValueError(f"a pair has {longest} tokens and a micro-batch may have {budget}")
+    shares: list[list[int]] = [[] for _ in range(world_size)]
+    loads = [0] * world_size
+    for place in sorted(range(len(pairs)), key=lambda place: (-tokens[place], place)):
+        least = loads.index(min(loads))
+        shares[least].append(place)
+        loads[least] += tokens[place]
+    cuts = [_cut([tokens[place] for place in share], budget, padded) for share in shares]
+    own = [[int(pairs[shares[rank][i]]) for i in batch] for batch in cuts[rank]]
+    return own + [[] for _ in range(max(1, *map(len, cuts)) - len(own))]
+
+
+def _cut(tokens: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
+    """Indices of descending numbers, each in the first group with room."""
+    groups: list[list[int]] = []
+    for index, count in enumerate(tokens):
+        for group in groups:
+            # The first of a group is its longest.
+            cost = (len(group) + 1) * tokens[group[0]] if padded else sum(tokens[i] for i in group) + count
+            if cost <= budget:
+                group.append(index)
+                break
+        else:
+            groups.append([index])
+    return groups
+
+
+def _check_rank(rank: int, world_size: int) -> None:
+    _at_least(0, rank=rank)
+    if rank >= world_size:
+        raise ValueError(f"rank must be below world_size, got rank {rank} of {world_size}")
 
 
 def _at_least(minimum: int, **values: int) -> None:

@@ -3,12 +3,15 @@
 A decoder's layers look at each position alone, but for the attention. So a batch enters as ``[N, 1]``: N positions of all its
 sequences, each with its place in its own sequence, and the attention is the only part that is told where sequences begin. Its
 ``mask`` carries that: torchtune hands it through unread, to the recomputation of checkpointed layers too.
+
+What a position becomes depends on the tokens up to it alone. So the prompt that the answers of a pair share, and whatever
+their beginnings share too, enters once; the attention takes it for each of them.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from itertools import groupby
 from typing import Any
 
@@ -26,10 +29,14 @@ class Segments:
     """Where sequences begin and end in ``[N, 1]`` positions.
 
     Args:
-        lengths: of the sequences, in their order.
+        lengths: of the sequences, in their order; M tokens in all.
+        members: ``[M]``, which of the N positions each token of the sequences is; None: each is its own, M = N.
+        firsts: ``[N]``, the first of the M tokens that each position is; None with ``members``.
     """
 
     lengths: tuple[int, ...]
+    members: Tensor | None = field(default=None, compare=False)
+    firsts: Tensor | None = field(default=None, compare=False)
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """How many sequences of one length follow each other, and that length."""
@@ -54,7 +61,7 @@ class PackedRows:
     answers: Tensor
 
     @classmethod
-    def of(cls, tokens: Tensor, labels: Tensor, rows: AnswerRows) -> PackedRows:
+    def of(cls, tokens: Tensor, labels: Tensor, rows: AnswerRows, sides: int = 1) -> PackedRows:
         """Positions up to the one that predicts a sequence's last label; a sequence without labels has none.
 
         A batch without any label keeps one position: every rank has to run its forwards.
@@ -63,19 +70,41 @@ class PackedRows:
             tokens: ``[B, L]`` ids.
             labels: ``[B, L]``, -100 where no token is scored.
             rows: of these labels.
+            sides: blocks of B / sides rows whose i-th rows may begin alike; what they share with the first block's enters once.
         """
         places = torch.arange(rows.mask.shape[1], device=tokens.device)
         lengths = torch.where(rows.mask, places + 1, 0).amax(1)
         if rows.index.numel() == 0:
             lengths[0] = 1
         inside = places < lengths[:, None]
-        slots = nn.functional.pad(inside, (0, 1)).flatten().cumsum(0) - 1
-        return cls(
-            tokens=tokens[:, :-1][inside][:, None],
-            positions=places.expand_as(inside)[inside][:, None],
-            segments=Segments(tuple(n for n in lengths.tolist() if n)),
-            answers=slots[rows.index],
+        shared = _shared(tokens[:, :-1], inside, sides)
+        own = inside & ~shared
+        slots = (own.flatten().cumsum(0) - 1).view(own.shape)
+        slots = torch.where(
+            shared, slots.unflatten(0, (sides, -1))[:1].expand(sides, -1, -1).flatten(0, 1), slots
         )
+        whole = tuple(n for n in lengths.tolist() if n)
+        once = own[inside]
+        # As few synchronisations with a GPU as there can be: the lengths are here already.
+        segments = Segments(whole)
+        packed = tokens[:, :-1][own]
+        if packed.numel() < sum(whole):
+            segments = Segments(whole, members=slots[inside], firsts=once.nonzero().squeeze(1))
+        return cls(
+            tokens=packed[:, None],
+            positions=places.expand_as(own)[own][:, None],
+            segments=segments,
+            answers=nn.functional.pad(slots, (0, 1)).flatten()[rows.index],
+        )
+
+
+def _shared(tokens: Tensor, inside: Tensor, sides: int) -> Tensor:
+    """Positions ``[B, T]`` whose sequence is up to there the one of the first block's row, which computes them."""
+    blocks, within = (x.unflatten(0, (sides, -1)) for x in (tokens, inside))
+    alike = (blocks == blocks[:1]) & within & within[:1]
+    prefix = alike.cumprod(-1).bool()
+    prefix[0] = False
+    return prefix.flatten(0, 1)
 
 
 def install_segments(model: TransformerDecoder) -> None:
@@ -129,11 +158,16 @@ class _SegmentAttention:
         """``[N, heads, 1, d]`` each, and so the output."""
         runs = list(segments.runs())
         sizes = [count * length for count, length in runs]
+        own = (x.squeeze(2) for x in (q, k, v))
+        whole = own if segments.members is None else (x.index_select(0, segments.members) for x in own)
         # One split, not a slice for each: the backward of a slice is a tensor of the whole's size.
-        parts = zip(*(x.squeeze(2).split(sizes) for x in (q, k, v)), strict=True)
+        parts = zip(*(x.split(sizes) for x in whole), strict=True)
         outputs = []
         for (count, length), part in zip(runs, parts, strict=True):
             batched = (x.unflatten(0, (count, length)).transpose(1, 2) for x in part)
             output = self._inner(*batched, mask=None, dropout_p=dropout_p, is_causal=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
-        return torch.cat(outputs).unsqueeze(2)
+        joined = torch.cat(outputs)
+        if segments.firsts is not None:
+            joined = joined.index_select(0, segments.firsts)
+        return joined.unsqueeze(2)

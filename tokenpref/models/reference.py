@@ -61,13 +61,14 @@ class FrozenReference:
     @contextmanager
     def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
         """Hidden states and head while a KL is needed, log-probabilities when they suffice."""
+        sides = len(batch.sides)
         if not needs & self.provides:
             yield ReferenceOutput()
         elif not needs & KL_STATISTICS:
-            yield ReferenceOutput(logps=self.scorer.logps(batch.tokens, batch.labels))
+            yield ReferenceOutput(logps=self.scorer.logps(batch.tokens, batch.labels, sides=sides))
         else:
             with torch.no_grad():
-                hidden = self.scorer.answer_hidden(batch.tokens, batch.labels)
+                hidden = self.scorer.answer_hidden(batch.tokens, batch.labels, sides=sides)
             # The backward recomputes the reference's logits from this weight: it stays whole until the context ends.
             with unsharded(self.scorer.model):
                 yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head.weight.detach())

@@ -161,24 +161,27 @@ class ScoringModel:
         hidden: Tensor = self.run(tokens, lambda hidden, _weight: hidden)
         return hidden
 
-    def answer_hidden(self, tokens: Tensor, labels: Tensor) -> Tensor:
+    def answer_hidden(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:
         """Last hidden states ``[N, D]`` at the positions that predict the labelled tokens.
 
         Args:
             tokens: ``[B, L]`` ids, right padded.
             labels: ``[B, L]`` ids, -100 where no token is scored.
+            sides: as in :meth:`token_stats`.
 
         Returns:
             Row by row, in the order of the tokens.
         """
-        hidden: Tensor = self._answers(tokens, labels, AnswerRows.of(labels), lambda hidden, _weight: hidden)
+        hidden: Tensor = self._answers(
+            tokens, labels, AnswerRows.of(labels), sides, lambda hidden, _weight: hidden
+        )
         return hidden
 
-    def _answers(self, tokens: Tensor, labels: Tensor, rows: AnswerRows, job: HeadJob) -> Any:
+    def _answers(self, tokens: Tensor, labels: Tensor, rows: AnswerRows, sides: int, job: HeadJob) -> Any:
         """One forward, in which ``job`` gets the hidden states ``[N, D]`` of the answers' positions."""
         if not self.padding_free:
             return self.run(tokens, lambda hidden, weight: job(rows.take(hidden), weight))
-        packed = PackedRows.of(tokens, labels, rows)
+        packed = PackedRows.of(tokens, labels, rows, sides)
         longest = max(packed.segments.lengths)
         if longest > self.model.max_seq_len:
             raise ValueError(
@@ -201,6 +204,7 @@ class ScoringModel:
         ref_hidden: Tensor | None = None,
         ref_head_weight: Tensor | None = None,
         weights: Tensor | None = None,
+        sides: int = 1,
     ) -> TokenStats:
         """Statistics of the labelled tokens; see :func:`tokenpref.ops.linear_token_stats`.
 
@@ -212,6 +216,8 @@ class ScoringModel:
             ref_hidden: the reference's last hidden states ``[N, D']`` as :meth:`answer_hidden` returns them, for the KL terms.
             ref_head_weight: the reference's head ``[V, D']``.
             weights: token weights ``[B, L-1]``.
+            sides: what the B rows are made of: so many blocks, whose i-th rows answer one prompt. Where sequences are not padded,
+                what they begin with alike is computed once.
 
         Returns:
             Token statistics with ``T = L - 1`` columns; gradients flow to the model.
@@ -232,9 +238,9 @@ class ScoringModel:
                 memory_mb=self.head_memory_mb,
             )
 
-        return rows.token_stats(self._answers(tokens, labels, rows, job), ref_logps, weights)
+        return rows.token_stats(self._answers(tokens, labels, rows, sides, job), ref_logps, weights)
 
     @torch.no_grad()
-    def logps(self, tokens: Tensor, labels: Tensor) -> Tensor:
-        """Log-probabilities ``[B, L-1]`` of the labelled tokens, without gradient; 0 elsewhere."""
-        return self.token_stats(tokens, labels, needs=frozenset()).policy_logps
+    def logps(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:
+        """Log-probabilities ``[B, L-1]`` of the labelled tokens, without gradient; 0 elsewhere. ``sides`` as above."""
+        return self.token_stats(tokens, labels, needs=frozenset(), sides=sides).policy_logps

@@ -154,6 +154,11 @@ class Checkpoints:
             written = write_sharded(partial, state, self.world)
             self._on_main(lambda: finish(written))
 
+    @property
+    def saving(self) -> bool:
+        """Whether a save in the background goes on in this process."""
+        return self._pending is not None and not self._pending.done()
+
     def settle(self) -> None:
         """Wait for a save in the background. Every process must call it.
 

@@ -153,6 +153,9 @@ class TrainConfig(ModelConfig):
     best: BestConfig | None = section(BestConfig)
     """Keep the weights with the best validation in ``output_dir/best``."""
     gradient_accumulation_steps: int = integer(1)
+    tokens_per_batch: int | None = integer(None)
+    """Most tokens of a micro-batch, both answers counted. A step then has the same pairs as without, cut by their lengths; null:
+    ``batch_size`` pairs a micro-batch, in the data's order."""
     epochs: int = integer(1)
     max_steps_per_epoch: int | None = integer(None)
     shuffle: bool = flag(True)

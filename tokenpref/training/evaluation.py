@@ -50,6 +50,8 @@ def evaluate_pairs(
     anchor: BatchAnchors = no_anchors,
     progress: str | None = None,
     portions: Portions | None = None,
+    tokens: int | None = None,
+    padded: bool = False,
 ) -> dict[str, float]:
     """Means over all pairs of a data set, whatever the number of ranks.
 
@@ -66,6 +68,8 @@ def evaluate_pairs(
         anchor: third answers of a batch, likewise.
         progress: label of a progress bar on the main process; None for none.
         portions: keeps what is done, batch by batch; None: nothing is kept.
+        tokens: most tokens of a forward; None: as many as ``batch_size`` pairs have.
+        padded: whether ``tokens`` counts padding.
 
     Returns:
         Metrics under the trainer's names, without prefix.
@@ -77,7 +81,10 @@ def evaluate_pairs(
 
     def measure(step: int) -> MetricSums:
         found = MetricSums()
-        for whole in pair_batches(dataset, world, pad_id=pad_id, step=step, batch_size=batch_size):
+        batches = pair_batches(
+            dataset, world, pad_id=pad_id, step=step, batch_size=batch_size, tokens=tokens, padded=padded
+        )
+        for whole in batches:
             batch = what_is_read(loss, whole)
             output = score_pairs(policy, reference, batch, needs, weigh(batch), loss, anchors=anchor(batch))
             found.add(loss_metrics(output), batch.real)

@@ -17,7 +17,13 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config import TrainConfig
 from tokenpref.training.memory import free_memory
 from tokenpref.training.schema import Component
-from tokenpref.training.setup import DTYPES, build_optimizer, check_data_fits, check_decoder
+from tokenpref.training.setup import (
+    DTYPES,
+    build_optimizer,
+    check_data_fits,
+    check_decoder,
+    check_tokens_per_batch,
+)
 
 __all__ = ["MemoryEstimate", "bf16_fault", "disk_fault", "estimate_memory", "meta_model", "preflight"]
 
@@ -92,14 +98,15 @@ def preflight(
         ConfigError: if the data do not fit the model, or the disk has no room for the run's first checkpoint and weights.
     """
     model = meta_model(config.model, config.dtype)
-    check_data_fits(dataset, config.dataset, model)
-    if dataset_val is not None and config.dataset_val is not None:
-        check_data_fits(dataset_val, config.dataset_val, model)
-    longest = max(max(len(e.chosen_ids), len(e.rejected_ids)) for e in dataset)
+    for data, component in ((dataset, config.dataset), (dataset_val, config.dataset_val)):
+        if data is not None and component is not None:
+            check_data_fits(data, component, model)
+            check_tokens_per_batch(data, component, config.tokens_per_batch, padded=not config.padding_free)
+    tokens = 2 * config.batch_size * int(dataset.lengths().max())
     memory = estimate_memory(
         config,
         model,
-        tokens=config.batch_size * rows_per_pair * longest,
+        tokens=min(tokens, config.tokens_per_batch or tokens) * rows_per_pair // 2,
         world_size=world_size,
         reference=reference,
     )

@@ -79,6 +79,7 @@ def score_pairs(
             ref_hidden=ref.hidden,
             ref_head_weight=ref.head_weight,
             weights=None if weights is None else _for_rows(weights.weights, rows),
+            sides=len(rows.sides),
         )
         pair = split_pair(stats, rows.sides)
         output = use(pair if apart is None else replace(pair, anchor=apart))

@@ -26,7 +26,9 @@ from tokenpref.data import (
     Tokenizer,
     collate_pairs,
     epoch_order,
+    micro_batches_by_tokens,
     step_micro_batches,
+    step_pairs,
     steps_per_epoch,
 )
 from tokenpref.distributed import World, load_full_state_dict, shard
@@ -46,6 +48,7 @@ __all__ = [
     "check_data_fits",
     "check_decoder",
     "check_state_fits",
+    "check_tokens_per_batch",
     "pair_batches",
     "planned_steps",
     "read_weights",
@@ -302,6 +305,27 @@ def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndar
     return epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
 
 
+def check_tokens_per_batch(
+    dataset: PreferenceDataset, component: Component, tokens: int | None, *, padded: bool
+) -> None:
+    """Check that every pair fits a micro-batch.
+
+    Raises:
+        ConfigError: with the number that the longest pair needs.
+    """
+    longest = int(_pair_tokens(dataset, padded).max())
+    if tokens is not None and longest > tokens:
+        raise ConfigError(
+            f"tokens_per_batch: {tokens}, and a pair of {component.key} has {longest} tokens"
+            f"{' with its padding' if padded else ''}; set at least {longest}, or a lower {component.key}.max_seq_len"
+        )
+
+
+def _pair_tokens(dataset: PreferenceDataset, padded: bool) -> np.ndarray:
+    lengths = dataset.lengths()
+    return 2 * lengths.max(1) if padded else lengths.sum(1)
+
+
 def pair_batches(
     dataset: PreferenceDataset,
     world: World,
@@ -313,17 +337,28 @@ def pair_batches(
     seed: int = 0,
     epoch: int = 0,
     shuffle: bool = False,
+    tokens: int | None = None,
+    padded: bool = False,
 ) -> list[PairBatch]:
-    """This rank's micro-batches of a step of an epoch; filler ones where it has no pair."""
+    """This rank's micro-batches of a step of an epoch; filler ones where it has no pair.
+
+    With ``tokens`` the step's pairs are cut by their lengths, see :func:`tokenpref.data.micro_batches_by_tokens`; the step has
+    the same pairs.
+    """
     order = _epoch_order(len(dataset), seed, epoch, shuffle)
-    rows = step_micro_batches(
-        order,
-        step=step,
-        batch_size=batch_size,
-        accumulation=accumulation,
-        rank=world.rank,
-        world_size=world.size,
-    )
+    shape = {"batch_size": batch_size, "accumulation": accumulation, "world_size": world.size}
+    if tokens is None:
+        rows = step_micro_batches(order, step=step, rank=world.rank, **shape)
+    else:
+        pairs = step_pairs(order, step=step, **shape)
+        rows = micro_batches_by_tokens(
+            pairs,
+            _pair_tokens(dataset, padded)[pairs].tolist(),
+            budget=tokens,
+            rank=world.rank,
+            world_size=world.size,
+            padded=padded,
+        )
     return [
         collate_pairs([dataset[i] for i in indices], pad_id, filler=not indices).to(world.device)
         for indices in rows

@@ -125,6 +125,8 @@ class PreferenceTrainer(RunSetup):
                 seed=config.seed,
                 epoch=epoch,
                 shuffle=config.shuffle,
+                tokens=config.tokens_per_batch,
+                padded=not config.padding_free,
             ),
             self.world,
             step=self.progress.step + 1,

@@ -72,6 +72,8 @@ class Validation:
                 self._dataset,
                 self._world,
                 batch_size=config.batch_size_val or config.batch_size,
+                tokens=config.tokens_per_batch,
+                padded=not config.padding_free,
                 pad_id=self._tokenizer.pad_id,
                 needs=self.needs,
                 weigh=self._weigh,
