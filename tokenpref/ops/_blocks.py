@@ -195,6 +195,25 @@ class _Scratch:
         return self._flat[index][: self._rows * width].view(self._rows, width)
 
 
+class _Kept:
+    """Memory for the exponentials that the backward will use.
+
+    In one piece for each model: many pieces, freed and taken again every step beside the head's gradient, leave an allocator
+    with holes that fit neither.
+    """
+
+    def __init__(self, heads: Heads, blocks: Blocks, count: int) -> None:
+        self._rows = heads.hidden.shape[0]
+        widths = [part.stop - part.start for number, part in enumerate(blocks) if blocks.keeps(number)]
+        self._free = [heads.hidden.new_empty(self._rows * sum(widths)) for _ in range(count)]
+
+    def take(self, index: int, width: int) -> Tensor:
+        """The next ``[N, width]`` of a model."""
+        size = self._rows * width
+        taken, self._free[index] = self._free[index][:size], self._free[index][size:]
+        return taken.view(self._rows, width)
+
+
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Logits in the accumulation dtype; in the model's own first, as its output layer would round them."""
     if hidden.dtype == out.dtype:
@@ -223,7 +242,7 @@ def forward_blocks(heads: Heads, needs: frozenset[str], blocks: Blocks, *, vecto
         heads: the rows; with a reference if ``needs`` asks for one.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
         blocks: how to cut the vocabulary.
-        vectors: form the gradient vectors of a frozen head; no block is kept then.
+        vectors: form the gradient vectors of a frozen head, with blocks of which none is kept.
     """
     pairs, hidden = heads.pairs, heads.hidden
     dtype = accumulation_dtype(hidden.dtype)
@@ -233,15 +252,15 @@ def forward_blocks(heads: Heads, needs: frozenset[str], blocks: Blocks, *, vecto
     found = Found({}, [])
     if vectors:
         found.vectors = [hidden.new_zeros(hidden.shape, dtype=torch.float64) for _ in pairs]
-    where = _Targets(heads.targets, blocks)
+    where, room = _Targets(heads.targets, blocks), _Kept(heads, blocks, len(pairs))
     for number, part in enumerate(blocks):
         width = part.stop - part.start
-        keep = not vectors and blocks.keeps(number)
+        keep = blocks.keeps(number)
         own = []
         for index, (states, weight) in enumerate(pairs):
-            # What is kept in the dtype of the arithmetic gets its own memory at once.
-            fresh = keep and hidden.dtype == dtype
-            out = hidden.new_empty(hidden.shape[0], width) if fresh else scratch.get(index, width)
+            # What is kept in the dtype of the arithmetic is made where it will stay.
+            in_place = keep and hidden.dtype == dtype
+            out = room.take(index, width) if in_place else scratch.get(index, width)
             own.append(_logits(states, weight[part], out))
         rows, columns = where.of(number, part)
         for target_logits, logits in zip(at, own, strict=True):
@@ -260,7 +279,8 @@ def forward_blocks(heads: Heads, needs: frozenset[str], blocks: Blocks, *, vecto
             sums[1].growth += _dots(own[1], gap.expm1_())
         if keep:
             found.shifts.append([model.shift for model in sums])
-            found.kept.append([exponentials.to(hidden.dtype) for exponentials in own])
+            same = hidden.dtype == dtype
+            found.kept.append(own if same else [room.take(i, width).copy_(e) for i, e in enumerate(own)])
     for vector, model in zip(found.vectors, sums, strict=False):
         vector /= model.total[:, None]
     found.vectors = [vector.to(dtype) for vector in found.vectors]
