@@ -15,30 +15,28 @@ from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import TiedLinear, TransformerDecoder, TransformerSelfAttentionLayer
 from torchtune.modules.common_utils import local_kv_cache
 from torchtune.training import (
+    OffloadActivations,
     compile_model,
     get_lr,
-    get_shard_conditions,
     set_activation_checkpointing,
     set_default_dtype,
-    shard_model,
     validate_no_params_on_meta_device,
 )
 
 __all__ = [
     "InstantiationError",
     "Message",
+    "OffloadActivations",
     "TiedLinear",
     "TransformerDecoder",
     "TransformerSelfAttentionLayer",
     "compile_model",
     "component_from_path",
     "get_lr",
-    "get_shard_conditions",
     "llama3_2",
     "local_kv_cache",
     "set_activation_checkpointing",
     "set_default_dtype",
-    "shard_model",
     "tune_to_hf",
     "validate_no_params_on_meta_device",
 ]
