@@ -250,6 +250,28 @@ LAUGHS = "a: &a [x, x, x, x, x, x, x, x, x, x]\n" + "".join(
     f"{new}: &{new} [{', '.join([f'*{old}'] * 10)}]\n" for old, new in zip("abcdefg", "bcdefgh", strict=True)
 )
 MINE = ("--config", "my.yaml")
+LEAN = ("enable_activation_checkpointing=true",)
+EMULATED = ("enable_fp8_training=true", "fp8_emulate=true")
+SIZES = {
+    "vocab_size": 384,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "embed_dim": 24,
+    "max_seq_len": 256,
+}
+ODD_SIZES = (
+    "model=torchtune.models.llama3_2.llama3_2",
+    *(f"model.{name}={value}" for name, value in SIZES.items()),
+    "model.intermediate_dim=40",
+)
+ADAPTERS = (
+    "model=torchtune.models.llama3_2.lora_llama3_2",
+    "model.lora_attn_modules=[q_proj]",
+    "model.lora_rank=4",
+    "model.lora_alpha=8",
+    *ODD_SIZES[1:],
+)
 GOOD = {"prompt": "It was", "chosen": " good and warm.", "rejected": " bad and cold."}
 ROWS = ("dataset.source=rows.jsonl", "dataset.format=auto", "dataset.max_rows=null")
 SCHEDULER = (
@@ -292,6 +314,34 @@ CONFIGS = [
     Bad("number of 5000 digits", "tdpo", "my.yaml is not valid YAML: Exceeds the limit", MINE,
         prepare=config(f"seed: {'9' * 5000}\n")),
     Bad("fp16", "tdpo", "dtype: expected one of fp32, bf16, found 'fp16'.*use bf16 or fp32", ("dtype=fp16",)),
+    Bad("no such precision", "tdpo", "compute_dtype: expected one of bf16, found 'fp8'", ("compute_dtype=fp8",)),
+    Bad("bfloat16 over bfloat16", "tdpo", "compute_dtype: is bf16, and dtype is too; set dtype=fp32",
+        ("compute_dtype=bf16", "dtype=bf16")),
+    Bad("selective without checkpointing", "tdpo", "ac_mode: is selective, but enable_activation_checkpointing is false",
+        ("ac_mode=selective", "ac_option=2")),
+    Bad("selective of how many layers", "tdpo", "ac_option: missing; ac_mode selective needs it",
+        (*LEAN, "ac_mode=selective")),
+    Bad("every nth of all layers", "tdpo", "ac_option: is 2, which only ac_mode selective reads", (*LEAN, "ac_option=2")),
+    Bad("every third of two layers", "tdpo", "ac_option: is 3, and the model has 2 layers, of which none would be checkpointed",
+        (*LEAN, "ac_mode=selective", "ac_option=3")),
+    Bad("offloading on a CPU", "tdpo", "enable_activation_offloading: takes activations from a GPU's memory, and device is cpu",
+        (*LEAN, "enable_activation_offloading=true")),
+    Bad("offloading of whole layers", "tdpo", "enable_activation_offloading: moves what full activation checkpointing keeps",
+        ("enable_activation_offloading=true", "device=cuda")),
+    Bad("float8 on a CPU", "tdpo", "enable_fp8_training: float8 products need a GPU, and device is cpu.*fp8_emulate=true",
+        ("enable_fp8_training=true",)),
+    Bad("float8 recipe without float8", "tdpo", "fp8_recipe_name: is rowwise, but enable_fp8_training is false",
+        ("fp8_recipe_name=rowwise",)),
+    Bad("emulation of nothing", "tdpo", "fp8_emulate: is true, but enable_fp8_training is false", ("fp8_emulate=true",)),
+    Bad("no such float8 recipe", "tdpo",
+        "fp8_recipe_name: expected one of tensorwise, rowwise, rowwise_with_gw_hp, found 'blockwise'",
+        ("enable_fp8_training=true", "fp8_recipe_name=blockwise")),
+    Bad("rows in float32", "tdpo", "fp8_recipe_name: GPUs compute rowwise in bfloat16 only, and dtype is fp32",
+        ("enable_fp8_training=true", "fp8_recipe_name=rowwise", "device=cuda")),
+    Bad("float8 of odd sizes", "tdpo", r"of the model's 14 linear layers besides the head none has .* is \[24, 24\]",
+        (*EMULATED, *ODD_SIZES)),
+    Bad("float8 with adapters", "tdpo", "enable_fp8_training: the model has adapters", (*EMULATED, *ADAPTERS)),
+    Bad("float8 in an evaluation", "evaluate", "enable_fp8_training: unknown key", ("enable_fp8_training=true",)),
     Bad("no such device", "tdpo", "device: 'abacus' is not supported; set device=cpu", ("device=abacus",)),
     Bad("beta refused", "tdpo", "loss .*beta must be a finite number > 0.*got -0.1", ("loss.beta=-0.1",)),
     Bad("learning rate refused", "tdpo", "optimizer .*learning rate: -1", ("optimizer.lr=-1",)),

@@ -20,12 +20,11 @@ from torchtune.modules import (
 )
 from torchtune.modules.common_utils import local_kv_cache
 from torchtune.training import (
+    OffloadActivations,
     compile_model,
     get_lr,
-    get_shard_conditions,
     set_activation_checkpointing,
     set_default_dtype,
-    shard_model,
     validate_no_params_on_meta_device,
 )
 
@@ -33,18 +32,17 @@ __all__ = [
     "InstantiationError",
     "Message",
     "MultiHeadAttention",
+    "OffloadActivations",
     "TiedLinear",
     "TransformerDecoder",
     "TransformerSelfAttentionLayer",
     "compile_model",
     "component_from_path",
     "get_lr",
-    "get_shard_conditions",
     "llama3_2",
     "local_kv_cache",
     "set_activation_checkpointing",
     "set_default_dtype",
-    "shard_model",
     "tune_to_hf",
     "validate_no_params_on_meta_device",
 ]

@@ -9,8 +9,18 @@ from typing import Any
 import torch
 
 from support import evaluating, small
-from tokenpref.distributed import World, full_state_dict, load_sharded, shard, sharded_state, write_sharded
+from tokenpref.distributed import (
+    World,
+    full_state_dict,
+    load_full_state_dict,
+    load_sharded,
+    refresh_float8_scales,
+    shard,
+    sharded_state,
+    write_sharded,
+)
 from tokenpref.errors import TokenprefError
+from tokenpref.models.float8 import Float8, convert_to_float8
 from tokenpref.models.reference import FrozenReference, NoReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.anchors import AnchorSampler
@@ -183,4 +193,51 @@ def sampled_anchors(world: World, split: list[list[list[int]]]) -> dict[int, Any
     for _ in range(2):
         for rows in split[world.rank]:
             found.update({r: a for r, a in zip(rows, source.answers(rows, models), strict=True) if r >= 0})
+    return found
+
+
+def float8_shards(world: World, folder: str) -> dict[str, Any]:
+    """What a sharded float8 model gathers, which scales it takes, and what its state dicts hold; float32, one AdamW step.
+
+    Args:
+        world: the rank's world.
+        folder: an empty folder for a checkpoint.
+    """
+    model = small.decoder(0, dtype=torch.float32)
+    whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
+    names = convert_to_float8(model, Float8(emulate=True), sharded=True)
+    shard(model, world)
+    gathered: dict[str, tuple[str, str]] = {}
+    layers = {name: model.get_submodule(name) for name in names}
+    for name, layer in layers.items():
+
+        def note(module: torch.nn.Module, _inputs: Any, name: str = name) -> None:
+            weight: Any = module.weight
+            inside = getattr(weight, "_data", weight)
+            gathered[name] = (type(weight).__name__, str(inside.dtype))
+
+        layer.register_forward_pre_hook(note)
+
+    def scales() -> dict[str, float]:
+        return {name: float(layer.weight._local_tensor._precomputed_scale) for name, layer in layers.items()}
+
+    found: dict[str, Any] = {}
+    load_full_state_dict(model, {name: 2 * tensor for name, tensor in whole.items()}, world)
+    found["loaded"] = scales()
+    optimizer = torch.optim.AdamW(model.parameters(), lr=0.01, fused=True)
+    (ScoringModel(model).hidden(small.batch([world.rank]).tokens) ** 3).sum().backward()
+    optimizer.step()
+    refresh_float8_scales(model)
+    found["stepped"], found["gathered"] = scales(), gathered
+    state = full_state_dict(model, world)
+    found["kinds"] = {type(tensor).__name__ for tensor in state.values()}
+    found["largest"] = {name: float(state[f"{name}.weight"].abs().max()) for name in names if world.is_main}
+    stored = sharded_state(model, optimizer)
+    found["stored"] = {type(tensor._local_tensor).__name__ for tensor in stored["model"].values()}
+    write_sharded(Path(folder), stored, world)
+    load_full_state_dict(model, whole, world)
+    load_sharded(Path(folder), model, optimizer)
+    found["restored"] = scales()
+    again = full_state_dict(model, world)
+    found["same"] = all(torch.equal(state[name], again[name]) for name in state)
     return found

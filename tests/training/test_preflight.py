@@ -83,6 +83,31 @@ def test_activation_checkpointing_keeps_less():
     assert less == pytest.approx(inputs + whole / layers, rel=1e-3) and less < whole
 
 
+def test_selective_checkpointing_keeps_some_layers_whole():
+    """Of two layers the second is checkpointed: the first is kept, the second's input, and the second computed again."""
+    full, half = ["enable_activation_checkpointing=true"], ["ac_mode=selective", "ac_option=2"]
+    whole, one_input = memory().activations, 32 * 4 * 96
+    assert memory(*full, *half).activations == pytest.approx(one_input + whole, rel=1e-3)
+
+
+def test_offloading_leaves_five_inputs_on_the_gpu(monkeypatch):
+    monkeypatch.setattr("tokenpref.training.compute._on_cpu", lambda config: False)
+    deep = ["enable_activation_checkpointing=true", "model.num_layers=20"]
+    kept, moved = memory(*deep).activations, memory(*deep, "enable_activation_offloading=true").activations
+    assert kept - moved == pytest.approx((20 - 5) * 32 * 4 * 96, abs=1)
+
+
+def test_bfloat16_over_float32_weights():
+    """Weights, gradients and moments are float32; the reference is kept in bfloat16, unless float8 is made of float32 shards."""
+    plain, mixed, half = memory(), memory("compute_dtype=bf16"), memory("dtype=bf16")
+    for name in ("weights", "gradients", "optimizer"):
+        assert getattr(mixed, name) == getattr(plain, name)
+    assert mixed.reference == half.reference == 2 * parameters() and mixed.activations == half.activations
+    float8 = ["compute_dtype=bf16", "enable_fp8_training=true", "fp8_emulate=true"]
+    assert memory(*float8).reference == 4 * parameters()
+    assert memory(*float8, "fp8_recipe_name=rowwise").reference == 2 * parameters()
+
+
 def test_a_disk_without_room_is_refused_before_anything_is_written(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(shutil, "disk_usage", lambda path: Usage(10**6, 10**6 - 1000, 1000))

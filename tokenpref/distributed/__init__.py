@@ -1,7 +1,8 @@
 """Process group, FSDP2 and collectives: the only folder that imports ``torch.distributed``."""
 
+from tokenpref.distributed.float8_weights import refresh_float8_scales
 from tokenpref.distributed.plain_writing import Written
-from tokenpref.distributed.sharding import gradient_sync, is_sharded, shard, unsharded
+from tokenpref.distributed.sharding import compute_dtype_of, gradient_sync, is_sharded, shard, unsharded
 from tokenpref.distributed.state import (
     BackgroundWrite,
     check_sharded,
@@ -18,6 +19,7 @@ __all__ = [
     "World",
     "Written",
     "check_sharded",
+    "compute_dtype_of",
     "full_state_dict",
     "gradient_sync",
     "init_world",
@@ -25,6 +27,7 @@ __all__ = [
     "launched_by_torchrun",
     "load_full_state_dict",
     "load_sharded",
+    "refresh_float8_scales",
     "shard",
     "sharded_state",
     "single_process_world",

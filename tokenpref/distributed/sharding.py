@@ -4,15 +4,17 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
-from functools import partial
 
+import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule
+from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
 
-from tokenpref._torchtune import get_shard_conditions, shard_model
+from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed.world import World
 
-__all__ = ["gradient_sync", "is_sharded", "shard", "unsharded"]
+__all__ = ["compute_dtype_of", "gradient_sync", "is_sharded", "shard", "unsharded"]
+
+_COMPUTE_DTYPE = "_compute_dtype"
 
 
 def is_sharded(model: nn.Module) -> bool:
@@ -20,7 +22,13 @@ def is_sharded(model: nn.Module) -> bool:
     return isinstance(model, FSDPModule)
 
 
-def shard(model: nn.Module, world: World, *, reshard_after_forward: bool = True) -> None:
+def shard(
+    model: TransformerDecoder,
+    world: World,
+    *,
+    reshard_after_forward: bool = True,
+    compute_dtype: torch.dtype | None = None,
+) -> None:
     """Shard every decoder layer, then the rest with the root, over the world's mesh (in place).
 
     Embedding, final norm and output stay in the root's group: the token statistics run inside the root's
@@ -30,16 +38,30 @@ def shard(model: nn.Module, world: World, *, reshard_after_forward: bool = True)
         model: a torchtune decoder, on the meta device or loaded.
         world: a distributed world; a plain single process leaves the model as it is.
         reshard_after_forward: free the gathered weights after the forward (less memory, one gather more).
+        compute_dtype: gather the weights in this dtype and compute in it; the shards, their gradients and the reduction of
+            these keep their own precision, at least float32. None: the weights' own dtype.
+
+    Raises:
+        ValueError: for a ``compute_dtype`` without a mesh; a world of one can have one (:func:`init_world`).
     """
     if world.mesh is None:
+        if compute_dtype is not None:
+            raise ValueError(
+                "compute_dtype is FSDP2's: it needs a world with a mesh, which init_world(process_group=True) makes"
+            )
         return
-    shard_model(
-        model,
-        [partial(get_shard_conditions, names_to_match=None)],
-        cpu_offload=False,
-        reshard_after_forward=reshard_after_forward,
-        dp_mesh=world.mesh,
+    policy = MixedPrecisionPolicy(
+        param_dtype=compute_dtype, reduce_dtype=None if compute_dtype is None else torch.float32
     )
+    for module in (*reversed(model.layers), model):
+        fully_shard(module, mesh=world.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
+    model.__dict__[_COMPUTE_DTYPE] = compute_dtype
+
+
+def compute_dtype_of(model: nn.Module) -> torch.dtype:
+    """What a model's forward computes in: its weights' dtype, unless :func:`shard` was given another."""
+    chosen: torch.dtype | None = model.__dict__.get(_COMPUTE_DTYPE)
+    return next(model.parameters()).dtype if chosen is None else chosen
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> None:

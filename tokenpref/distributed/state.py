@@ -20,6 +20,7 @@ from torch.distributed.checkpoint.state_dict import (
 )
 from torch.optim import Optimizer
 
+from tokenpref.distributed.float8_weights import plain_weights, refresh_float8_scales
 from tokenpref.distributed.plain_writing import Arena, PlainWriter, Written
 from tokenpref.distributed.safe_reading import SafePlanner, SafeReader
 from tokenpref.distributed.world import World
@@ -44,8 +45,7 @@ def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
     if not world.is_distributed:
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
-    state: dict[str, Any] = get_model_state_dict(model, options=options)
-    return state
+    return plain_weights(get_model_state_dict(model, options=options))
 
 
 def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: World) -> None:
@@ -68,6 +68,7 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
     )
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, typed, options=options)
+    refresh_float8_scales(model)
 
 
 @contextmanager
@@ -88,7 +89,7 @@ def _plain_failures(what: str) -> Iterator[None]:
 def sharded_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
     """What :func:`write_sharded` writes: this process's shards, not copied. Every process must call it."""
     weights, state = get_state_dict(model, optimizer)
-    return {"model": weights, "optimizer": state}
+    return {"model": plain_weights(weights), "optimizer": state}
 
 
 def write_sharded(path: Path, state: dict[str, Any], world: World) -> dict[str, Written]:
@@ -180,3 +181,4 @@ def load_sharded(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
     with torch.no_grad(), _plain_failures(f"{path}: the checkpoint cannot be read"):
         dcp.load(stored, storage_reader=SafeReader(path), planner=SafePlanner())
     set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
+    refresh_float8_scales(model)

@@ -21,6 +21,7 @@ from tokenpref.errors import ConfigError, TokenprefError
 T = TypeVar("T")
 
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
+_BACKENDS = {"cpu": "gloo", "cuda": "cpu:gloo,cuda:nccl"}
 
 __all__ = ["World", "init_world", "launched_by_torchrun", "single_process_world"]
 
@@ -144,12 +145,13 @@ def single_process_world(device: str | torch.device = "cpu") -> World:
     return World(rank=0, size=1, device=torch.device(device))
 
 
-def init_world(device: str = "cpu", timeout_s: float = 1800.0) -> World:
+def init_world(device: str = "cpu", timeout_s: float = 1800.0, *, process_group: bool = False) -> World:
     """Join the run that ``torchrun`` started, or make a world of one process.
 
     Args:
         device: ``cpu`` or ``cuda``; a rank's GPU is its ``LOCAL_RANK``.
         timeout_s: seconds after which a collective that a rank never joins fails.
+        process_group: also for a process on its own, for what only FSDP2 does (arithmetic in another dtype than the weights').
 
     Returns:
         The world; its mesh lies on ``device`` (never on whatever accelerator the machine happens to have).
@@ -168,18 +170,26 @@ def init_world(device: str = "cpu", timeout_s: float = 1800.0) -> World:
         chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
             torch.cuda.set_device(chosen)
-        return single_process_world(chosen)
+        return _world_of_one(chosen) if process_group else single_process_world(chosen)
     if kind == "cuda":
         here = torch.device("cuda", int(os.environ.get("LOCAL_RANK", "0")))
         torch.cuda.set_device(here)
-        backend = "cpu:gloo,cuda:nccl"
     else:
-        here, backend = torch.device("cpu"), "gloo"
+        here = torch.device("cpu")
     _stop_with_the_launcher()
     if not dist.is_initialized():
-        dist.init_process_group(backend, timeout=timedelta(seconds=timeout_s))
+        dist.init_process_group(_BACKENDS[kind], timeout=timedelta(seconds=timeout_s))
     size = dist.get_world_size()
     return World(rank=dist.get_rank(), size=size, device=here, mesh=init_device_mesh(kind, (size,)))
+
+
+def _world_of_one(device: torch.device) -> World:
+    """This process with a process group and a mesh of its own."""
+    if device.type == "cuda":
+        torch.cuda.init()  # a mesh chooses a GPU by itself for a process that has not begun to use one
+    if not dist.is_initialized():
+        dist.init_process_group(_BACKENDS[device.type], store=dist.HashStore(), rank=0, world_size=1)
+    return World(rank=0, size=1, device=device, mesh=init_device_mesh(device.type, (1,)))
 
 
 def _stop_with_the_launcher() -> None:

@@ -9,6 +9,7 @@ import torch
 
 from tokenpref._paths import resolve_path
 from tokenpref.errors import ConfigError, DataError
+from tokenpref.training.compute import DTYPES, Compute, ComputeConfig, compute_faults
 from tokenpref.training.samples import read_openings, read_samples
 from tokenpref.training.schema import (
     Component,
@@ -57,6 +58,10 @@ class ScoringConfig:
     """MiB for logits: a part of the vocabulary at a time, and as much as fits is kept for the backward."""
     padding_free: bool = flag(True)
     """Score sequences one after another instead of padded to the longest; false for attentions that need padded batches."""
+
+    def compute(self, *, trainable: bool) -> Compute:
+        """How a model of the run computes."""
+        return Compute(dtype=DTYPES[self.dtype])
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
@@ -128,7 +133,7 @@ class BestConfig:
 
 
 @dataclass(frozen=True, kw_only=True)
-class TrainConfig(ModelConfig):
+class TrainConfig(ComputeConfig, ModelConfig):
     """A preference training run; keys are named as in torchtune's recipes."""
 
     dataset: Component = component(positional=1)
@@ -160,7 +165,6 @@ class TrainConfig(ModelConfig):
     max_steps_per_epoch: int | None = integer(None)
     shuffle: bool = flag(True)
     clip_grad_norm: float | None = number(None)
-    enable_activation_checkpointing: bool = flag(False)
     resume_from_checkpoint: bool | str = flag_or_text(False)
     """``auto``: from the newest checkpoint of ``output_dir`` if there is one; true: there has to be one; or its path."""
     checkpoint_every_n_steps: int | None = integer(None)
@@ -174,9 +178,13 @@ class TrainConfig(ModelConfig):
     log_every_n_steps: int = integer(1)
     log_peak_memory_stats: bool = flag(False)
 
+    def compute(self, *, trainable: bool) -> Compute:
+        """How the policy (``trainable``) or a model beside it computes."""
+        return self.compute_of(self.dtype, trainable=trainable)
+
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        faults = super().faults()
+        faults = super().faults() + compute_faults(self)
         if self.metric_logger is not None:
             faults += folder_faults("metric_logger.log_dir", self.metric_logger.kwargs.get("log_dir"))
         if self.run_val_every_n_steps and self.dataset_val is None and self.sampling is None:

@@ -110,7 +110,7 @@ class ContrastiveReference:
         """
         config = self.config
         folder = Path(config.output_dir).expanduser().absolute()
-        self.world = init_world(config.device)
+        self.world = init_world(config.device, process_group=config.compute_dtype is not None)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         self._folder = own = RunFolder(folder, plain, self.recipe, self.world)
         own.start(False)

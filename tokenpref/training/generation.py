@@ -9,7 +9,7 @@ import torch
 from torch import Tensor
 
 from tokenpref._torchtune import TransformerDecoder, local_kv_cache
-from tokenpref.distributed import World
+from tokenpref.distributed import World, compute_dtype_of
 from tokenpref.errors import TokenprefError
 from tokenpref.models.scoring import next_token_logits
 
@@ -130,9 +130,12 @@ def _sample_batch(
     tokens, mask, positions, uniforms = (t.to(device) for t in (tokens, mask, positions, uniforms))
     drawn = torch.full((rows, steps), eos_id, dtype=torch.int64, device=device)
     alive = torch.full((rows,), len(prompts) > 0, dtype=torch.bool, device=device)
-    dtype = next(model.parameters()).dtype
     with local_kv_cache(
-        model, batch_size=rows, device=device, dtype=dtype, decoder_max_seq_len=longest + steps
+        model,
+        batch_size=rows,
+        device=device,
+        dtype=compute_dtype_of(model),
+        decoder_max_seq_len=longest + steps,
     ):
         seen, start = tokens, 0
         for step in range(steps):

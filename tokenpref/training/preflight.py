@@ -14,11 +14,11 @@ from tokenpref._torchtune import TransformerDecoder, set_default_dtype
 from tokenpref.data import PreferenceDataset
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.compute import DTYPES, Compute, check_model
 from tokenpref.training.config import TrainConfig
 from tokenpref.training.memory import free_memory
 from tokenpref.training.schema import Component
 from tokenpref.training.setup import (
-    DTYPES,
     build_optimizer,
     check_data_fits,
     check_decoder,
@@ -33,6 +33,8 @@ _PROBE = 1 << 16
 _TYPICAL_WEIGHT = 0.02
 # A bfloat16 keeps 8 significant bits: a change of less than 2^-9 of a number can round back to it.
 _BF16_HALF_STEP = 2**-9
+# Tensors that torchtune lets wait on the GPU for their copy to the CPU.
+_OFFLOADED_AT_A_TIME = 5
 _LOGITS = 3  # the policy's, the reference's, and what is made of both
 
 
@@ -95,9 +97,11 @@ def preflight(
         Lines for the log: expected memory of a process, disk space, and warnings.
 
     Raises:
-        ConfigError: if the data do not fit the model, or the disk has no room for the run's first checkpoint and weights.
+        ConfigError: if float8, activation checkpointing or the data do not fit the model, or the disk has no room for the run's
+            first checkpoint and weights.
     """
     model = meta_model(config.model, config.dtype)
+    check_model(config.compute(trainable=True), model)
     for data, component in ((dataset, config.dataset), (dataset_val, config.dataset_val)):
         if data is not None and component is not None:
             check_data_fits(data, component, model)
@@ -117,7 +121,8 @@ def preflight(
         if memory.total > free:
             lines.append(
                 f"warning: that is more than is free; lower batch_size ({config.batch_size}) and raise "
-                "gradient_accumulation_steps, set enable_activation_checkpointing=true, or use more processes"
+                "gradient_accumulation_steps, set enable_activation_checkpointing=true, on a GPU "
+                "enable_activation_offloading=true too, or use more processes"
             )
     model_bytes = memory.weights * world_size
     checkpoint_bytes = model_bytes + memory.optimizer * world_size
@@ -146,8 +151,9 @@ def estimate_memory(
     """Memory of one process.
 
     Weights, gradients, optimizer state and activations are counted, not guessed: the optimizer takes a step on a small
-    tensor, and a forward on the meta device tells what autograd keeps of a token. Left out are what FSDP2 gathers of a
-    layer, the memory allocator's waste and Python itself (some 0.3 GiB).
+    tensor, and a forward on the meta device tells what autograd keeps of a token (float8 layers keep what plain ones
+    do). Left out are what FSDP2 gathers of a layer, activations that are moved to the CPU's memory, the memory allocator's
+    waste and Python itself (some 0.3 GiB).
 
     Args:
         config: the run's config.
@@ -156,25 +162,35 @@ def estimate_memory(
         world_size: number of processes.
         reference: whether a second model is loaded.
     """
+    policy, beside = (config.compute(trainable=trainable) for trainable in (True, False))
     count = sum(p.numel() for p in model.parameters())
-    element = DTYPES[config.dtype].itemsize
-    share = -(-count * element // world_size)
+    share = -(-count * policy.dtype.itemsize // world_size)
     optimizer = int(_optimizer_bytes_per_parameter(config) * count / world_size)
-    kept = _saved_bytes_per_token(model)
-    if config.enable_activation_checkpointing:
-        # Each layer keeps its input, and one layer at a time is computed again.
-        layers = len(model.layers)
-        kept = layers * model.tok_embeddings.embedding_dim * element + kept / layers
+    if policy.compute_dtype is not None:
+        model = meta_model(config.model, str(config.compute_dtype))
     vocabulary = model.tok_embeddings.num_embeddings
     return MemoryEstimate(
         weights=share,
         gradients=share,
         optimizer=optimizer,
-        reference=share if reference else 0,
-        activations=int(kept * tokens),
+        reference=-(-count * beside.dtype.itemsize // world_size) if reference else 0,
+        activations=int(_activation_bytes_per_token(model, policy) * tokens),
         head=min(int(config.head_memory_mb * 2**20), _LOGITS * tokens * vocabulary * 4),
         copy=share + optimizer if config.enable_async_checkpointing else 0,
     )
+
+
+def _activation_bytes_per_token(model: TransformerDecoder, compute: Compute) -> float:
+    """What stays of a token until the backward, of a model in the dtype that it computes in."""
+    kept, layers = _saved_bytes_per_token(model), len(model.layers)
+    if compute.checkpoint_every is None:
+        return kept
+    checkpointed = layers // compute.checkpoint_every
+    of_layer = kept / layers
+    of_input = model.tok_embeddings.embedding_dim * next(model.parameters()).element_size()
+    # A checkpointed layer keeps its input, and one of them at a time is computed again.
+    inputs = min(checkpointed, _OFFLOADED_AT_A_TIME) if compute.offload else checkpointed
+    return inputs * of_input + (layers - checkpointed + 1) * of_layer
 
 
 def _optimizer_bytes_per_parameter(config: TrainConfig) -> float:
@@ -251,7 +267,8 @@ def bf16_fault(config: TrainConfig) -> str | None:
         return None
     return (
         f"optimizer.lr is {rate:g} and dtype is bf16: weights above {rate / _BF16_HALF_STEP:.1g} in size cannot move by so "
-        f"little; set dtype=fp32, an optimizer with stochastic rounding, or a rate of at least {least:.1g}"
+        "little; set dtype=fp32 (with compute_dtype=bf16), an optimizer with stochastic rounding, or a rate of at least "
+        f"{least:.1g}"
     )
 
 

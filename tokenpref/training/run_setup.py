@@ -14,6 +14,7 @@ from tokenpref.distributed import World, init_world
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
 from tokenpref.training.checkpoints import Progress
+from tokenpref.training.compute import check_device
 from tokenpref.training.config import TrainConfig, loss_faults
 from tokenpref.training.live import LiveModels
 from tokenpref.training.metrics import Stopwatch
@@ -111,7 +112,9 @@ class RunSetup:
         """
         config = self.config
         torch.manual_seed(config.seed)
-        self.world = self._given_world or init_world(config.device)
+        # FSDP2 computes in another dtype than the weights', in a process on its own too.
+        alone = config.compute_dtype is not None
+        self.world = self._given_world or init_world(config.device, process_group=alone)
         self.loss = config.loss.build()
         self.needs = frozenset(self.loss.needs) | frozenset(config.log_stats)
         self.tokenizer = adapt_tokenizer(config.tokenizer.build())
@@ -154,6 +157,7 @@ class RunSetup:
             DryRun: if the config asks for no more.
         """
         config = self.config
+        self.world.together(lambda: check_device(config.compute(trainable=True), self.world))
         # The main process alone looks: the same disk, and the same memory as far as the config can tell.
         lines = self.world.together(
             lambda: (
@@ -211,7 +215,6 @@ class RunSetup:
             self.world,
             model=config.model,
             trainable=True,
-            activation_checkpointing=config.enable_activation_checkpointing,
         )
         del weights
         self.reference = self.build_reference()

@@ -14,9 +14,7 @@ from torch.optim import Optimizer
 
 from tokenpref._torchtune import (
     TransformerDecoder,
-    TransformerSelfAttentionLayer,
     compile_model,
-    set_activation_checkpointing,
     set_default_dtype,
     validate_no_params_on_meta_device,
 )
@@ -33,7 +31,10 @@ from tokenpref.data import (
 )
 from tokenpref.distributed import World, load_full_state_dict, shard
 from tokenpref.errors import ConfigError
+from tokenpref.models.activations import activation_offloading, checkpoint_layers, offload_layers
+from tokenpref.models.float8 import convert_to_float8
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.compute import DTYPES, Compute
 from tokenpref.training.config import ScoringConfig, TrainConfig
 from tokenpref.training.schema import Component
 
@@ -50,13 +51,12 @@ __all__ = [
     "check_state_fits",
     "check_tokens_per_batch",
     "pair_batches",
+    "place_decoder",
     "planned_steps",
     "read_weights",
 ]
 
 log = logging.getLogger("tokenpref")
-
-DTYPES = {"fp32": torch.float32, "bf16": torch.bfloat16}
 
 
 def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]:
@@ -115,27 +115,26 @@ def build_scorer(
     model: Component,
     key: str = "checkpointer",
     trainable: bool = False,
-    activation_checkpointing: bool = False,
 ) -> ScoringModel:
     """Build a model on the meta device, shard it, and fill it with weights.
 
     Args:
-        config: the model's dtype, and how it is sharded.
+        config: how the model computes, and how it is sharded.
         state: whole weights on the main process (see :func:`read_weights`).
         world: the run's processes.
         model: what to build.
         key: config key of the checkpointer, for errors.
-        trainable: False freezes the parameters and sets evaluation mode.
-        activation_checkpointing: recompute every layer's activations in the backward.
+        trainable: the policy; False freezes the parameters and sets evaluation mode.
 
     Returns:
         The model with its head installed.
 
     Raises:
-        ConfigError: if the weights do not fit the model, or the model has no plain linear head.
+        ConfigError: if the weights do not fit the model, the model has no plain linear head, or float8 or activation
+            checkpointing do not fit it.
     """
-    dtype = DTYPES[config.dtype]
-    with set_default_dtype(dtype), torch.device("meta"):
+    compute = config.compute(trainable=trainable)
+    with set_default_dtype(compute.dtype), torch.device("meta"):
         decoder: TransformerDecoder = model.build()
     check_decoder(decoder, model)
 
@@ -144,26 +143,74 @@ def build_scorer(
             check_state_fits(state, decoder, key)
 
     world.together(check)
+    place_decoder(
+        decoder,
+        compute,
+        world,
+        trainable=trainable,
+        compiled=config.compile,
+        reshard_after_forward=config.fsdp_reshard_after_forward,
+        key=key,
+    )
+    load_full_state_dict(decoder, state, world)
+    validate_no_params_on_meta_device(decoder)
+    try:
+        return ScoringModel(decoder, head_memory_mb=config.head_memory_mb, padding_free=config.padding_free)
+    except TypeError as error:
+        raise ConfigError(f"model ({model.path}): {error}") from error
+
+
+def place_decoder(
+    decoder: TransformerDecoder,
+    compute: Compute,
+    world: World,
+    *,
+    trainable: bool,
+    compiled: bool = False,
+    reshard_after_forward: bool = True,
+    key: str = "model",
+) -> None:
+    """Make a decoder on the meta device compute as it should, shard it, and give it memory on the world's device (in place).
+
+    Its weights hold no numbers yet; its rotary caches do.
+
+    Args:
+        decoder: as its component made it.
+        compute: how it computes.
+        world: the run's processes.
+        trainable: False freezes the parameters and sets evaluation mode.
+        compiled: compile every layer.
+        reshard_after_forward: see :func:`tokenpref.distributed.shard`.
+        key: what it is called in the log.
+
+    Raises:
+        ConfigError: if float8 or activation checkpointing do not fit the model.
+    """
     _switch_dropout_off(decoder)
-    if config.compile:
+    if compute.float8 is not None:
+        names = convert_to_float8(decoder, compute.float8, sharded=world.mesh is not None)
+        if world.is_main:
+            log.info(f"{key}: {len(names)} linear layers multiply in float8 ({compute.float8.recipe})")
+    if compiled:
         compile_model(decoder, verbose=False)
-    if activation_checkpointing:
-        set_activation_checkpointing(decoder, auto_wrap_policy={TransformerSelfAttentionLayer})
+    if compute.checkpoint_every is not None:
+        checkpoint_layers(decoder, compute.checkpoint_every)
+    if compute.offload:
+        offload_layers(decoder, activation_offloading())
     decoder.requires_grad_(trainable)
-    shard(decoder, world, reshard_after_forward=config.fsdp_reshard_after_forward)
+    shard(
+        decoder,
+        world,
+        reshard_after_forward=reshard_after_forward,
+        compute_dtype=compute.compute_dtype,
+    )
     decoder.to_empty(device=world.device)
     with torch.device(world.device):
         for module in decoder.modules():
             # Rotary caches are not in checkpoints; they are float32 whatever the model's dtype.
             if hasattr(module, "rope_init"):
                 module.rope_init()
-    load_full_state_dict(decoder, state, world)
-    validate_no_params_on_meta_device(decoder)
     decoder.train(trainable)
-    try:
-        return ScoringModel(decoder, head_memory_mb=config.head_memory_mb, padding_free=config.padding_free)
-    except TypeError as error:
-        raise ConfigError(f"model ({model.path}): {error}") from error
 
 
 def _switch_dropout_off(model: TransformerDecoder) -> None:

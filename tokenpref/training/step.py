@@ -10,7 +10,7 @@ from torch import Tensor, nn
 from torch.optim import Optimizer
 
 from tokenpref.data import PairBatch
-from tokenpref.distributed import World, gradient_sync
+from tokenpref.distributed import World, gradient_sync, refresh_float8_scales
 from tokenpref.errors import TrainingDiverged
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
@@ -98,6 +98,7 @@ def train_step(
     if clip_grad_norm is not None:
         nn.utils.clip_grads_with_norm_(policy.model.parameters(), clip_grad_norm, norm)
     optimizer.step()
+    refresh_float8_scales(policy.model)
     optimizer.zero_grad(set_to_none=True)
     return StepResult(sums, pairs, tokens, norm_value)
 

@@ -1,0 +1,568 @@
+"""Training steps on a GPU: tokens a second, model FLOP utilisation and peak memory, by loss, head, precision and what is kept.
+
+    python -m benchmarks.gpu --list                      # the cells
+    python -m benchmarks.gpu --budget-s 540              # as many as begin within 9 minutes; again: those that are missing
+    python -m benchmarks.gpu --only 8b float8            # cells whose name has both words
+    python -m benchmarks.gpu --report-only --write-docs  # the page, once all cells are there
+    python -m benchmarks.gpu --tiny                      # a test of itself; chosen where there is no GPU
+
+Nothing is downloaded: weights are random, in the shapes of Llama-3.2-1B and Llama-3.1-8B, and so are the tokens; time depends on
+neither. Each cell runs in a process of its own, so that memory is its own too, and takes the library's own steps: a frozen
+reference, clipping, fused AdamW, one process and one GPU. A cell that fails says so in the table.
+
+tokens/s credits all tokens of chosen and rejected answers, the prompt counted in both. No row has padding. Model FLOPs are those
+that a step cannot do without, whatever is computed twice: with N weights in the layers (embedding and head apart), a head of
+V x D, T tokens of which A are an answer's,
+
+    policy: 6 N T + 6 V D A        reference: 2 N T + 2 V D A
+
+The head is counted at the positions that are scored, for full logits too. Attention's own products are left out, which makes the
+figures a little low. MFU is that over time and the GPU's dense bfloat16 peak, for float8 too, whose own peak has its own column;
+a GPU whose peak is not in the table here has none.
+"""
+
+from __future__ import annotations
+
+import argparse
+import json
+import math
+import statistics
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import asdict, dataclass
+from functools import partial
+from pathlib import Path
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+from torchtune.models.llama3_1 import llama3_1_8b
+from torchtune.models.llama3_2 import llama3_2_1b
+
+from benchmarks import tables
+from benchmarks.cpu.process import peak_mib, reset_peak, save, versions
+from tokenpref._torchtune import TransformerDecoder, set_default_dtype
+from tokenpref.data import PairBatch, PairExample, collate_pairs
+from tokenpref.distributed import World, init_world, load_full_state_dict
+from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss
+from tokenpref.models import tiny_llama
+from tokenpref.models.float8 import Float8
+from tokenpref.models.reference import FrozenReference
+from tokenpref.models.scoring import ScoringModel, logits_of
+from tokenpref.ops import token_stats_from_logits
+from tokenpref.stats import TokenStats
+from tokenpref.training.compute import Compute
+from tokenpref.training.scoring import BatchWeights, no_weights
+from tokenpref.training.setup import place_decoder
+from tokenpref.training.step import train_step
+from tokenpref.weights import TransformedWeights
+
+__all__ = ["Cell", "ModelSize", "PEAKS", "measure", "model_flops", "peak_flops", "table"]
+
+ROOT = Path(__file__).parents[1]
+PAGE = ROOT / "docs" / "results" / "gpu.md"
+RESULTS = ROOT / "outputs" / "bench" / "gpu.json"
+
+PEAKS: dict[str, tuple[float, float | None]] = {
+    "H100 PCIe": (756e12, 1513e12),
+    "H100": (989e12, 1979e12),
+    "H200": (989e12, 1979e12),
+    "GH200": (989e12, 1979e12),
+    "L40S": (362e12, 733e12),
+    "A100": (312e12, None),
+}
+"""Dense peak in FLOP/s by a part of the device's name, the first that fits: bfloat16, and float8 where it has it."""
+
+MODELS: dict[str, Any] = {"1b": llama3_2_1b, "8b": llama3_1_8b, "tiny": partial(tiny_llama, max_seq_len=64)}
+LOSSES: dict[str, Any] = {
+    "dpo": DPOLoss,
+    "tdpo2": TokenDPOLoss,
+    "tis_dpo": TISDPOLoss,
+}
+PRECISIONS = ("bf16", "mixed", "float8", "float8_rowwise")
+KEPT = ("all", "selective", "full", "offload")
+
+
+@dataclass(frozen=True)
+class Cell:
+    """One measurement.
+
+    Args:
+        model: of ``MODELS``.
+        loss: of ``LOSSES``.
+        precision: "bf16": weights and arithmetic; "mixed": float32 weights, bfloat16 arithmetic (FSDP2 on one GPU); "float8" and
+            "float8_rowwise": bfloat16 weights, float8 products in the layers.
+        head: "fused": token statistics from hidden states; "full": from the logits of all positions.
+        kept: activations for the backward: "all", "selective" (every second layer's), "full" (inputs of layers), "offload" (these
+            on the CPU).
+        compiled: every layer by ``torch.compile``.
+        pairs: of a step.
+        prompt: its tokens.
+        answer: tokens of each answer.
+    """
+
+    model: str
+    loss: str = "dpo"
+    precision: str = "bf16"
+    head: str = "fused"
+    kept: str = "all"
+    compiled: bool = False
+    pairs: int = 8
+    prompt: int = 128
+    answer: int = 384
+
+    @property
+    def name(self) -> str:
+        """Everything but the sizes of the batch."""
+        words = [self.model, self.loss, self.precision, f"{self.head} head", f"keeps {self.kept}"]
+        return ", ".join([*words, "compiled" if self.compiled else "eager"])
+
+    @property
+    def tokens(self) -> int:
+        """Of a step."""
+        return 2 * self.pairs * (self.prompt + self.answer)
+
+    def compute(self, *, trainable: bool, emulate: bool) -> Compute:
+        """How policy or reference compute, as a recipe with these settings would have it."""
+        recipe = {"float8": "tensorwise", "float8_rowwise": "rowwise"}.get(self.precision)
+        float8 = None if recipe is None else Float8(recipe, emulate)
+        if not trainable:
+            return Compute(dtype=torch.bfloat16, float8=float8)
+        mixed = self.precision == "mixed"
+        return Compute(
+            dtype=torch.float32 if mixed else torch.bfloat16,
+            compute_dtype=torch.bfloat16 if mixed else None,
+            float8=float8,
+            checkpoint_every={"all": None, "selective": 2}.get(self.kept, 1),
+            offload=self.kept == "offload",
+        )
+
+
+def plan() -> list[Cell]:
+    """What the page shows; the cells that tell most come first."""
+    cells = []
+    for model in ("1b", "8b"):
+        cell = partial(Cell, model, compiled=True, kept="all" if model == "1b" else "full")
+        cells += [
+            cell(),
+            cell(precision="float8"),
+            cell(loss="tdpo2"),
+            cell(loss="tis_dpo"),
+            cell(head="full"),
+            cell(loss="tdpo2", head="full"),
+            cell(precision="float8_rowwise"),
+        ]
+    small, large = partial(Cell, "1b"), partial(Cell, "8b")
+    cells += [small(), small(precision="float8"), small(precision="mixed", compiled=True)]
+    cells += [small(kept=kept, compiled=True) for kept in ("selective", "full", "offload")]
+    cells += [
+        large(kept="full"),
+        large(kept="selective", compiled=True),
+        large(kept="offload", compiled=True),
+    ]
+    cells += [large(kept="all", compiled=True), large(kept="full", precision="mixed", compiled=True)]
+    return cells
+
+
+def tiny_plan() -> list[Cell]:
+    """Every choice once that a CPU has, on a model of two layers."""
+    cell = partial(Cell, "tiny", pairs=2, prompt=8, answer=24)
+    return [
+        cell(),
+        cell(loss="tdpo2", head="full", kept="selective"),
+        cell(loss="tis_dpo", precision="float8", kept="full"),
+        cell(loss="tdpo2", precision="float8_rowwise"),
+        cell(precision="mixed", head="full"),
+    ]
+
+
+# --- one cell, in a process of its own ------------------------------------------------------------------------------
+
+
+class FullLogits(ScoringModel):
+    """The head that the fused one is compared with: logits of all positions, then their statistics."""
+
+    def token_stats(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        needs: frozenset[str],
+        ref_logps: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_head_weight: Tensor | None = None,
+        weights: Tensor | None = None,
+    ) -> TokenStats:
+        """See :class:`tokenpref.models.scoring.ScoringModel`."""
+        logits = logits_of(self.model, tokens)
+        with torch.no_grad():
+            ref_logits = None if ref_hidden is None else F.linear(ref_hidden, ref_head_weight)
+        return token_stats_from_logits(
+            logits, ref_logits, labels, weights=weights, needs=needs, ref_logps=ref_logps
+        )
+
+
+@dataclass(frozen=True)
+class ModelSize:
+    """What the FLOPs depend on.
+
+    Args:
+        body: weights of the layers' matrices, N.
+        head: V x D.
+        total: all parameters, a tied head counted once.
+    """
+
+    body: int
+    head: int
+    total: int
+
+    @classmethod
+    def of(cls, model: TransformerDecoder) -> ModelSize:
+        """Of a decoder, on the meta device or not."""
+        body = sum(p.numel() for p in model.layers.parameters() if p.dim() == 2)
+        embedding = model.tok_embeddings
+        head = embedding.num_embeddings * embedding.embedding_dim
+        return cls(body, head, sum(p.numel() for p in model.parameters()))
+
+
+def model_flops(size: ModelSize, cell: Cell) -> float:
+    """Operations that a step of a cell needs; see the module."""
+    answers = 2 * cell.pairs * cell.answer
+    return (6 + 2) * (float(size.body) * cell.tokens + float(size.head) * answers)
+
+
+def peak_flops(device: str) -> tuple[float | None, float | None]:
+    """The dense peaks of a device by its name: bfloat16, float8."""
+    return next((peaks for name, peaks in PEAKS.items() if name in device), (None, None))
+
+
+def measure(cell: Cell, steps: int, warmup: int, device: str) -> dict[str, Any]:
+    """Take steps and return what was measured.
+
+    Args:
+        cell: what.
+        steps: timed ones.
+        warmup: steps before them, compilation included.
+        device: "cuda" or "cpu".
+
+    Returns:
+        Seconds of the timed steps, tokens of one, its model FLOPs, the peak in GiB over all steps (allocated on the GPU, models
+        included; resident on the CPU), losses, device and versions.
+    """
+    world = init_world(device, process_group=cell.precision == "mixed")
+    try:
+        return _measure(cell, steps, warmup, world)
+    finally:
+        world.close()
+
+
+def _measure(cell: Cell, steps: int, warmup: int, world: World) -> dict[str, Any]:
+    with torch.device("meta"):
+        size = ModelSize.of(MODELS[cell.model]())
+    policy = _scorer(cell, world, trainable=True)
+    reference = FrozenReference(_scorer(cell, world, trainable=False))
+    loss: nn.Module = LOSSES[cell.loss]()
+    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-5, fused=True)
+    weigh: BatchWeights = _random_weights if "weights" in loss.needs else no_weights
+    vocabulary = policy.model.tok_embeddings.num_embeddings
+    seconds, losses = [], []
+    _reset_peak(world.device)
+    for step in range(warmup + steps):
+        batch = _pairs(cell, step, vocabulary).to(world.device)
+        _wait(world.device)
+        start = time.perf_counter()
+        result = train_step(
+            policy,
+            reference,
+            loss,
+            optimizer,
+            [batch],
+            world,
+            step=step + 1,
+            needs=loss.needs,
+            weigh=weigh,
+            clip_grad_norm=1.0,
+        )
+        _wait(world.device)
+        seconds.append(time.perf_counter() - start)
+        losses.append(result.sums.reduce(world)["loss"])
+        assert result.tokens == cell.tokens  # no padding: what is credited is what is computed
+    return {
+        "step_s": seconds[warmup:],
+        "warmup_s": seconds[:warmup],
+        "tokens": cell.tokens,
+        "flops": model_flops(size, cell),
+        "peak_gib": _peak_gib(world.device),
+        "losses": losses,
+        "parameters": size.total,
+        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU",
+        "versions": versions("tokenpref", "torch", "torchtune", "torchao"),
+    }
+
+
+def _scorer(cell: Cell, world: World, *, trainable: bool) -> ScoringModel:
+    """Policy or reference, of the same random weights."""
+    compute = cell.compute(trainable=trainable, emulate=world.device.type != "cuda")
+    with set_default_dtype(compute.dtype), torch.device("meta"):
+        decoder: TransformerDecoder = MODELS[cell.model]()
+    shapes = {name: tensor.shape for name, tensor in decoder.state_dict().items()}
+    place_decoder(decoder, compute, world, trainable=trainable, compiled=cell.compiled)
+    # In bfloat16 for both, so that float32 weights are the same.
+    load_full_state_dict(decoder, _random_state(shapes, world.device), world)
+    return (ScoringModel if cell.head == "fused" else FullLogits)(decoder)
+
+
+def _random_state(shapes: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:
+    generator = torch.Generator(device).manual_seed(0)
+    state = {}
+    for name, shape in shapes.items():
+        tensor = torch.ones(shape, dtype=torch.bfloat16, device=device)
+        state[name] = tensor.normal_(0, 0.02, generator=generator) if len(shape) == 2 else tensor
+    return state
+
+
+def _pairs(cell: Cell, step: int, vocabulary: int) -> PairBatch:
+    generator = torch.Generator().manual_seed(step)
+
+    def draw(count: int) -> list[int]:
+        return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
+
+    examples = []
+    for row in range(cell.pairs):
+        prompt = draw(cell.prompt)
+        chosen, rejected = (prompt + draw(cell.answer) for _ in range(2))
+        examples.append(
+            PairExample(row, chosen, cell.prompt, rejected, cell.prompt, [], [], False, False, "")
+        )
+    return collate_pairs(examples, pad_id=0)
+
+
+def _random_weights(batch: PairBatch) -> TransformedWeights:
+    mask = batch.labels[:, 1:] != -100
+    generator = torch.Generator(mask.device).manual_seed(0)
+    weights = 0.5 + torch.rand(mask.shape, device=mask.device, generator=generator)
+    return TransformedWeights(torch.where(mask, weights, 0), torch.zeros_like(mask))
+
+
+def _wait(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.synchronize(device)
+
+
+def _reset_peak(device: torch.device) -> None:
+    if device.type == "cuda":
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats(device)
+    else:
+        reset_peak()
+
+
+def _peak_gib(device: torch.device) -> float:
+    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_mib() / 1024
+
+
+def _child(result: Path, settings: dict[str, Any]) -> None:
+    """The process of a cell. What goes wrong otherwise ends it, and the parent reports that."""
+    try:
+        found = measure(Cell(**settings.pop("cell")), **settings)
+    except torch.OutOfMemoryError:
+        found = {"failed": "out of memory"}
+    save(result, found)
+
+
+# --- all cells ------------------------------------------------------------------------------------------------------
+
+
+def run_cell(
+    cell: Cell, results: Path, *, steps: int, warmup: int, device: str, timeout_s: float
+) -> dict[str, Any]:
+    """A cell's result, or why there is none, from a process of its own."""
+    answer = results.with_suffix(".cell.json")
+    answer.unlink(missing_ok=True)
+    settings = json.dumps({"cell": asdict(cell), "steps": steps, "warmup": warmup, "device": device})
+    command = [sys.executable, "-m", "benchmarks.gpu", "--cell", str(answer.absolute()), settings]
+    with results.with_suffix(".log").open("a", encoding="utf-8") as log:
+        log.write(f"\n$ {cell.name}\n")
+        log.flush()
+        begin = log.tell()
+        try:
+            code = subprocess.run(
+                command, cwd=ROOT, stdout=log, stderr=subprocess.STDOUT, timeout=timeout_s
+            ).returncode
+        except subprocess.TimeoutExpired:
+            return {"failed": f"not done after {timeout_s:.0f} s"}
+    if code == 0:
+        found: dict[str, Any] = json.loads(answer.read_text(encoding="utf-8"))
+        answer.unlink()
+        return found
+    said = results.with_suffix(".log").read_bytes()[begin:].decode("utf-8", errors="replace").split("\n")
+    last = next((line.strip() for line in reversed(said) if line.strip()), "nothing said")
+    return {"failed": f"exit code {code}: {last[:160]}"}
+
+
+def read_results(file: Path) -> list[dict[str, Any]]:
+    """What was measured so far, each ``{"cell": ..., "steps": ..., "found": ...}``."""
+    return json.loads(file.read_text(encoding="utf-8")) if file.is_file() else []
+
+
+def run(cells: Sequence[Cell], file: Path, *, budget_s: float, again: bool, **settings: Any) -> None:
+    """Measure what is missing and add it to the file, cell by cell.
+
+    Args:
+        cells: what to measure, in order.
+        file: of results.
+        budget_s: seconds after which no further cell is begun; the last one gets what is left.
+        again: measure what is there already too, and what failed.
+        settings: ``steps``, ``warmup`` and ``device``.
+    """
+    start = time.monotonic()
+    file.parent.mkdir(parents=True, exist_ok=True)
+    for cell in cells:
+        results = read_results(file)
+        if not again and any(r["cell"] == asdict(cell) for r in results):
+            continue
+        left = budget_s - (time.monotonic() - start)
+        if left <= 0:
+            print("no time is left; run it again for the rest", flush=True)
+            return
+        found = run_cell(cell, file, timeout_s=min(left, 600.0), **settings)
+        if "failed" in found and found["failed"].startswith("not done") and left < 600:
+            print(f"{cell.name}: the time ended; run it again for the rest", flush=True)
+            return
+        kept = [r for r in results if r["cell"] != asdict(cell)]
+        save(file, [*kept, {"cell": asdict(cell), "found": found}])
+        print(line(cell, found), flush=True)
+
+
+def line(cell: Cell, found: Mapping[str, Any]) -> str:
+    """A line for the terminal, as soon as a cell is done."""
+    if "failed" in found:
+        return f"{cell.name}: {found['failed']}"
+    return f"{cell.name}: {_rate(found):.0f} tokens/s, {found['peak_gib']:.1f} GiB"
+
+
+def _rate(found: Mapping[str, Any]) -> float:
+    return found["tokens"] / statistics.median(found["step_s"])
+
+
+def table(results: Sequence[Mapping[str, Any]]) -> str:
+    """All cells, those that failed too, in the order of the plans."""
+    head = ["model", "loss", "precision", "head", "activations kept", "layers", "s/step", "tokens/s", "MFU"]
+    head += ["of float8 peak", "peak GiB"]
+    order = [asdict(cell) for cell in (*plan(), *tiny_plan())]
+    place = {json.dumps(cell): index for index, cell in enumerate(order)}
+    ranked = sorted(results, key=lambda r: place.get(json.dumps(r["cell"]), len(order)))
+    return tables.markdown(head, [[*_about(Cell(**r["cell"])), *_cells(r)] for r in ranked])
+
+
+def _about(cell: Cell) -> list[str]:
+    layers = "compiled" if cell.compiled else "eager"
+    return [cell.model, cell.loss, cell.precision, cell.head, cell.kept, layers]
+
+
+def _cells(result: Mapping[str, Any]) -> Iterator[str]:
+    found = result["found"]
+    if "failed" in found:
+        yield from (found["failed"], "-", "-", "-", "-")
+        return
+    seconds = statistics.median(found["step_s"])
+    peaks = peak_flops(found["device"])
+    if not result["cell"]["precision"].startswith("float8"):
+        peaks = peaks[0], None
+    yield f"{seconds:.3f}"
+    yield f"{_rate(found):.0f}"
+    for peak in peaks:
+        yield "-" if peak is None else f"{found['flops'] / seconds / peak:.1%}"
+    yield f"{found['peak_gib']:.1f}"
+
+
+def page(results: Sequence[Mapping[str, Any]]) -> str:
+    """The whole of docs/results/gpu.md.
+
+    Raises:
+        SystemExit: if it was not measured as a whole, on one kind of GPU and one set of versions.
+    """
+    missing = [c.name for c in plan() if not any(r["cell"] == asdict(c) for r in results)]
+    if missing:
+        raise SystemExit(
+            f"--write-docs: {len(missing)} cells are missing, the first: {missing[0]}; run them first"
+        )
+    good = [r["found"] for r in results if "failed" not in r["found"]]
+    about = {(f["device"], json.dumps(f["versions"], sort_keys=True)) for f in good}
+    if len(about) != 1 or good[0]["device"] == "CPU" or any(r["cell"]["model"] == "tiny" for r in results):
+        raise SystemExit(
+            "--write-docs: the page wants one GPU, one set of versions and no tiny model; name another --results"
+        )
+    cell, found = plan()[0], good[0]
+    made = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
+    steps = statistics.median(len(f["step_s"]) for f in good)
+    first = max(abs(f["losses"][0] - math.log(2)) for f in good)
+    return (
+        "# Training steps on a GPU\n\n"
+        "What `python -m benchmarks.gpu` measured and `--report-only --write-docs` wrote; its first lines say what is counted. "
+        f"One {found['device']},\none process; {made}. Random weights in the shapes of Llama-3.2-1B (1b) and Llama-3.1-8B (8b), "
+        f"{cell.pairs} pairs a step of {cell.prompt} prompt\nand {cell.answer} answer tokens, frozen reference, fused AdamW, "
+        f"clipping. Medians of {steps:.0f} steps. No first loss was further than {first:.1g} from log 2.\n\n"
+        f"{table(results)}\n"
+    )
+
+
+def main(arguments: Sequence[str] | None = None) -> None:
+    """Measure, and print the table."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument(
+        "--tiny", action="store_true", help="two layers, whose figures mean nothing; without a GPU always"
+    )
+    parser.add_argument(
+        "--only", nargs="+", default=[], help="words that a cell's name must have, all of them"
+    )
+    parser.add_argument("--list", action="store_true", help="print the cells' names")
+    parser.add_argument("--steps", type=int, default=8, help="timed steps of a cell")
+    parser.add_argument("--warmup", type=int, default=3, help="steps before these")
+    parser.add_argument(
+        "--budget-s", type=float, default=math.inf, help="begin no cell after so many seconds"
+    )
+    parser.add_argument("--again", action="store_true", help="measure cells that are there already, too")
+    parser.add_argument("--results", type=Path, default=RESULTS, help="results are added to this file")
+    parser.add_argument("--report-only", action="store_true", help="measure nothing")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/results/gpu.md")
+    parser.add_argument("--cell", nargs=2, metavar=("RESULT", "SETTINGS"), help=argparse.SUPPRESS)
+    given = parser.parse_args(arguments)
+    if given.cell:
+        _child(Path(given.cell[0]), json.loads(given.cell[1]))
+        return
+    tiny = given.tiny or not (torch.cuda.is_available() or given.report_only)
+    cells = [
+        cell for cell in (tiny_plan() if tiny else plan()) if all(word in cell.name for word in given.only)
+    ]
+    if given.list:
+        print("\n".join(cell.name for cell in cells))
+        return
+    results: Path = given.results
+    if tiny and results == RESULTS:
+        results = RESULTS.with_name("gpu_tiny.json")
+    if not given.report_only:
+        device = "cuda" if torch.cuda.is_available() else "cpu"
+        run(
+            cells,
+            results,
+            budget_s=given.budget_s,
+            again=given.again,
+            steps=given.steps,
+            warmup=given.warmup,
+            device=device,
+        )
+    found = read_results(results)
+    if found:
+        print("\n" + table(found))
+    if given.write_docs:
+        PAGE.write_text(page(found), encoding="utf-8")
+
+
+if __name__ == "__main__":
+    main()

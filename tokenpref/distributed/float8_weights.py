@@ -1,0 +1,43 @@
+"""Weights that FSDP2 gathers in float8: their scales, and the plain tensors inside."""
+
+from __future__ import annotations
+
+from typing import Any
+
+from torch import nn
+from torch.distributed.tensor import DTensor
+from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
+from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
+
+__all__ = ["plain_weights", "refresh_float8_scales"]
+
+
+def refresh_float8_scales(model: nn.Module) -> None:
+    """Take the scales of all weights that are gathered in float8, with one reduction for all of them.
+
+    Whatever changes the weights calls it: their shards are cast with these scales from then on. Nothing happens to
+    a model without such weights.
+    """
+    precompute_float8_dynamic_scale_for_fsdp(model)
+
+
+def plain_weights(state: dict[str, Any]) -> dict[str, Any]:
+    """A state dict with bare tensors in the place of torchao's, on the same memory."""
+    return {name: _plain(tensor) for name, tensor in state.items()}
+
+
+def _plain(tensor: Any) -> Any:
+    if isinstance(tensor, WeightWithDynamicFloat8CastTensor):
+        return tensor._tensor
+    if not isinstance(tensor, DTensor) or not isinstance(
+        tensor._local_tensor, WeightWithDynamicFloat8CastTensor
+    ):
+        return tensor
+    return DTensor.from_local(
+        tensor._local_tensor._tensor,
+        tensor.device_mesh,
+        tensor.placements,
+        run_check=False,
+        shape=tensor.shape,
+        stride=tensor.stride(),
+    )
