@@ -52,7 +52,7 @@ from tokenpref.models import tiny_llama
 from tokenpref.models.float8 import Float8
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel, logits_of
-from tokenpref.ops import token_stats_from_logits
+from tokenpref.ops import AnswerRows, token_stats_from_logits
 from tokenpref.stats import TokenStats
 from tokenpref.training.compute import Compute
 from tokenpref.training.scoring import BatchWeights, no_weights
@@ -195,11 +195,16 @@ class FullLogits(ScoringModel):
         ref_hidden: Tensor | None = None,
         ref_head_weight: Tensor | None = None,
         weights: Tensor | None = None,
+        sides: int = 1,
     ) -> TokenStats:
-        """See :class:`tokenpref.models.scoring.ScoringModel`."""
+        """See :class:`tokenpref.models.scoring.ScoringModel`; padded, and what rows share is computed for each."""
         logits = logits_of(self.model, tokens)
-        with torch.no_grad():
-            ref_logits = None if ref_hidden is None else F.linear(ref_hidden, ref_head_weight)
+        ref_logits = None
+        if ref_hidden is not None:
+            with torch.no_grad():
+                scored = F.linear(ref_hidden, ref_head_weight)
+                ref_logits = torch.zeros_like(logits, dtype=scored.dtype).flatten(0, 1)
+                ref_logits = ref_logits.index_copy(0, AnswerRows.of(labels).index, scored).view_as(logits)
         return token_stats_from_logits(
             logits, ref_logits, labels, weights=weights, needs=needs, ref_logps=ref_logps
         )

@@ -13,7 +13,9 @@ from tokenpref.models.activations import (
     checkpointed_layers,
     offload_layers,
 )
+from tokenpref.models.padding_free import PackedRows
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.ops import AnswerRows
 
 BATCH = small.batch([0, 1, 2])
 
@@ -56,7 +58,7 @@ def test_too_few_layers():
 
 
 def test_only_the_inputs_of_layers_are_offloaded():
-    """With all layers checkpointed these are two tensors ``[2B, L, D]``; the head's are left alone, and no number changes."""
+    """With all layers checkpointed these are two tensors ``[N, 1, D]``; the head's are left alone, and no number changes."""
     packed = []
 
     def pack(tensor):
@@ -68,7 +70,8 @@ def test_only_the_inputs_of_layers_are_offloaded():
     offload_layers(lean, saved_tensors_hooks(pack, lambda tensor: tensor))
     expected, found = gradients(plain), gradients(lean)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
-    assert packed == [[*BATCH.tokens.shape, 32]] * 2
+    positions = PackedRows.of(BATCH.tokens, BATCH.labels, AnswerRows.of(BATCH.labels)).tokens
+    assert packed == [[*positions.shape, 32]] * 2
     ScoringModel(lean).logps(BATCH.tokens, BATCH.labels)
     assert len(packed) == 2  # nothing is kept, and nothing packed, without a gradient
 
