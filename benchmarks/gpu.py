@@ -317,7 +317,8 @@ def _scorer(cell: Cell, world: World, *, trainable: bool) -> ScoringModel:
     place_decoder(decoder, compute, world, trainable=trainable, compiled=cell.compiled)
     # In bfloat16 for both, so that float32 weights are the same.
     load_full_state_dict(decoder, _random_state(shapes, world.device), world)
-    return (ScoringModel if cell.head == "fused" else FullLogits)(decoder)
+    # Both models alike: in bfloat16 padded and unpadded forwards round differently.
+    return ScoringModel(decoder) if cell.head == "fused" else FullLogits(decoder, padding_free=False)
 
 
 def _random_state(shapes: Mapping[str, torch.Size], device: torch.device) -> dict[str, Tensor]:
