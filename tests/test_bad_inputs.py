@@ -67,7 +67,7 @@ class Bad:
         command: a key of ``RECIPES``, or "show-weights".
         says: pattern of the error.
         words: further words of the command line.
-        needs: good things to copy into the folder first: "pair", "store", "run" or "ti_run".
+        needs: good things to copy into the folder first: "pair", "store", "kept", "run" or "ti_run".
         prepare: makes the input.
     """
 
@@ -278,10 +278,17 @@ SCHEDULER = (
     "lr_scheduler._component_=tokenpref.training.get_constant_schedule_with_warmup",
     "lr_scheduler.num_warmup_steps=2",
 )
+KEPT_REFERENCE = ("reference=cached", "reference_cache_dir=kept")
 CHECKPOINT = (f"resume_from_checkpoint={STEP}", *SCHEDULER)
 MODEL = ("checkpointer.checkpoint_dir=model",)
 EVIL = write("evil.py", f"open('{TRACE}', 'w')\n".encode())
 REACHES_OUT = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+
+
+def shard_of_cache(folder: Path, name: str = "shard-00001-*") -> str:
+    """A file of the one store in ``kept``."""
+    (file,) = (folder / "kept").rglob(name)
+    return file.relative_to(folder).as_posix()
 
 
 def conversations(last_role: str) -> Prepare:
@@ -418,6 +425,18 @@ CONFIGS = [
         ("resume_from_checkpoint=nowhere",)),
     Bad("resume from nothing", "tdpo", "resume_from_checkpoint: no checkpoint that can be read in .*never",
         ("resume_from_checkpoint=true",)),
+    Bad("no such reference", "tdpo", "reference: expected one of model, cached, found 'cache'", ("reference=cache",)),
+    Bad("folder of a cache that is not", "tdpo", "reference_cache_dir: set, but reference is model.*set reference=cached",
+        ("reference_cache_dir=kept",)),
+    Bad("cache below a file", "tdpo", "reference_cache_dir: .*taken is a file; set a folder",
+        ("reference=cached", "reference_cache_dir=taken/kept"), prepare=write("taken", b"")),
+    Bad("cache of weights without files", "tdpo", "reference: cached tells .* and checkpointer .my_reader.Reader. names no "
+        "checkpoint_dir; set reference=model", ("reference=cached", "checkpointer=my_reader.Reader"),
+        prepare=lambda f: (f / "my_reader.py").write_text("class Reader:\n    pass\n")),
+    Bad("cache of anchors", "ti", "reference: cached holds .*, and loss .*TripletTIDPOLoss. compares with a third one; set "
+        "reference=model", ("reference=cached",)),
+    Bad("cache and the reference's attribution", "ti", "reference: cached keeps .*token_weights .*looks at the model; set "
+        "reference=model", ("reference=cached", "loss.gamma=0.0", "token_weights.model=reference")),
     Bad("no prompts", "evaluate", "sampling.prompts: no file at .*nowhere.txt", ("sampling.prompts=nowhere.txt",)),
     Bad("prompts of other bytes", "evaluate", "sampling.prompts: .*p.txt is not UTF-8", ("sampling.prompts=p.txt",),
         prepare=write("p.txt", b"\xff\xfe")),
@@ -569,6 +588,20 @@ PAIRS = [
         prepare=record(PAIR, lambda r: r.update(positive=[1]))),
 ]  # fmt: skip
 
+CACHES = [
+    Bad("bit flipped in a cache", "tdpo", "shard-00001-.* is not what was written .its checksum differs.; remove it and start",
+        KEPT_REFERENCE, ("kept",), lambda f: flip(shard_of_cache(f), 0.9)(f)),
+    Bad("truncated cache", "tdpo", "shard-00001-.* has .* bytes and was written with .*; remove it and start", KEPT_REFERENCE,
+        ("kept",), lambda f: cut(shard_of_cache(f))(f)),
+    Bad("cache of another reference", "tdpo", "metadata.json is not of this store .it differs in job", KEPT_REFERENCE, ("kept",),
+        lambda f: record(shard_of_cache(f, "metadata.json"), lambda r: r["job"].update(weights="0"))(f)),
+    Bad("cache that names files elsewhere", "tdpo", "metadata.json is not of this store .files names other files",
+        KEPT_REFERENCE, ("kept",),
+        lambda f: record(shard_of_cache(f, "metadata.json"), lambda r: r.update(files={"../shard-00000-0": 1}))(f)),
+    Bad("cache with a seal that is cut", "tdpo", "metadata.json is not of this store .it cannot be read", KEPT_REFERENCE,
+        ("kept",), lambda f: cut(shard_of_cache(f, "metadata.json"))(f)),
+]  # fmt: skip
+
 CHECKPOINTS = [
     Bad("unsealed", "tdpo", "step_2: it has no manifest.json: it was never finished", CHECKPOINT, ("run",),
         remove(f"{STEP}/{MANIFEST}")),
@@ -667,7 +700,7 @@ WEIGHTS = [
         prepare=both(model(write("chat_template.jinja", REACHES_OUT)), conversations("assistant"))),
 ]  # fmt: skip
 
-TABLE = CONFIGS + DATA + STORES + PAIRS + CHECKPOINTS + WEIGHTS
+TABLE = CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS
 
 
 # --- the test -------------------------------------------------------------------------------------------------
@@ -675,7 +708,7 @@ TABLE = CONFIGS + DATA + STORES + PAIRS + CHECKPOINTS + WEIGHTS
 
 @pytest.fixture(scope="module")
 def good(tmp_path_factory):
-    """A pair, a store, and two runs with a checkpoint in the middle, made by the package itself."""
+    """A pair, a store, a cache of a reference, and two runs with a checkpoint in the middle, made by the package itself."""
     folder = tmp_path_factory.mktemp("good")
     before = Path.cwd()
     os.chdir(folder)
@@ -695,6 +728,12 @@ def good(tmp_path_factory):
             trainer.setup()
             trainer.train()
             trainer.close()
+        _, preset, words = RECIPES["tdpo"]
+        trainer = PreferenceTrainer(
+            load_config(["--config", preset, *words, "output_dir=filling", *KEPT_REFERENCE])
+        )
+        trainer.setup()
+        trainer.close()
     finally:
         os.chdir(before)
     return folder

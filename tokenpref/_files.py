@@ -2,12 +2,17 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
 from pathlib import Path
 from typing import Any
 
-__all__ = ["read_text", "write_json"]
+import xxhash
+
+__all__ = ["digest_of", "read_text", "sync", "try_lock", "write_json"]
+
+_BLOCK = 1 << 20
 
 
 def read_text(file: Path, fault: type[Exception]) -> str:
@@ -29,3 +34,40 @@ def write_json(file: Path, record: dict[str, Any]) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, file)
+
+
+def digest_of(file: Path) -> str:
+    """xxh3_128 of a file's bytes, in hexadecimal: it tells harm, not forgery."""
+    hasher = xxhash.xxh3_128()
+    with file.open("rb") as stream:
+        while block := stream.read(_BLOCK):
+            hasher.update(block)
+    return hasher.hexdigest()
+
+
+def sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def try_lock(file: Path, *, create: bool = True) -> int | None:
+    """Lock a file until its descriptor is closed, which the kernel does for a process that dies.
+
+    Args:
+        file: the lock.
+        create: make it if it is not there.
+
+    Returns:
+        The descriptor; None if another process holds the lock.
+    """
+    descriptor = os.open(file, os.O_RDWR | (os.O_CREAT if create else 0), 0o644)
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        os.close(descriptor)
+        return None
+    return descriptor

@@ -31,8 +31,8 @@ from benchmarks.cpu.work import COMPARED_WITH, MALLOC, OFFLINE, PAIRED_MODES, SM
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results" / "cpu.md"
 PARTS = ("steps", "smollm2", "heads", "growth")
-OURS_ALONE = ("tdpo2-ref",)
-"""Modes without a peer that our process has by now; each runs beside the DPO that it is compared with."""
+OURS_ALONE = ("tdpo2-ref", "tdpo2-cached")
+"""Modes without a peer; each runs beside the DPO that it is compared with."""
 
 TRL = ("trl==1.16.0", "transformers==5.23.0", "accelerate", "peft")
 LIGER = "liger-kernel"

@@ -10,25 +10,24 @@ import os
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Callable, Sequence
 from functools import partial
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 from torchtune.models.llama3 import llama3
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.training import FullModelHFCheckpointer
 
 from benchmarks.cpu.process import StepClock, peak_mib, reset_peak, rss_mib, save, settled_mib, versions
 from benchmarks.cpu.work import NORM_EPS, OFFLINE, ROPE_BASE, SPECIAL, Task
-from tokenpref.data import IGNORE_INDEX, PairBatch, PairExample, collate_pairs
+from tokenpref.data import PairBatch, PairExample, collate_pairs
 from tokenpref.distributed import single_process_world
 from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
-from tokenpref.models.reference import FrozenReference, Reference, ReferenceOutput
+from tokenpref.models.reference import FrozenReference, Reference
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.scoring import no_weights
 from tokenpref.training.setup import read_weights
 from tokenpref.training.step import train_step
@@ -37,40 +36,6 @@ __all__ = ["MODES", "measure"]
 
 WORLD = single_process_world()
 PAD = SPECIAL["<pad>"]
-
-
-class PrecomputedLogps:
-    """A reference that scored all answers before training. Stands in until the library brings a cache of its own.
-
-    Args:
-        scorer: the reference, which is not kept.
-        batches: everything that will be trained on.
-    """
-
-    provides = frozenset({"ref"})
-
-    def __init__(self, scorer: ScoringModel, batches: Sequence[PairBatch]) -> None:
-        self._logps: dict[tuple[int, str], Tensor] = {}
-        for batch in batches:
-            scored = scorer.logps(batch.tokens, batch.labels)
-            mask = batch.labels[:, 1:] != IGNORE_INDEX
-            for key, row, real in zip(self._keys(batch), scored, mask, strict=True):
-                self._logps[key] = row[real]
-
-    @staticmethod
-    def _keys(batch: PairBatch) -> list[tuple[int, str]]:
-        return [(row, side) for side in batch.sides for row in batch.rows]
-
-    @contextmanager
-    def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
-        """The log-probabilities of a batch, if they are needed."""
-        if not needs & self.provides:
-            yield ReferenceOutput()
-            return
-        mask = batch.labels[:, 1:] != IGNORE_INDEX
-        logps = torch.zeros(mask.shape)
-        logps[mask] = torch.cat([self._logps[key] for key in self._keys(batch)])
-        yield ReferenceOutput(logps=logps)
 
 
 def _model(folder: Path, *, trainable: bool) -> ScoringModel:
@@ -130,27 +95,36 @@ def _micro_batches(examples: Sequence[PairExample]) -> list[PairBatch]:
     return [collate_pairs(examples, PAD)]
 
 
-def _model_reference(_policy: ScoringModel, folder: Path) -> Reference:
+def _model_reference(_policy: ScoringModel, folder: Path, _kept: Path) -> Reference:
     """A second, frozen model beside the policy."""
     return FrozenReference(_model(folder, trainable=False))
 
 
-def _cached_logps(policy: ScoringModel, folder: Path) -> Reference:
-    """Log-probabilities of all pairs, from the policy before its first step."""
-    return PrecomputedLogps(policy, [batch for pairs in _steps(folder) for batch in _micro_batches(pairs)])
+def _cached(kind: str) -> Callable[[ScoringModel, Path, Path], Reference]:
+    """What the policy says of all pairs before its first step, on the disk in the folder ``kept``."""
+
+    def make(policy: ScoringModel, folder: Path, kept: Path) -> Reference:
+        task, examples = Task.read(folder), [pair for pairs in _steps(folder) for pair in pairs]
+        cache = ReferenceCache.plan(
+            "pairs", examples, folder=kept, kind=kind, job=lambda: vars(task), world=WORLD
+        )
+        (reference,) = cached_references([cache], lambda: policy, WORLD, batch_size=task.batch, pad_id=PAD)
+        return reference
+
+    return make
 
 
-# TDPO2 from kept hidden states belongs here: "tdpo2-cached": (TokenDPOLoss, <its reference>).
 MODES: dict[str, tuple[Any, Any]] = {
     "ref": (DPOLoss, _model_reference),
-    "precompute": (DPOLoss, _cached_logps),
+    "precompute": (DPOLoss, _cached("logps")),
     "tdpo2-ref": (TokenDPOLoss, _model_reference),
+    "tdpo2-cached": (TokenDPOLoss, _cached("hidden")),
 }
 """Loss and reference of each mode; what is computed beforehand happens in those whose reference is no model."""
 
 
 def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False) -> dict[str, Any]:
-    """Train and return what was measured.
+    """Train and return what was measured; a cached reference lies in a folder that is gone afterwards.
 
     Args:
         folder: of :func:`benchmarks.cpu.work.write`.
@@ -164,6 +138,11 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
     for name, value in OFFLINE.items():
         os.environ.setdefault(name, value)
     torch.set_num_threads(threads)
+    with tempfile.TemporaryDirectory() as kept:
+        return _measure(folder, Path(kept), mode, fused_adamw)
+
+
+def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool) -> dict[str, Any]:
     task = Task.read(folder)
     make_loss, make_reference = MODES[mode]
     loss: PreferenceLoss = make_loss(beta=task.beta)
@@ -171,13 +150,13 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
     memory: dict[str, float] = {}
     precompute_s = None
     if make_reference is _model_reference:
-        reference = make_reference(policy, folder)
+        reference = make_reference(policy, folder, kept)
         memory["loaded"] = settled_mib()
     else:
         memory["loaded"] = settled_mib()
         reset_peak()
         start = time.perf_counter()
-        reference = make_reference(policy, folder)
+        reference = make_reference(policy, folder, kept)
         precompute_s = time.perf_counter() - start
         memory["precompute_peak"] = peak_mib()
     optimizer = torch.optim.AdamW(

@@ -87,23 +87,25 @@ def test_floor_by_hand():
     assert floor.head_floor(2, 4, 10, rates["head"], reference=True) == 4 * 2 * 40
 
 
-def test_precomputed_logps_are_the_reference_models(folder):
+@pytest.mark.parametrize(("mode", "kind"), [("precompute", "logps"), ("tdpo2-cached", "hidden")])
+def test_what_is_computed_beforehand_is_the_reference_models(folder, tmp_path, mode, kind):
     policy = ours._model(folder, trainable=True)
     reference = FrozenReference(ours._model(folder, trainable=False))
-    kept = ours._cached_logps(policy, folder)
+    make_loss, make_reference = ours.MODES[mode]
+    kept = make_reference(policy, folder, tmp_path)
+    needs = make_loss().needs
     for pairs in ours._steps(folder):
         for batch in ours._micro_batches(pairs):
-            needs = frozenset({"ref"})
             with reference.outputs(batch, needs) as wanted, kept.outputs(batch, needs) as found:
-                torch.testing.assert_close(found.logps, wanted.logps, rtol=0, atol=1e-6)
-            with kept.outputs(batch, frozenset()) as nothing:
-                assert nothing.logps is None
+                torch.testing.assert_close(getattr(found, kind), getattr(wanted, kind), rtol=0, atol=1e-6)
+    assert policy.model.training
 
 
 def test_both_references_train_alike(folder):
-    losses = [ours.measure(folder, mode, threads=1)["losses"] for mode in work.PAIRED_MODES]
-    assert losses[0] == pytest.approx(losses[1], abs=1e-6)
-    assert losses[0][0] == pytest.approx(0.693147, abs=1e-6) and losses[0][1] != losses[0][0]
+    for modes in (work.PAIRED_MODES, ("tdpo2-ref", "tdpo2-cached")):
+        losses = [ours.measure(folder, mode, threads=1)["losses"] for mode in modes]
+        assert losses[0] == pytest.approx(losses[1], abs=1e-6)
+        assert losses[0][0] == pytest.approx(0.693147, abs=1e-6) and losses[0][1] != losses[0][0]
 
 
 @pytest.mark.parametrize(("one", "other"), [("ours", "eager"), ("ours-kl", "eager-kl")])
@@ -127,7 +129,7 @@ def test_quick_prints_its_tables(folders, here, capsys):
         assert f"## {title}" in text
     assert "## Side by side" not in text and "Not a whole run" in text
     results = json.loads((folders / "results.json").read_text(encoding="utf-8"))
-    assert {r["mode"] for r in results["runs"]} == {"ref", "precompute", "tdpo2-ref"}
+    assert {r["mode"] for r in results["runs"]} == set(ours.MODES)
     assert all(r["memory_mib"]["peak"] >= r["memory_mib"]["before"] for r in results["runs"])
     with pytest.raises(SystemExit, match="whole run"):
         command.main(["--report-only", "--write-docs", "--output", str(folders)])

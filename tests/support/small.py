@@ -5,7 +5,7 @@ from __future__ import annotations
 import torch
 
 from tokenpref._torchtune import TransformerDecoder, llama3_2
-from tokenpref.data import AnchorBatch, Answer, PairBatch, collate_anchors
+from tokenpref.data import AnchorBatch, Answer, PairBatch, PairExample, collate_anchors
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.weights import TransformedWeights
@@ -76,6 +76,28 @@ def batch(rows: list[int], *, length: int = 12, filler: bool = False) -> PairBat
         rows=list(rows),
         num_pairs=len(rows),
         num_tokens=count,
+    )
+
+
+def example(row: int) -> PairExample:
+    """The pair of :func:`batch` as the data set has it."""
+    pairs = batch([row])
+    sides = []
+    for tokens, labels in zip(pairs.tokens, pairs.labels, strict=True):
+        answer = (labels != -100).nonzero().flatten().tolist()
+        sides.append((tokens[: answer[-1] + 1].tolist(), answer[0]))
+    (chosen, chosen_start), (rejected, rejected_start) = sides
+    return PairExample(
+        row=row,
+        chosen_ids=chosen,
+        chosen_start=chosen_start,
+        rejected_ids=rejected,
+        rejected_start=rejected_start,
+        chosen_offsets=[],
+        rejected_offsets=[],
+        chosen_has_eos=False,
+        rejected_has_eos=False,
+        key="",
     )
 
 

@@ -26,6 +26,7 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.anchors import AnchorSampler
 from tokenpref.training.attribution import Attribution
 from tokenpref.training.live import LiveModels
+from tokenpref.training.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step import no_anchors, train_step
 from tokenpref.weights.attribution import AnswerLogp
 
@@ -73,6 +74,64 @@ def one_step(
         "metrics": metrics,
         "pairs": result.pairs,
         "tokens": result.tokens,
+    }
+
+
+def cached_step(
+    world: World, folder: str, kind: str, loss: Any, split: list[list[list[int]]], rows: list[int]
+) -> dict[str, Any]:
+    """Two steps on this rank's share with a cached reference, which is built first where it is missing.
+
+    Args:
+        world: the rank's world.
+        folder: of the caches.
+        kind: what the cache keeps.
+        loss: a loss module.
+        split: as for :func:`one_step`.
+        rows: of the whole data set.
+    """
+    policy = small.decoder(0)
+    shard(policy, world)
+    forwards: list[int] = []
+
+    def load() -> ScoringModel:
+        frozen = small.decoder(1)
+        frozen.requires_grad_(False)
+        frozen.register_forward_hook(lambda *_: forwards.append(1))
+        shard(frozen, world)
+        return ScoringModel(frozen, head_memory_mb=0.002)
+
+    cache = ReferenceCache.plan(
+        "dataset",
+        [small.example(row) for row in rows],
+        folder=Path(folder),
+        kind=kind,
+        job=lambda: {"model": "small"},
+        world=world,
+    )
+    (reference,) = cached_references([cache], load, world, batch_size=3, pad_id=0)
+    scorer = ScoringModel(policy, head_memory_mb=0.002)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    batches = [small.batch(rows, filler=not rows) for rows in split[world.rank]]
+    losses = []
+    for step in range(2):
+        result = train_step(
+            scorer,
+            reference,
+            loss,
+            optimizer,
+            batches,
+            world,
+            step=step + 1,
+            needs=loss.needs,
+            weigh=small.weights if "weights" in loss.needs else lambda batch: None,
+        )
+        losses.append(result.sums.reduce(world)["loss"])
+    state = full_state_dict(policy, world)
+    return {
+        "losses": losses,
+        "forwards": len(forwards),
+        "state": {name: tensor.numpy() for name, tensor in state.items()},
     }
 
 

@@ -1,4 +1,4 @@
-"""What the policy is compared with: an interface, and its first form, a second frozen copy of the model."""
+"""What the policy is compared with: an interface, and its forms: a second frozen copy of the model, or what one has said."""
 
 from __future__ import annotations
 
@@ -12,9 +12,18 @@ from torch import Tensor
 
 from tokenpref.data import PairBatch
 from tokenpref.distributed import unsharded
+from tokenpref.models.reference_store import ReferenceStore
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.ops import AnswerRows
 
-__all__ = ["KL_STATISTICS", "FrozenReference", "NoReference", "Reference", "ReferenceOutput"]
+__all__ = [
+    "KL_STATISTICS",
+    "CachedReference",
+    "FrozenReference",
+    "NoReference",
+    "Reference",
+    "ReferenceOutput",
+]
 
 KL_STATISTICS = frozenset({"kl_ref_policy", "kl_policy_ref"})
 
@@ -72,6 +81,60 @@ class FrozenReference:
             # The backward recomputes the reference's logits from this weight: it stays whole until the context ends.
             with unsharded(self.scorer.model):
                 yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head.weight.detach())
+
+
+class CachedReference:
+    """What a reference said of a data set, read from the disk: no model, and no forward.
+
+    Args:
+        store: its log-probabilities, or its last hidden states, of all answers.
+        head_weight: for hidden states the LM head ``[V, D]``, on the device of the batches.
+    """
+
+    def __init__(self, store: ReferenceStore, head_weight: Tensor | None = None) -> None:
+        self.store = store
+        self._head_weight = head_weight
+        self.provides: frozenset[str] = frozenset({"ref"}) | (
+            KL_STATISTICS if head_weight is not None else frozenset()
+        )
+
+    @contextmanager
+    def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
+        """What is stored of the batch's answers.
+
+        Raises:
+            ValueError: if a statistic is needed that the store cannot give, or the batch is not of the store's data.
+        """
+        wanted = needs & FrozenReference.provides
+        if lacking := sorted(wanted - self.provides):
+            raise ValueError(
+                f"{', '.join(lacking)} needed, but {self.store.layout.path} holds {self.store.layout.kind}; a KL needs hidden"
+            )
+        if not wanted:
+            yield ReferenceOutput()
+            return
+        rows = AnswerRows.of(batch.labels)
+        values = self._values(batch, rows).to(batch.labels.device)
+        if self._head_weight is None:
+            yield ReferenceOutput(logps=rows.put(values))
+        else:
+            yield ReferenceOutput(hidden=values, head_weight=self._head_weight)
+
+    def _values(self, batch: PairBatch, rows: AnswerRows) -> Tensor:
+        """``[N]`` or ``[N, D]``, answer by answer, as :class:`AnswerRows` has them."""
+        width = self.store.width
+        found = [torch.empty((0,) if width is None else (0, width), dtype=self.store.dtype)]
+        answers = [(row, side) for side in batch.sides for row in batch.rows]
+        for (row, side), count in zip(answers, rows.mask.sum(1).tolist(), strict=True):
+            if row < 0:
+                continue
+            found.append(self.store.answer(row, side))
+            if len(found[-1]) != count:
+                raise ValueError(
+                    f"the {side} answer of row {row} has {count} tokens and {len(found[-1])} in {self.store.layout.path}; it is "
+                    "of another data set"
+                )
+        return torch.cat(found)
 
 
 class NoReference:

@@ -230,6 +230,7 @@ class Attribution(_AttributedWeights):
     ) -> None:
         super().__init__(target, norm, span, mixture, prior)
         self._model = check_choice("model", model, ("policy", "reference"))
+        self.asks_reference = model == "reference"
         self._cache: RowCache[list[Tensor]] = RowCache(Refresh(refresh, every_n_steps), list, list)
         self.state_dict, self.load_state_dict = self._cache.state_dict, self._cache.load_state_dict
 

@@ -16,14 +16,13 @@ from pathlib import Path
 from typing import Any
 
 import torch
-import xxhash
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tokenpref._files import write_json
+from tokenpref._files import digest_of, sync, write_json
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import (
     BackgroundWrite,
@@ -51,7 +50,6 @@ PROGRESS = "progress.json"
 RANDOM = "random.safetensors"
 LIVE = "live.safetensors"
 LATEST = "latest"
-_BLOCK = 1 << 20
 _BACKGROUND_NICENESS = 10
 
 log = logging.getLogger("tokenpref")
@@ -185,7 +183,7 @@ class Checkpoints:
         final = self.path / name
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
-        _sync(self.path)
+        sync(self.path)
         (self.path / f"{LATEST}.tmp").write_text(name + "\n", encoding="utf-8")
         os.replace(self.path / f"{LATEST}.tmp", self.path / LATEST)
         for old in sorted(self._named(), key=_step_of)[:-keep_last]:
@@ -329,18 +327,18 @@ def seal(folder: Path, written: Mapping[str, Written] | None = None) -> None:
     """
     files = {}
     for file in _files(folder):
-        _sync(file)
+        sync(file)
         size = file.stat().st_size
         known = (written or {}).get(file.name)
         if known is not None and known.size != size:
             raise OSError(f"{file} has {size} bytes and {known.size} were written to it")
         files[file.relative_to(folder).as_posix()] = {
             "bytes": size,
-            "xxh3_128": known.checksum if known is not None else _digest(file),
+            "xxh3_128": known.checksum if known is not None else digest_of(file),
         }
     write_json(folder / MANIFEST, {"files": files})
-    _sync(folder / MANIFEST)
-    _sync(folder)
+    sync(folder / MANIFEST)
+    sync(folder)
 
 
 def fault_of(folder: Path) -> str | None:
@@ -363,29 +361,13 @@ def fault_of(folder: Path) -> str | None:
         found = present[name].stat().st_size
         if found != size:
             return f"{name} has {found} bytes and was written with {size}"
-        if _digest(present[name]) != digest:
+        if digest_of(present[name]) != digest:
             return f"{name} is not what was written (its checksum differs)"
     return None
 
 
 def _files(folder: Path) -> Iterator[Path]:
     return (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
-
-
-def _digest(file: Path) -> str:
-    hasher = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            hasher.update(block)
-    return hasher.hexdigest()
-
-
-def _sync(path: Path) -> None:
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
 
 
 def _emptied(folder: Path) -> None:

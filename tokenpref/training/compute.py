@@ -39,6 +39,11 @@ class Compute:
     checkpoint_every: int | None = None
     offload: bool = False
 
+    @property
+    def kept_dtype(self) -> torch.dtype:
+        """Of hidden states."""
+        return self.compute_dtype or self.dtype
+
 
 @dataclass(frozen=True, kw_only=True)
 class ComputeConfig:

@@ -32,6 +32,7 @@ __all__ = [
     "TrainConfig",
     "TripletConfig",
     "WeightedConfig",
+    "anchor_faults",
     "loss_faults",
 ]
 
@@ -144,6 +145,10 @@ class TrainConfig(ComputeConfig, ModelConfig):
         positional=1, provided=("num_training_steps", "last_epoch"), optional=True
     )
     """Null: a constant learning rate."""
+    reference: str = text("model", choices=("model", "cached"))
+    """``model``: a second model beside the policy; ``cached``: what it says of the data, made once and read from the disk."""
+    reference_cache_dir: str | None = text(None)
+    """Folder of what ``cached`` keeps, which several runs may share; null: ``reference`` in ``output_dir``."""
     metric_logger: Component = component()
     profiler: Component | None = component(optional=True)
     batch_size_val: int | None = integer(None)
@@ -184,7 +189,7 @@ class TrainConfig(ComputeConfig, ModelConfig):
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        faults = super().faults() + compute_faults(self)
+        faults = super().faults() + compute_faults(self) + self._cache_faults()
         if self.metric_logger is not None:
             faults += folder_faults("metric_logger.log_dir", self.metric_logger.kwargs.get("log_dir"))
         if self.run_val_every_n_steps and self.dataset_val is None and self.sampling is None:
@@ -194,6 +199,21 @@ class TrainConfig(ComputeConfig, ModelConfig):
                 "best: set without run_val_every_n_steps, so nothing is ever compared; set both or neither"
             )
         return faults + (self.sampling.faults() if self.sampling is not None else [])
+
+    def _cache_faults(self) -> list[str]:
+        """What a cached reference cannot be made from, and a folder for one that nobody makes."""
+        faults = folder_faults("reference_cache_dir", self.reference_cache_dir)
+        if self.reference == "model" and self.reference_cache_dir is not None:
+            faults.append(
+                "reference_cache_dir: set, but reference is model, which keeps nothing; set reference=cached, or remove it"
+            )
+        reader = self.ref_checkpointer or self.checkpointer
+        if self.reference == "cached" and reader is not None and "checkpoint_dir" not in reader.kwargs:
+            faults.append(
+                f"reference: cached tells references apart by the files of their weights, and {reader.key} ({reader.path}) names "
+                "no checkpoint_dir; set reference=model"
+            )
+        return faults
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -288,6 +308,18 @@ def transform_faults(transform: Component | None) -> list[str]:
             f"found {type(result).__name__}"
         ]
     return []
+
+
+def anchor_faults(config: TrainConfig) -> list[str]:
+    """Losses that compare with answers which no cache of the data's own answers holds; losses that can be built."""
+    if config.reference != "cached":
+        return []
+    return [
+        f"reference: cached holds the data's chosen and rejected answers, and {loss.key} ({loss.path}) compares with a third "
+        "one; set reference=model, or switch its triplet off (gamma 0)"
+        for loss in (config.loss, config.loss_val)
+        if loss is not None and "anchor" in loss.build().needs
+    ]
 
 
 def loss_faults(loss: Component | None, provides: frozenset[str], recipe: str) -> list[str]:

@@ -13,7 +13,7 @@ from tokenpref._checks import check_choice
 from tokenpref.data import Answer, PairBatch, PreferenceDataset
 from tokenpref.distributed import World
 from tokenpref.errors import ConfigError
-from tokenpref.models.reference import FrozenReference, Reference
+from tokenpref.models.reference import CachedReference, FrozenReference, Reference
 from tokenpref.models.scoring import ScoringModel
 
 __all__ = ["AnchorSource", "LiveModels", "LiveScores", "Refresh", "RowCache"]
@@ -51,6 +51,11 @@ class LiveModels:
         Raises:
             ConfigError: if the run's reference is no model that can be asked.
         """
+        if isinstance(self.reference, CachedReference):
+            raise ConfigError(
+                f"{key}: looks at the reference model, of which this run keeps the answers alone (reference: cached); set "
+                "reference=model"
+            )
         if not isinstance(self.reference, FrozenReference):
             raise ConfigError(
                 f"{key}: looks at the reference model, and this run has none (the loss needs no 'ref'); use a loss that "
@@ -60,7 +65,11 @@ class LiveModels:
 
 
 class LiveScores(Protocol):
-    """Scores of tokens made from the models as they are. Named in configs (``token_weights``) by dotted path."""
+    """Scores of tokens made from the models as they are. Named in configs (``token_weights``) by dotted path.
+
+    One that calls :meth:`LiveModels.frozen` says so with an attribute ``asks_reference`` that is true: a run that has no such
+    model is then refused before anything is built.
+    """
 
     kind: str
     """``weight``, ``log_ratio`` or ``tis_release``; see :data:`tokenpref.weights.SCORE_KINDS`."""

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-__all__ = ["free_memory", "peak_memory_gib"]
+__all__ = ["free_memory", "peak_memory_gib", "size_text"]
 
 _MEMINFO = Path("/proc/meminfo")
 
@@ -30,3 +30,8 @@ def free_memory(device: torch.device) -> int | None:
         return None
     available = next(line for line in _MEMINFO.read_text().splitlines() if line.startswith("MemAvailable:"))
     return int(available.split()[1]) * 1024 // int(os.environ.get("LOCAL_WORLD_SIZE", "1"))
+
+
+def size_text(count: int) -> str:
+    """Bytes for people."""
+    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

@@ -30,6 +30,7 @@ class OnlinePrompts:
 
     kind = "log_ratio"
     timed_as = "weights"
+    asks_reference = True
 
     def __init__(self, positive_prompt: str, negative_prompt: str) -> None:
         if not positive_prompt or not negative_prompt or positive_prompt == negative_prompt:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +18,8 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.compute import DTYPES, Compute, check_model
 from tokenpref.training.config import TrainConfig
 from tokenpref.training.memory import free_memory
+from tokenpref.training.memory import size_text as _size
+from tokenpref.training.reference_cache import ReferenceCache, cache_folder
 from tokenpref.training.schema import Component
 from tokenpref.training.setup import (
     build_optimizer,
@@ -46,7 +49,7 @@ class MemoryEstimate:
         weights: its share of the policy.
         gradients: its share.
         optimizer: its share of the optimizer's state.
-        reference: its share of the reference.
+        reference: its share of the reference, or the head that a cached one needs for a KL.
         activations: what the largest micro-batch keeps for the backward.
         head: logits that exist at a time.
         copy: of weights and optimizer state, for saves in the background.
@@ -80,6 +83,7 @@ def preflight(
     world_size: int,
     reference: bool,
     rows_per_pair: int,
+    caches: Sequence[ReferenceCache] = (),
 ) -> list[str]:
     """Look at a run before any weight is read.
 
@@ -92,6 +96,7 @@ def preflight(
         world_size: number of processes.
         reference: whether a second model is loaded.
         rows_per_pair: sequences of a pair: 2, or 3 with anchors.
+        caches: what is kept of a reference in the place of a second model.
 
     Returns:
         Lines for the log: expected memory of a process, disk space, and warnings.
@@ -113,6 +118,7 @@ def preflight(
         tokens=min(tokens, config.tokens_per_batch or tokens) * rows_per_pair // 2,
         world_size=world_size,
         reference=reference,
+        caches=caches,
     )
     lines = [f"memory a process: {memory}"]
     free = free_memory(device)
@@ -133,8 +139,32 @@ def preflight(
     fault = disk_fault(folder, model_bytes + checkpoint_bytes)
     if fault is not None:
         raise ConfigError(fault)
+    lines += _cache_lines(config, model, caches, folder, model_bytes + checkpoint_bytes)
     warning = bf16_fault(config)
     return lines if warning is None else [*lines, f"warning: {warning}"]
+
+
+def _cache_lines(
+    config: TrainConfig, model: TransformerDecoder, caches: Sequence[ReferenceCache], folder: Path, run: int
+) -> list[str]:
+    """What the caches of the reference take on the disk, beside the bytes of the run where they share it.
+
+    Raises:
+        ConfigError: if there is no room.
+    """
+    forecasts = [
+        cache.forecast(model, config.compute(trainable=False).kept_dtype.itemsize) for cache in caches
+    ]
+    needed, place = sum(size for size, _ in forecasts), cache_folder(config)
+    if _existing(place).stat().st_dev == _existing(folder).stat().st_dev:
+        needed += run
+    free = _free_disk(place)
+    if caches and free < needed:
+        raise ConfigError(
+            f"reference: cached needs {_size(needed)} at {place}, with the run's own files where they lie on that disk, and "
+            f"{_size(free)} are free there; make room, set reference_cache_dir to another disk, or reference=model"
+        )
+    return [line for _, line in forecasts]
 
 
 def meta_model(model: Component, dtype: str) -> TransformerDecoder:
@@ -146,7 +176,13 @@ def meta_model(model: Component, dtype: str) -> TransformerDecoder:
 
 
 def estimate_memory(
-    config: TrainConfig, model: TransformerDecoder, *, tokens: int, world_size: int, reference: bool
+    config: TrainConfig,
+    model: TransformerDecoder,
+    *,
+    tokens: int,
+    world_size: int,
+    reference: bool,
+    caches: Sequence[ReferenceCache] = (),
 ) -> MemoryEstimate:
     """Memory of one process.
 
@@ -161,6 +197,7 @@ def estimate_memory(
         tokens: tokens of the largest micro-batch, padding included.
         world_size: number of processes.
         reference: whether a second model is loaded.
+        caches: what is kept of a reference in its place; of one model, whose head is held once.
     """
     policy, beside = (config.compute(trainable=trainable) for trainable in (True, False))
     count = sum(p.numel() for p in model.parameters())
@@ -173,7 +210,11 @@ def estimate_memory(
         weights=share,
         gradients=share,
         optimizer=optimizer,
-        reference=-(-count * beside.dtype.itemsize // world_size) if reference else 0,
+        reference=(
+            -(-count * beside.dtype.itemsize // world_size)
+            if reference
+            else max((c.head_nbytes(model, beside.kept_dtype.itemsize) for c in caches), default=0)
+        ),
         activations=int(_activation_bytes_per_token(model, policy) * tokens),
         head=min(int(config.head_memory_mb * 2**20), _LOGITS * tokens * vocabulary * 4),
         copy=share + optimizer if config.enable_async_checkpointing else 0,
@@ -245,8 +286,11 @@ def disk_fault(folder: Path, needed: int) -> str | None:
 
 
 def _free_disk(folder: Path) -> int:
-    there = next(parent for parent in (folder, *folder.parents) if parent.exists())
-    return shutil.disk_usage(there).free
+    return shutil.disk_usage(_existing(folder)).free
+
+
+def _existing(folder: Path) -> Path:
+    return next(parent for parent in (folder, *folder.parents) if parent.exists())
 
 
 def bf16_fault(config: TrainConfig) -> str | None:
@@ -270,8 +314,3 @@ def bf16_fault(config: TrainConfig) -> str | None:
         "little; set dtype=fp32 (with compute_dtype=bf16), an optimizer with stochastic rounding, or a rate of at least "
         f"{least:.1g}"
     )
-
-
-def _size(count: int) -> str:
-    """Bytes for people."""
-    return f"{count / 2**30:.2f} GiB" if count >= 2**30 else f"{count / 2**20:.1f} MiB"

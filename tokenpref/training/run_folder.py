@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import fcntl
 import hashlib
 import json
 import logging
@@ -15,7 +14,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenpref import __version__
-from tokenpref._files import write_json
+from tokenpref._files import try_lock, write_json
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World, full_state_dict
@@ -38,6 +37,7 @@ INCIDENTAL = frozenset(
         "enable_async_checkpointing", "best", "dry_run",
         "log_every_n_steps", "log_peak_memory_stats", "metric_logger", "profiler", "run_val_every_n_steps",
         "batch_size_val", "epochs", "max_steps_per_epoch", "dataset_val", "loss_val", "log_stats_val", "sampling",
+        "reference_cache_dir",
     }
 )  # fmt: skip
 
@@ -145,13 +145,9 @@ class RunFolder:
             if not self.world.is_main or self._lock is not None:
                 return
             self.path.mkdir(parents=True, exist_ok=True)
-            descriptor = os.open(self.path / LOCK_FILE, os.O_RDWR | os.O_CREAT, 0o644)
-            try:
-                fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            except BlockingIOError:
-                os.close(descriptor)
-                raise ConfigError(self._locked()) from None
-            self._lock = descriptor
+            self._lock = try_lock(self.path / LOCK_FILE)
+            if self._lock is None:
+                raise ConfigError(self._locked())
 
         self.world.together(lock)
 
@@ -166,13 +162,10 @@ class RunFolder:
         file = self.path / LOCK_FILE
         if not file.is_file() or self._lock is not None:
             return
-        descriptor = os.open(file, os.O_RDWR)
-        try:
-            fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except BlockingIOError:
-            raise ConfigError(self._locked()) from None
-        finally:
-            os.close(descriptor)
+        descriptor = try_lock(file, create=False)
+        if descriptor is None:
+            raise ConfigError(self._locked())
+        os.close(descriptor)
 
     def _locked(self) -> str:
         return f"output_dir: another run is writing to {self.path} at this moment; wait for it, or set another output_dir"

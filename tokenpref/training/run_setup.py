@@ -13,13 +13,16 @@ from tokenpref.data import PreferenceDataset, adapt_tokenizer
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
+from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.checkpoints import Progress
 from tokenpref.training.compute import check_device
-from tokenpref.training.config import TrainConfig, loss_faults
+from tokenpref.training.config import TrainConfig, anchor_faults, loss_faults
 from tokenpref.training.live import LiveModels
+from tokenpref.training.memory import size_text
 from tokenpref.training.metrics import Stopwatch
 from tokenpref.training.pair import weights_digest
-from tokenpref.training.preflight import preflight
+from tokenpref.training.preflight import meta_model, preflight
+from tokenpref.training.reference_cache import cached_references, plan_caches
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.saving import Saver, TrainState
 from tokenpref.training.schema import read_config
@@ -56,6 +59,9 @@ class RunSetup:
     """The recipe's config."""
     provides: ClassVar[frozenset[str]] = KL_STATISTICS | {"ref"}
     """Statistics that the recipe can serve to a loss."""
+    reference: Reference
+    reference_val: Reference
+    """What held-out pairs are compared with: the same model, but a cache is of one data set."""
 
     def __init__(self, cfg: DictConfig, world: World | None = None) -> None:
         self._cfg = cfg
@@ -68,7 +74,8 @@ class RunSetup:
 
     def _loss_faults(self, config: TrainConfig) -> list[str]:
         losses = (config.loss, config.loss_val)
-        return [fault for loss in losses for fault in loss_faults(loss, self.provides, self.recipe)]
+        faults = [fault for loss in losses for fault in loss_faults(loss, self.provides, self.recipe)]
+        return faults or anchor_faults(config)
 
     def load_weights(self, dataset: PreferenceDataset) -> BatchWeights:
         """Token weights of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
@@ -96,12 +103,52 @@ class RunSetup:
 
     def build_reference(self) -> Reference:
         """The reference of this run: a second frozen copy of the model, or none where nothing asks for one."""
-        config = self.config
         if not self.needs_reference:
             return NoReference()
-        checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
-        weights = read_weights(checkpointer.build(), key, self.world)
-        return FrozenReference(build_scorer(config, weights, self.world, model=config.model, key=key))
+        self._say(f"reference: a second model of {size_text(self._model_bytes)} a process beside the policy")
+        return FrozenReference(self._load_reference())
+
+    def _load_reference(self) -> ScoringModel:
+        config = self.config
+        reader = config.ref_checkpointer or config.checkpointer
+        weights = read_weights(reader.build(), reader.key, self.world)
+        return build_scorer(config, weights, self.world, model=config.model, key=reader.key)
+
+    @property
+    def _model_bytes(self) -> int:
+        """A process's share of the reference model."""
+        count = sum(p.numel() for p in meta_model(self.config.model, self.config.dtype).parameters())
+        return -(-count * self.config.compute(trainable=False).dtype.itemsize // self.world.size)
+
+    def _open_caches(self) -> None:
+        """References of training and validation from their caches; what is missing of them is built first."""
+
+        def load() -> ScoringModel:
+            scorer = self._load_reference()
+            # Not before: weights that do not fit leave nothing behind. From here on the run's folder is this run's alone.
+            self.folder.lock()
+            return scorer
+
+        opened = cached_references(
+            list(self._caches.values()),
+            load,
+            self.world,
+            batch_size=self.config.batch_size,
+            pad_id=self.tokenizer.pad_id,
+        )
+        found: dict[str, Reference] = dict(zip(self._caches, opened, strict=True))
+        self.reference = found.get("dataset", NoReference())
+        self.reference_val = found.get("dataset_val", NoReference())
+        if found:
+            times = {"dataset": "an epoch", "dataset_val": "a validation"}
+            forwards = " and ".join(
+                f"{cache.layout.answers.sequence_tokens:,} tokens {times[key]}"
+                for key, cache in self._caches.items()
+            )
+            self._say(
+                f"reference: cached, in the place of a second model of {size_text(self._model_bytes)} a process and a forward of "
+                f"{forwards}"
+            )
 
     def setup(self) -> None:
         """Build data, models, optimizer and loggers, and continue from a checkpoint where the config says so.
@@ -128,6 +175,10 @@ class RunSetup:
             Path(config.output_dir).expanduser().absolute(), plain, self.recipe, self.world
         )
         start = self.folder.start(config.resume_from_checkpoint)
+        data = {"dataset": (self.dataset, self.needs)}
+        if self.dataset_val is not None and config.run_val_every_n_steps:
+            data["dataset_val"] = (self.dataset_val, self.validation.needs)
+        self._caches = plan_caches(config, data, self.world)
         self._preflight()
         with self.folder.removed_on_failure():
             self._setup_models()
@@ -168,8 +219,9 @@ class RunSetup:
                     self.folder.path,
                     device=self.world.device,
                     world_size=self.world.size,
-                    reference=self.needs_reference,
+                    reference=self.needs_reference and config.reference == "model",
                     rows_per_pair=3 if "anchor" in self.needs else 2,
+                    caches=list(self._caches.values()),
                 )
                 if self.world.is_main
                 else []
@@ -207,6 +259,9 @@ class RunSetup:
 
     def _setup_models(self) -> None:
         config = self.config
+        if config.reference == "cached":
+            # Before the policy: the model that fills the caches is gone by then.
+            self._open_caches()
         self.checkpointer = config.checkpointer.build()
         weights = read_weights(self.checkpointer, "checkpointer", self.world)
         self.policy = build_scorer(
@@ -217,7 +272,8 @@ class RunSetup:
             trainable=True,
         )
         del weights
-        self.reference = self.build_reference()
+        if config.reference == "model":
+            self.reference = self.reference_val = self.build_reference()
         self.optimizer = build_optimizer(config.optimizer, self.policy.model)
         self.steps_per_epoch = planned_steps(config, len(self.dataset), self.world.size)
         self.total_steps = config.epochs * self.steps_per_epoch

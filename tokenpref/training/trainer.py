@@ -142,7 +142,7 @@ class PreferenceTrainer(RunSetup):
     def evaluate(self) -> None:
         """Log held-out metrics and the reward of samples under ``eval_`` names; keep the weights if they are the best."""
         metrics = self.validation.run(
-            self.policy, self.reference, step=self.progress.step, folder=self.folder.path
+            self.policy, self.reference_val, step=self.progress.step, folder=self.folder.path
         )
         self._log({f"eval_{name}": value for name, value in metrics.items()})
         self.saver.after_validation(metrics, self.progress, self.state, self.checkpointer)

@@ -46,6 +46,11 @@ class WeightedTrainer(PreferenceTrainer):
         weighing = Weighing(
             kind, config.weight_transform, config.normalize_weights, config.eos_weight, config.use_eos_score
         )
+        if config.reference == "cached" and getattr(source, "asks_reference", False):
+            raise ConfigError(
+                f"reference: cached keeps the reference's answers alone, and token_weights ({config.token_weights.path}) looks "
+                "at the model; set reference=model"
+            )
         if hasattr(source, "score") and hasattr(source, "bind"):
             source.bind(dataset)
             self.keep(dataset, "weights", source)

@@ -1,0 +1,429 @@
+"""What a reference says of a data set, on disk: a log-probability or the last hidden state for every answer token.
+
+A folder of safetensors shards, for hidden states with the LM head beside them, and ``metadata.json``, which is written last: a
+folder without it is unfinished and can be continued. The name of a shard ends with the checksum of its bytes, so that also the
+shards of an unfinished folder can be told from damaged ones. What makes the numbers (model, weights, data) is a part of the
+folder's name: another reference, or the same one over other data, has a folder of its own.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import os
+from collections import OrderedDict
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from functools import cached_property
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import torch
+import xxhash
+from safetensors import SafetensorError, safe_open
+from safetensors.torch import save
+from torch import Tensor
+
+from tokenpref._checks import check_choice
+from tokenpref._files import digest_of, sync, try_lock, write_json
+from tokenpref.data import PairExample, PreferenceDataset
+from tokenpref.errors import ConfigError, DataError
+
+__all__ = ["STORED_KINDS", "ReferenceStore", "ReferenceWriter", "StoreLayout", "StoredAnswers"]
+
+STORED_KINDS = ("logps", "hidden")
+"""Log-probabilities, one number a token; or last hidden states, D numbers a token, from which a KL can be made."""
+
+FORMAT = "tokenpref-reference/1"
+METADATA, JOB, LOCK = "metadata.json", "job.json", ".lock"
+VALUES, HEAD = "values", "head"
+SIDES = ("chosen", "rejected")
+# Many shards, so that many processes share the work, and small ones, so that a killed build loses little; but enough pairs
+# in each for a forward that is worth its while.
+_SHARDS, _FEWEST_PAIRS, _MOST_PAIRS = 64, 8, 64
+_OPEN_SHARDS = 64
+_NAMES_OF_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}
+_AGAIN = "remove it and start again: what is missing is made anew"
+
+
+@dataclass(frozen=True)
+class StoredAnswers:
+    """The answers of a data set, as far as a store has to know them. Build it with :meth:`of`.
+
+    Args:
+        rows: row of each pair in the data's source.
+        lengths: ``[P, 2]``, scored tokens of the chosen and the rejected answer.
+        sequence_tokens: tokens of all sequences, the prompt counted in both answers: what a forward over all of them reads.
+    """
+
+    rows: Sequence[int]
+    lengths: np.ndarray
+    sequence_tokens: int
+
+    @classmethod
+    def of(cls, examples: Sequence[PairExample] | PreferenceDataset) -> StoredAnswers:
+        """Count the tokens of pairs; one pass over them."""
+        rows, lengths, tokens = [], [], 0
+        for example in examples:
+            sides = (
+                (example.chosen_ids, example.chosen_start),
+                (example.rejected_ids, example.rejected_start),
+            )
+            rows.append(example.row)
+            # Nothing predicts the first token of a sequence.
+            lengths.append([len(ids) - max(start, 1) for ids, start in sides])
+            tokens += sum(len(ids) for ids, _ in sides)
+        return cls(rows, np.asarray(lengths, dtype=np.int64).reshape(-1, 2), tokens)
+
+    @property
+    def tokens(self) -> int:
+        """Scored tokens of all answers."""
+        return int(self.lengths.sum())
+
+
+@dataclass(frozen=True)
+class StoreLayout:
+    """Where a store lies and how it is cut; a function of what it holds, so that any number of processes agrees.
+
+    Args:
+        folder: holds the stores of several references and data sets.
+        kind: of :data:`STORED_KINDS`.
+        job: everything that would change the numbers, as plain data.
+        answers: of the data set.
+    """
+
+    folder: Path
+    kind: str
+    job: Mapping[str, Any]
+    answers: StoredAnswers
+
+    def __post_init__(self) -> None:
+        check_choice("kind", self.kind, STORED_KINDS)
+
+    @cached_property
+    def path(self) -> Path:
+        """The store's own folder."""
+        described = json.dumps(self.record, sort_keys=True)
+        return self.folder / f"{self.kind}-{hashlib.sha256(described.encode()).hexdigest()[:16]}"
+
+    @cached_property
+    def record(self) -> dict[str, Any]:
+        """What is compared when the store is opened."""
+        record = {
+            "format": FORMAT,
+            "kind": self.kind,
+            "job": dict(self.job),
+            "pairs": len(self.answers.rows),
+            "tokens": self.answers.tokens,
+            "shard_pairs": self.shard_pairs,
+        }
+        # Through JSON: what a config may hold beside plain data is described as text, as it will be read.
+        plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
+        return plain
+
+    @property
+    def shard_pairs(self) -> int:
+        """Pairs in a shard; the last one may have fewer."""
+        return min(max(-(-len(self.answers.rows) // _SHARDS), _FEWEST_PAIRS), _MOST_PAIRS)
+
+    @property
+    def shards(self) -> int:
+        """How many shards make the store complete."""
+        return -(-len(self.answers.rows) // self.shard_pairs)
+
+    def pairs(self, shard: int) -> range:
+        """Positions of a shard's pairs in the data set."""
+        return range(shard * self.shard_pairs, min((shard + 1) * self.shard_pairs, len(self.answers.rows)))
+
+    @property
+    def stems(self) -> list[str]:
+        """Names of the files that make the store complete, without checksums."""
+        return [_stem(n) for n in range(self.shards)] + ([HEAD] if self.kind == "hidden" else [])
+
+    def found(self) -> dict[str, Path]:
+        """The files that are there already, by their stem."""
+        files = sorted(self.path.glob("*-*.safetensors"))
+        by_stem = {file.name.rpartition("-")[0]: file for file in files}
+        return {stem: by_stem[stem] for stem in self.stems if stem in by_stem}
+
+    def missing(self) -> list[int]:
+        """Shards that are not there yet."""
+        found = self.found()
+        return [n for n in range(self.shards) if _stem(n) not in found]
+
+    def is_complete(self) -> bool:
+        """Whether every file is there, and the seal."""
+        return (self.path / METADATA).is_file() and len(self.found()) == len(self.stems)
+
+    def refuse_if_locked(self) -> None:
+        """Find out early that another process is at work here.
+
+        Raises:
+            ConfigError: if one is.
+        """
+        if (self.path / LOCK).is_file():
+            descriptor = try_lock(self.path / LOCK, create=False)
+            if descriptor is None:
+                raise ConfigError(self._locked())
+            os.close(descriptor)
+
+    def _locked(self) -> str:
+        return (
+            f"reference_cache_dir: another run is filling {self.path} at this moment; wait for it, or set another "
+            "reference_cache_dir"
+        )
+
+
+def _stem(shard: int) -> str:
+    return f"shard-{shard:05d}"
+
+
+class ReferenceWriter:
+    """Writes a store shard by shard; what is there already is kept.
+
+    Args:
+        layout: of the store.
+    """
+
+    def __init__(self, layout: StoreLayout) -> None:
+        self.layout = layout
+        self._lock: int | None = None
+
+    def begin(self) -> list[int]:
+        """Make the folder and keep other writers out of it; for the main process.
+
+        Returns:
+            Shards to write.
+
+        Raises:
+            ConfigError: if another process is writing here.
+        """
+        path = self.layout.path
+        path.mkdir(parents=True, exist_ok=True)
+        self._lock = try_lock(path / LOCK)
+        if self._lock is None:
+            raise ConfigError(self.layout._locked())
+        if (
+            not self.layout.is_complete()
+        ):  # a file of a finished store was removed: the seal is of another one
+            (path / METADATA).unlink(missing_ok=True)
+            write_json(path / JOB, self.layout.record)
+        return self.layout.missing()
+
+    def write(self, shard: int, answers: Sequence[Tensor]) -> dict[str, int]:
+        """Write a shard.
+
+        Args:
+            shard: its number.
+            answers: for each of its pairs the chosen and the rejected answer, ``[n]`` or ``[n, D]``.
+
+        Returns:
+            Name and size of the file.
+
+        Raises:
+            ValueError: if the answers are not as long as the data's.
+        """
+        wanted = self.layout.answers.lengths[self.layout.pairs(shard)].flatten().tolist()
+        lengths = [len(answer) for answer in answers]
+        if lengths != wanted:
+            raise ValueError(f"shard {shard} takes answers of {wanted} tokens, got {lengths}")
+        return self._write(_stem(shard), {VALUES: torch.cat(list(answers))})
+
+    def write_head(self, weight: Tensor) -> dict[str, int]:
+        """Write the LM head ``[V, D]`` that belongs to hidden states; name and size of the file."""
+        return self._write(HEAD, {VALUES: weight.cpu().contiguous()})
+
+    def _write(self, stem: str, tensors: dict[str, Tensor]) -> dict[str, int]:
+        """A file gets its name only when it is whole and on the disk."""
+        content = save(tensors)
+        name = f"{stem}-{xxhash.xxh3_128_hexdigest(content)}.safetensors"
+        partial = self.layout.path / f"{stem}.partial"
+        with partial.open("wb") as stream:
+            stream.write(content)
+            stream.flush()
+            os.fsync(stream.fileno())
+        os.replace(partial, self.layout.path / name)
+        sync(self.layout.path)
+        return {name: len(content)}
+
+    def seal(self, written: Mapping[str, int], *, dtype: torch.dtype, width: int | None) -> None:
+        """Mark the store as complete; for the main process.
+
+        Args:
+            written: names and sizes of the files that this start of all processes wrote.
+            dtype: of the values.
+            width: D of hidden states; None for log-probabilities.
+
+        Raises:
+            DataError: if shards are missing, such as those that another machine wrote to a disk of its own.
+        """
+        layout = self.layout
+        files = {file.name: file.stat().st_size for file in layout.found().values()} | dict(written)
+        stems = {name.rpartition("-")[0] for name in files}
+        if lacking := [stem for stem in layout.stems if stem not in stems]:
+            raise DataError(f"{layout.path}: {lacking[0]} is missing; the store cannot be sealed")
+        values = {"dtype": str(dtype).removeprefix("torch."), "width": width}
+        write_json(layout.path / METADATA, {**layout.record, VALUES: values, "files": files})
+        sync(layout.path / METADATA)
+        sync(layout.path)
+
+    def close(self) -> None:
+        """Let other writers in."""
+        if self._lock is not None:
+            os.close(self._lock)
+            self._lock = None
+
+
+class ReferenceStore:
+    """A finished store. Build it with :meth:`open`.
+
+    Nothing is held in memory but the places of the answers; what is asked for is read from the disk.
+
+    Attributes:
+        layout: where it lies and what it holds.
+        width: D of hidden states; None for log-probabilities.
+        nbytes: of its files.
+    """
+
+    def __init__(self, layout: StoreLayout, metadata: Mapping[str, Any]) -> None:
+        self.layout = layout
+        self.width: int | None = metadata[VALUES]["width"]
+        self.dtype: torch.dtype = getattr(torch, metadata[VALUES]["dtype"])
+        self.nbytes = sum(metadata["files"].values())
+        self._files = {name.rpartition("-")[0]: layout.path / name for name in metadata["files"]}
+        # Where each answer begins, in tokens from the beginning of the data; chosen and rejected in turn.
+        self._starts = np.concatenate([[0], layout.answers.lengths.flatten().cumsum()])
+        self._positions = {row: position for position, row in enumerate(layout.answers.rows)}
+        self._open: OrderedDict[int, Any] = OrderedDict()
+
+    @classmethod
+    def open(cls, layout: StoreLayout, *, rank: int = 0, world_size: int = 1) -> ReferenceStore:
+        """Open a finished store, and compare every byte with what was written.
+
+        Args:
+            layout: of the store.
+            rank: this process; the checksums of the shards are shared out.
+            world_size: number of processes.
+
+        Raises:
+            DataError: if it is unfinished, damaged, or of another job; the message names the file.
+        """
+        metadata = _read_metadata(layout)
+        for number, (name, size) in enumerate(sorted(metadata["files"].items())):
+            file = layout.path / name
+            if not file.is_file():
+                raise DataError(
+                    f"{file} is not there; all processes must reach the same reference_cache_dir, and a store that lost a file "
+                    f"is mended by the run that makes it: remove {layout.path / METADATA} and start again"
+                )
+            found = file.stat().st_size
+            if found != size:
+                raise DataError(f"{file} has {found} bytes and was written with {size}; {_AGAIN}")
+            if number % world_size == rank and digest_of(file) != file.stem.rpartition("-")[2]:
+                raise DataError(f"{file} is not what was written (its checksum differs); {_AGAIN}")
+        return cls(layout, metadata)
+
+    @property
+    def head_digest(self) -> str:
+        """Checksum of the LM head: equal for stores of one model."""
+        return self._files[HEAD].stem.rpartition("-")[2]
+
+    def head_weight(self, device: torch.device | str) -> Tensor:
+        """The LM head ``[V, D]``, on a device and in memory of its own."""
+        with self._reader(self._files[HEAD]) as file:
+            weight: Tensor = file.get_tensor(VALUES)
+        if weight.dtype != self.dtype or weight.dim() != 2 or weight.shape[1] != self.width:
+            raise DataError(
+                f"{self._files[HEAD]}: holds {list(weight.shape)} of {weight.dtype}, expected [V, {self.width}] of {self.dtype}; "
+                f"{_AGAIN}"
+            )
+        # Out of the file's mapping, whose pages the system may take away at any time.
+        return weight.clone() if torch.device(device).type == "cpu" else weight.to(device)
+
+    def answer(self, row: int, side: str) -> Tensor:
+        """What is stored of an answer: ``[n]`` log-probabilities, or hidden states ``[n, D]``.
+
+        Raises:
+            ValueError: for a row or side that the data set does not have.
+        """
+        position = self._positions.get(row)
+        if position is None or side not in SIDES:
+            raise ValueError(
+                f"{self.layout.path} holds nothing of the {side} answer of row {row}; it is of another data set"
+            )
+        shard, place = position // self.layout.shard_pairs, 2 * position + SIDES.index(side)
+        first = self._starts[2 * self.layout.pairs(shard).start]
+        begin, end = (int(self._starts[p] - first) for p in (place, place + 1))
+        values: Tensor = self._shard(shard)[begin:end]
+        return values
+
+    def _shard(self, number: int) -> Any:
+        """A shard's values as a slice of the file; the last ones used stay open."""
+        if number in self._open:
+            self._open.move_to_end(number)
+            return self._open[number][1]
+        file = self._files[_stem(number)]
+        reader = self._reader(file)
+        values = reader.get_slice(VALUES)
+        tokens = int(self.layout.answers.lengths[self.layout.pairs(number)].sum())
+        shape = [tokens] if self.width is None else [tokens, self.width]
+        name = _NAMES_OF_DTYPES[str(self.dtype).removeprefix("torch.")]
+        if list(values.get_shape()) != shape or values.get_dtype() != name:
+            raise DataError(
+                f"{file}: holds {values.get_shape()} of {values.get_dtype()}, expected {shape} of {name}; {_AGAIN}"
+            )
+        self._open[number] = (reader, values)
+        if len(self._open) > _OPEN_SHARDS:
+            self._open.popitem(last=False)
+        return values
+
+    @staticmethod
+    def _reader(file: Path) -> Any:
+        try:
+            reader = safe_open(str(file), framework="pt")
+            found = list(reader.keys())
+        except (SafetensorError, OSError) as error:
+            raise DataError(f"{file}: cannot be read ({error}); {_AGAIN}") from error
+        if found != [VALUES]:
+            raise DataError(f"{file}: holds {found}, expected {VALUES}; {_AGAIN}")
+        return reader
+
+
+def _read_metadata(layout: StoreLayout) -> dict[str, Any]:
+    """The seal of a store.
+
+    Raises:
+        DataError: if it is missing, cannot be read, or is of another store.
+    """
+    file = layout.path / METADATA
+    if not file.is_file():
+        raise DataError(
+            f"{layout.path}: unfinished (no {METADATA}); start the run that makes it again: it continues"
+        )
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+        differing = sorted(key for key, value in layout.record.items() if found.get(key) != value)
+        fault = f"it differs in {', '.join(differing)}" if differing else _fault_of(found, layout)
+    except (ValueError, AttributeError, OSError, RecursionError) as error:
+        fault = f"it cannot be read: {error}"
+    if fault is not None:
+        raise DataError(f"{file} is not of this store ({fault}); {_AGAIN}")
+    record: dict[str, Any] = found
+    return record
+
+
+def _fault_of(metadata: Mapping[str, Any], layout: StoreLayout) -> str | None:
+    """What is wrong with a seal's own entries."""
+    files, values = metadata.get("files"), metadata.get(VALUES)
+    dtype, width = (values.get(name) if isinstance(values, dict) else None for name in ("dtype", "width"))
+    if dtype not in _NAMES_OF_DTYPES:
+        return f"dtype is {dtype!r}"
+    if (width is None) != (layout.kind == "logps") or type(width) not in (int, type(None)) or width == 0:
+        return f"width is {width!r}"
+    if not isinstance(files, dict) or not all(type(size) is int for size in files.values()):
+        return "files is no mapping of names to sizes"
+    stems = sorted(name.rpartition("-")[0] for name in files)
+    if stems != sorted(layout.stems) or any(Path(name).name != name for name in files):
+        return "files names other files than the store has"
+    return None
