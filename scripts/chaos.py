@@ -3,10 +3,10 @@
     make chaos                                     # 30 kills, some minutes
     python scripts/chaos.py --kills 6 --jobs tdpo --seed 3
 
-Jobs are tiny: TDPO (also with saves in the background), TIS-DPO, TI-DPO, a contrastive pair and weight estimation, in one
-process and in two. A kill is drawn for each start: SIGKILL of all processes or of one rank, at a random instant (also while
-something is written), SIGTERM, or a limit on the size of files that makes a save fail as a full disk does. After the kills the
-job runs to its end. Weights or scores must be the undisturbed run's, bit for bit.
+Jobs are tiny: TDPO (also with saves in the background, and with a cached reference), TIS-DPO, TI-DPO, a contrastive pair and
+weight estimation, in one process and in two. A kill is drawn for each start: SIGKILL of all processes or of one rank, at a
+random instant (also while something is written), SIGTERM, or a limit on the size of files that makes a save fail as a full disk
+does. After the kills the job runs to its end. Weights or scores must be the undisturbed run's, bit for bit.
 """
 
 from __future__ import annotations
@@ -76,6 +76,7 @@ def scored(folder: Path) -> dict[str, bytes]:
 JOBS = {
     "tdpo": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET), trained),
     "async": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET, IN_BACKGROUND), trained),
+    "cached": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET, "reference=cached"), trained),
     "tis": Job(
         (
             "recipes/tis_dpo_distributed",

