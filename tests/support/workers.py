@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import weakref
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -93,12 +94,14 @@ def cached_step(
     policy = small.decoder(0)
     shard(policy, world)
     forwards: list[int] = []
+    loaded: list[Any] = []
 
     def load() -> ScoringModel:
         frozen = small.decoder(1)
         frozen.requires_grad_(False)
         frozen.register_forward_hook(lambda *_: forwards.append(1))
         shard(frozen, world)
+        loaded.append(weakref.ref(frozen))
         return ScoringModel(frozen, head_memory_mb=0.002)
 
     cache = ReferenceCache.plan(
@@ -110,6 +113,7 @@ def cached_step(
         world=world,
     )
     (reference,) = cached_references([cache], load, world, batch_size=3, pad_id=0)
+    alive = sum(model() is not None for model in loaded)
     scorer = ScoringModel(policy, head_memory_mb=0.002)
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     batches = [small.batch(rows, filler=not rows) for rows in split[world.rank]]
@@ -131,6 +135,7 @@ def cached_step(
     return {
         "losses": losses,
         "forwards": len(forwards),
+        "alive": alive,
         "state": {name: tensor.numpy() for name, tensor in state.items()},
     }
 

@@ -213,6 +213,7 @@ def test_two_ranks_and_one_build_and_read_the_same(tmp_path, loss):
     assert [rank["forwards"] for rank in by_two] == [6, 6] and by_one["forwards"] == 9
     assert [rank["forwards"] for rank in (*read_by_two, read_by_one)] == [0, 0, 0]
     for found in (*by_two, by_one, *read_by_two, read_by_one):
+        assert found["alive"] == 0  # the reference is gone before the policy's first step
         assert found["losses"] == pytest.approx(losses, rel=1e-10)
     for found in (by_two[0], read_by_two[0], read_by_one):  # whole weights are on the main process
         for name, tensor in by_one["state"].items():
