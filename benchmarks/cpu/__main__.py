@@ -197,6 +197,7 @@ def measure(plan: Plan, output: Path, processes: Processes) -> report.Results:
     results: report.Results = {
         "plan": asdict(plan),
         "complete": False,
+        "real_sizes": plan.rows == Plan.rows,
         "machine": machine(),
         "rates": {},
         "runs": [],
@@ -333,6 +334,7 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument("--parts", nargs="+", choices=PARTS, help="default: all")
     parser.add_argument("--lengths", nargs="+", choices=("fixed", "varied"), help="default: both")
     parser.add_argument("--malloc", nargs="+", choices=tuple(MALLOC), help="default: both")
+    parser.add_argument("--dtypes", nargs="+", choices=Plan.dtypes, help="of the head alone; default: both")
     parser.add_argument("--threads", type=int)
     parser.add_argument(
         "--fused-adamw", action="store_true", help="on both sides; the fixed work has the plain one"
@@ -344,21 +346,26 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument(
         "--report-only", action="store_true", help="measure nothing; print what the output folder holds"
     )
-    parser.add_argument("--write-docs", action="store_true", help=f"write {PAGE.name} into docs/results")
+    parser.add_argument(
+        "--write-docs",
+        action="store_true",
+        help=f"write docs/results/{PAGE.name}, which says if parts were left out",
+    )
     options = parser.parse_args(arguments)
     plan = QUICK if options.quick else Plan()
     given = {
         "rounds": options.rounds,
         "parts": options.parts and tuple(options.parts),
         "mallocs": options.malloc and tuple(options.malloc),
+        "dtypes": options.dtypes and tuple(options.dtypes),
         "threads": options.threads,
         "fused_adamw": options.fused_adamw or None,
         "peer": False if options.no_peer else None,
         "tasks": options.lengths and tuple(t for t in plan.tasks if t.lengths in options.lengths),
     }
     plan = replace(plan, **{name: value for name, value in given.items() if value is not None})
-    if options.write_docs and not (plan.complete or options.report_only):
-        parser.error("--write-docs wants a whole run: leave out what makes it smaller")
+    if options.write_docs and options.quick:
+        parser.error("--write-docs wants the real sizes: leave out --quick")
     return options, plan
 
 
@@ -376,9 +383,9 @@ def main(arguments: list[str] | None = None) -> int:
         results = measure(plan, output, Processes(output, peer))
     text = report.page(results)
     print("\n" + text)
-    if options.write_docs:
-        if not results["complete"]:
-            raise SystemExit("the results are not those of a whole run; the page is left as it is")
+    if options.write_docs:  # the page says itself if parts were left out
+        if not results["real_sizes"]:
+            raise SystemExit("the results are those of tiny sizes; the page is left as it is")
         PAGE.write_text(text, encoding="utf-8")
     return int(any(d.worst > report.TOLERANCE for d in report.differences(results)))
 

@@ -338,20 +338,28 @@ def backward_blocks(
     step = _Backward(heads, found, grads, blocks)
     grad_hidden = torch.zeros_like(heads.hidden, dtype=step.dtype) if want_hidden else None
     grad_weight = torch.empty_like(heads.weight) if want_weight else None
+    # Where nothing has to be rounded on the way, products go straight to their place, and all targets at once.
+    direct = heads.hidden.dtype == heads.weight.dtype == step.dtype
     # The last blocks of the forward are the ones that the cache still holds, and those that were kept.
     for number, part in reversed(list(enumerate(blocks))):
         block, scale = step.block(number, part)
         factor = step.factor if scale is None else step.factor * scale
-        rows, columns = step.where.of(number, part)
         narrow = block.to(heads.hidden.dtype)
         if grad_hidden is not None:
             product = _product(narrow, heads.weight[part], step.dtype)
             grad_hidden.addcmul_(factor[:, None], product)
-        if grad_weight is not None:
-            scaled = (heads.hidden * factor[:, None]).to(heads.hidden.dtype)
+        if grad_weight is None:
+            continue
+        scaled = (heads.hidden * factor[:, None]).to(heads.hidden.dtype)
+        if direct:
+            torch.mm(narrow.T, scaled, out=grad_weight[part])
+        else:
+            rows, columns = step.where.of(number, part)
             whole = _product(narrow.T, scaled, step.dtype)
             ones = heads.hidden[rows].to(step.dtype) * step.at_target[rows, None]
             grad_weight[part] = whole.index_add_(0, columns, ones)
+    if grad_weight is not None and direct:
+        grad_weight.index_add_(0, heads.targets, heads.hidden * step.at_target[:, None])
     if grad_hidden is not None:
         grad_hidden.addcmul_(step.at_target[:, None], heads.weight[heads.targets].to(step.dtype))
         grad_hidden = grad_hidden.to(heads.hidden.dtype)
@@ -393,13 +401,7 @@ class _Backward:
             scale = (self._found.shifts[kept][0] - self._found.lse[0]).exp()
             return self._found.kept[kept][0], scale
         if kept >= 0 and not self._closed:
-            probabilities = [
-                torch.mul(exponentials, (shift - lse).exp()[:, None], out=self._scratch.get(index, width))
-                for index, (exponentials, shift, lse) in enumerate(
-                    zip(self._found.kept[kept], self._found.shifts[kept], self._found.lse, strict=True)
-                )
-            ]
-            return self._mixed(probabilities), None
+            return self._mixed(self._found.kept[kept], self._found.shifts[kept], width), None
         logits = [
             _logits(states, weight[part], self._scratch.get(index, width))
             for index, (states, weight) in enumerate(self._used)
@@ -409,13 +411,26 @@ class _Backward:
             ref_logits = logits[1] if len(logits) == 2 else None
             return logit_gradient(logits[0], ref_logits, None, rows, self._grads), None
         probabilities = [z.sub_(lse[:, None]).exp_() for z, lse in zip(logits, self._found.lse, strict=False)]
-        return (probabilities[0] if self._simple else self._mixed(probabilities)), None
+        return (probabilities[0] if self._simple else self._mixed(probabilities, None, width)), None
 
-    def _mixed(self, probabilities: list[Tensor]) -> Tensor:
-        """-g p + g' (p - q), with p - q as one difference: taken apart it would leave rounding behind at p = q."""
-        p, q = probabilities
-        difference = torch.sub(p, q, out=q)
-        return p.mul_(-self.at_target[:, None]).addcmul_(difference, self._grads["kl_ref_policy"][:, None])
+    def _mixed(self, exponentials: list[Tensor], shifts: list[Tensor] | None, width: int) -> Tensor:
+        """(g' - g) p - g' q, from exponentials relative to ``shifts`` (None: probabilities).
+
+        Each product is rounded before they meet, so that a KL alone leaves exactly nothing at p = q: one fused pass would
+        leave the rounding of one of them.
+        """
+        of_kl = self._grads["kl_ref_policy"]
+        factors = [of_kl - self.at_target, -of_kl]
+        if shifts is not None:
+            factors = [
+                factor * (shift - lse).exp()
+                for factor, shift, lse in zip(factors, shifts, self._found.lse, strict=True)
+            ]
+        p, q = (
+            torch.mul(values, factor[:, None], out=self._scratch.get(index, width))
+            for index, (values, factor) in enumerate(zip(exponentials, factors, strict=True))
+        )
+        return p.add_(q)
 
     def _reference_lse(self) -> Tensor | None:
         return self._found.lse[1] if len(self._found.lse) == 2 else None
