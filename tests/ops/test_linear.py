@@ -261,6 +261,7 @@ def test_plans_fill_the_budget(rows, vocabulary, models, budget):
     one_more = max(rows, 1) * blocks.columns * 4 * models
     assert blocks.kept == len(blocks) or at_work + kept + one_more > budget * 2**20
     assert plan(1 << 20).kept == len(plan(1 << 20))
+    assert len(blocks) == 1 or blocks.columns < 64 or blocks.columns % 64 == 0
 
 
 def test_score_tokens_gives_rows():

@@ -35,6 +35,8 @@ MIB = 1 << 20
 _CLOSE = 1e-4
 # On a CPU the passes over a block shall find it in the last-level cache; a GPU wants few and large kernels.
 _BLOCK_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
+# Rows of logits that do not begin on a cache line's boundary cost a product on a CPU a third of its speed.
+_UNIT = 64
 
 
 @dataclass(frozen=True)
@@ -80,7 +82,10 @@ def plan_blocks(
     column = max(rows, 1) * accumulation_dtype(dtype).itemsize * (2 * models - 1)
     target = min(_BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]), budget)
     columns = min(max(target // column, 1), vocabulary)
-    columns = -(-vocabulary // -(-vocabulary // columns))
+    unit = _UNIT if _UNIT <= columns < vocabulary else 1
+    columns = columns // unit * unit
+    # As equal as can be: the same number of blocks, the last one not much narrower.
+    columns = -(-vocabulary // -(-vocabulary // columns) // unit) * unit
     kept_block = max(rows, 1) * columns * dtype.itemsize * models
     count = -(-vocabulary // columns)
     return Blocks(vocabulary, columns, max(min((budget - columns * column) // kept_block, count), 0))
