@@ -84,7 +84,7 @@ def test_a_two_token_model_by_hand():
     # tokens 1, 2: e_1 = (0, 2), e_2 = (-1, 1), h_2 = e_1 + 2 e_2 = (-2, 4); logits -14, 7, 0: the largest is token 1's,
     # w = (0.5, 2). Its gradient is w at e_1 (L1: 2.5) and 2 w at e_2 (L1: 5).
     model = TwoTokens()
-    scorer = ScoringModel(model)
+    scorer = ScoringModel(model, padding_free=False)
     tokens, labels = torch.tensor([[1, 2]]), torch.tensor([[-100, 2]])
     found = token_importances(scorer, tokens, labels, target=MaxLogit(), sides=("chosen",))
     torch.testing.assert_close(found, torch.tensor([[2.5, 5.0]]))
@@ -230,7 +230,9 @@ def test_models_that_cannot_be_hooked():
     ):
         install_head(model)
         with pytest.raises(ConfigError, match=message):
-            token_importances(ScoringModel(model), tokens, labels, target=MaxLogit(), sides=("chosen",))
+            token_importances(
+                ScoringModel(model, padding_free=False), tokens, labels, target=MaxLogit(), sides=("chosen",)
+            )
 
 
 @pytest.mark.parametrize(
