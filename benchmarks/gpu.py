@@ -12,7 +12,7 @@ reference, clipping, fused AdamW, one process and one GPU. A cell that fails say
 
 tokens/s credits all tokens of chosen and rejected answers, the prompt counted in both. No row has padding. Model FLOPs are those
 that a step cannot do without, whatever is computed twice: with N weights in the layers (embedding and head apart), a head of
-V x D, T tokens of which A are an answer's,
+V x D, T positions (a prompt once for both answers) of which A are an answer's,
 
     policy: 6 N T + 6 V D A        reference: 2 N T + 2 V D A
 
@@ -190,12 +190,10 @@ class FullLogits(ScoringModel):
         tokens: Tensor,
         labels: Tensor,
         *,
-        needs: frozenset[str],
-        ref_logps: Tensor | None = None,
         ref_hidden: Tensor | None = None,
         ref_head_weight: Tensor | None = None,
-        weights: Tensor | None = None,
         sides: int = 1,
+        **given: Any,
     ) -> TokenStats:
         """See :class:`tokenpref.models.scoring.ScoringModel`; padded, and what rows share is computed for each."""
         logits = logits_of(self.model, tokens)
@@ -205,9 +203,7 @@ class FullLogits(ScoringModel):
                 scored = F.linear(ref_hidden, ref_head_weight)
                 ref_logits = torch.zeros_like(logits, dtype=scored.dtype).flatten(0, 1)
                 ref_logits = ref_logits.index_copy(0, AnswerRows.of(labels).index, scored).view_as(logits)
-        return token_stats_from_logits(
-            logits, ref_logits, labels, weights=weights, needs=needs, ref_logps=ref_logps
-        )
+        return token_stats_from_logits(logits, ref_logits, labels, **given)
 
 
 @dataclass(frozen=True)
@@ -236,7 +232,8 @@ class ModelSize:
 def model_flops(size: ModelSize, cell: Cell) -> float:
     """Operations that a step of a cell needs; see the module."""
     answers = 2 * cell.pairs * cell.answer
-    return (6 + 2) * (float(size.body) * cell.tokens + float(size.head) * answers)
+    positions = cell.pairs * cell.prompt + answers
+    return (6 + 2) * (float(size.body) * positions + float(size.head) * answers)
 
 
 def peak_flops(device: str) -> tuple[float | None, float | None]:
@@ -294,7 +291,7 @@ def _measure(cell: Cell, steps: int, warmup: int, world: World) -> dict[str, Any
         _wait(world.device)
         seconds.append(time.perf_counter() - start)
         losses.append(result.sums.reduce(world)["loss"])
-        assert result.tokens == cell.tokens  # no padding: what is credited is what is computed
+        assert result.tokens == cell.tokens  # no padding
     return {
         "step_s": seconds[warmup:],
         "warmup_s": seconds[:warmup],

@@ -1,4 +1,4 @@
-"""Text and plain data on the disk."""
+"""Text, plain data, checksums and locks on the disk."""
 
 from __future__ import annotations
 

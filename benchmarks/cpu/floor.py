@@ -1,8 +1,8 @@
 """The time that the matrix products of a step would take alone, at the rates that this machine reaches.
 
-Counted are the products that a step cannot do without: the layers' weights with every token that is not padding, the head with
-the tokens of answers; once in a forward, twice more in a backward. Nothing is computed twice. Attention's own products are left
-out, so the floor lies a little too low.
+Counted are the products that a step cannot do without: the layers' weights with every token that is not padding, a prompt once
+for both answers, and the head with the tokens of answers; once in a forward, twice more in a backward. Nothing is computed
+twice. Attention's own products are left out, so the floor lies a little too low.
 
     python -m benchmarks.cpu.floor RESULT.json '{"products": {"body": [4096, 256, 1024]}, "dtypes": ["float32"]}'
 """
@@ -92,25 +92,25 @@ def _passes(mode: str) -> dict[str, dict[str, int]]:
     return {"body": body, "head": head}
 
 
-def step_teraflop(shape: Shape, mode: str, tokens: float, answers: float) -> float:
-    """Operations of a step's needed products, in 10^12."""
-    size = {"body": tokens * shape.body_weights, "head": answers * shape.head_weights}
+def step_teraflop(shape: Shape, mode: str, positions: float, answers: float) -> float:
+    """Operations of a step's needed products, in 10^12; see :func:`step_floor`."""
+    size = {"body": positions * shape.body_weights, "head": answers * shape.head_weights}
     return sum(2 * size[part] * sum(times.values()) for part, times in _passes(mode).items()) / 1e12
 
 
 def step_floor(
-    shape: Shape, mode: str, tokens: float, answers: float, rates: Mapping[str, Mapping[str, float]]
+    shape: Shape, mode: str, positions: float, answers: float, rates: Mapping[str, Mapping[str, float]]
 ) -> float:
     """Seconds of a step's needed products.
 
     Args:
         shape: the model's sizes.
         mode: of a step, see :mod:`benchmarks.cpu.work`.
-        tokens: not padding, the prompt counted in both answers.
+        positions: tokens that are not padding, the prompt counted once for both answers.
         answers: those of them that are scored.
         rates: "body" and "head" of :func:`measure` in the step's dtype.
     """
-    size = {"body": tokens * shape.body_weights, "head": answers * shape.head_weights}
+    size = {"body": positions * shape.body_weights, "head": answers * shape.head_weights}
     return sum(
         2 * size[part] * count / rates[part][kind]
         for part, times in _passes(mode).items()

@@ -105,15 +105,16 @@ def differences(results: Results) -> list[Difference]:
 
 def _floor(results: Results, run: dict[str, Any]) -> float:
     """Seconds of the products that a timed step needs, on average."""
-    tokens, answers = _per_step(run)
+    positions, answers = _per_step(run)
     rates = results["rates"][run["task"]]["float32"]
-    return step_floor(SHAPES[run["shape"]], run["mode"], tokens, answers, rates)
+    return step_floor(SHAPES[run["shape"]], run["mode"], positions, answers, rates)
 
 
 def _per_step(run: dict[str, Any]) -> tuple[float, float]:
-    """Tokens and answers' tokens of a timed step, on average."""
+    """Positions, with a prompt once for both answers, and answers' tokens of a timed step, on average."""
     warmup = run["warmup"]
-    return statistics.mean(run["tokens"][warmup:]), statistics.mean(run["answer_tokens"][warmup:])
+    tokens, answers = (statistics.mean(run[name][warmup:]) for name in ("tokens", "answer_tokens"))
+    return (tokens + answers) / 2, answers
 
 
 def _floor_share(results: Results, runs: Runs) -> float:

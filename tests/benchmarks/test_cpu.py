@@ -84,6 +84,9 @@ def test_floor_by_hand():
     assert floor.step_floor(shape, "precompute", 3, 2, rates) == 3 * (3 * 144 + 2 * 40)
     assert floor.step_floor(shape, "tdpo2-ref", 3, 2, rates) == 4 * (3 * 144 + 2 * 40)
     assert floor.step_floor(shape, "tdpo2-cached", 3, 2, rates) == 3 * 3 * 144 + 4 * 2 * 40
+    # 2 steps of 2 pairs after the first: prompts of 8 tokens once, answers of 40 twice.
+    run = {"warmup": 1, "tokens": [0, 192, 192], "answer_tokens": [0, 160, 160]}
+    assert report._per_step(run) == (2 * (8 + 2 * 40), 160)
     assert floor.head_floor(2, 4, 10, rates["head"], reference=True) == 4 * 2 * 40
 
 

@@ -31,10 +31,10 @@ def found(**changes):
 
 
 def test_operations_by_hand():
-    """10 weights in the layers, a head of 7; 3 pairs of 2 + 4 tokens: 36 tokens, 24 of them an answer's."""
+    """10 weights in the layers, a head of 7; 3 pairs of 2 + 4 tokens: 36 tokens at 30 positions, 24 of them an answer's."""
     cell = Cell("1b", pairs=3, prompt=2, answer=4)
     assert cell.tokens == 36
-    assert gpu.model_flops(ModelSize(body=10, head=7, total=20), cell) == 8 * (10 * 36 + 7 * 24)
+    assert gpu.model_flops(ModelSize(body=10, head=7, total=20), cell) == 8 * (10 * 30 + 7 * 24)
 
 
 def test_sizes_of_the_models():

@@ -8,9 +8,10 @@ import torch
 from support import workers
 from torch.distributed.checkpoint import metadata
 
-from tokenpref.distributed import single_process_world
+from tokenpref.distributed import safe_reading, single_process_world
 from tokenpref.distributed.safe_reading import _IndexUnpickler
 from tokenpref.distributed.testing import run_distributed
+from tokenpref.errors import TokenprefError
 
 
 def test_state_written_by_two_ranks_continues_in_one_process(tmp_path):
@@ -21,6 +22,19 @@ def test_state_written_by_two_ranks_continues_in_one_process(tmp_path):
     assert written.keys() == read.keys()
     for name in written:
         np.testing.assert_allclose(read[name], written[name], rtol=0, atol=1e-14, err_msg=name)
+
+
+def test_a_file_that_ends_too_early_is_not_read_as_zeros(tmp_path, monkeypatch):
+    folder = tmp_path / "state"
+    folder.mkdir()
+    world = single_process_world()
+    workers.save_and_load(world, str(folder), False)
+    # As if it were cut between the look at the index and the reading.
+    monkeypatch.setattr(safe_reading, "_check_index", lambda index, folder: None)
+    (file,) = folder.glob("*.distcp")
+    file.write_bytes(file.read_bytes()[:-8])
+    with pytest.raises(TokenprefError, match="ends after"):
+        workers.save_and_load(world, str(folder), True)
 
 
 class Attribute:

@@ -10,6 +10,7 @@ from typing import Any
 import torch
 
 from support import evaluating, small
+from tokenpref.data import PairBatch
 from tokenpref.distributed import (
     World,
     full_state_dict,
@@ -22,14 +23,40 @@ from tokenpref.distributed import (
 )
 from tokenpref.errors import TokenprefError
 from tokenpref.models.float8 import Float8, convert_to_float8
-from tokenpref.models.reference import FrozenReference, NoReference
+from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.anchors import AnchorSampler
 from tokenpref.training.attribution import Attribution
 from tokenpref.training.live import LiveModels
 from tokenpref.training.reference_cache import ReferenceCache, cached_references
-from tokenpref.training.step import no_anchors, train_step
+from tokenpref.training.step import StepResult, no_anchors, train_step
 from tokenpref.weights.attribution import AnswerLogp
+
+
+def _step(
+    scorer: ScoringModel,
+    reference: Reference,
+    loss: Any,
+    optimizer: torch.optim.Optimizer,
+    batches: list[PairBatch],
+    world: World,
+    number: int,
+    **kwargs: Any,
+) -> StepResult:
+    """One step with the weights and anchors that the loss needs."""
+    return train_step(
+        scorer,
+        reference,
+        loss,
+        optimizer,
+        batches,
+        world,
+        step=number,
+        needs=loss.needs,
+        weigh=small.weights if "weights" in loss.needs else lambda batch: None,
+        anchor=small.anchors if "anchor" in loss.needs else no_anchors,
+        **kwargs,
+    )
 
 
 def one_step(
@@ -53,20 +80,8 @@ def one_step(
     reference = FrozenReference(ScoringModel(frozen, head_memory_mb=0.002))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     batches = [small.batch(rows, filler=not rows) for rows in split[world.rank]]
-    for step in range(steps):
-        result = train_step(
-            scorer,
-            reference,
-            loss,
-            optimizer,
-            batches,
-            world,
-            step=step + 1,
-            needs=loss.needs,
-            weigh=small.weights if "weights" in loss.needs else lambda batch: None,
-            anchor=small.anchors if "anchor" in loss.needs else no_anchors,
-            clip_grad_norm=1.0,
-        )
+    for number in range(1, steps + 1):
+        result = _step(scorer, reference, loss, optimizer, batches, world, number, clip_grad_norm=1.0)
     metrics = result.sums.reduce(world)
     state = full_state_dict(policy, world)
     return {
@@ -118,18 +133,8 @@ def cached_step(
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
     batches = [small.batch(rows, filler=not rows) for rows in split[world.rank]]
     losses = []
-    for step in range(2):
-        result = train_step(
-            scorer,
-            reference,
-            loss,
-            optimizer,
-            batches,
-            world,
-            step=step + 1,
-            needs=loss.needs,
-            weigh=small.weights if "weights" in loss.needs else lambda batch: None,
-        )
+    for number in (1, 2):
+        result = _step(scorer, reference, loss, optimizer, batches, world, number)
         losses.append(result.sums.reduce(world)["loss"])
     state = full_state_dict(policy, world)
     return {

@@ -108,7 +108,11 @@ class SafeReader(dcp.FileSystemReader):
             with (Path(self.path) / place.relative_path).open("rb") as stream:
                 stream.seek(place.offset)
                 data = bytearray(place.length)
-                stream.readinto(data)
+                found = stream.readinto(data)
+            if found != place.length:
+                raise ValueError(
+                    f"{place.relative_path} ends after {found} of the {place.length} bytes of {item.storage_index.fqn}"
+                )
             if item.type is LoadItemType.BYTE_IO:
                 planner.load_bytes(item, io.BytesIO(data))
                 continue

@@ -84,12 +84,11 @@ class PackedRows:
             shared, slots.unflatten(0, (sides, -1))[:1].expand(sides, -1, -1).flatten(0, 1), slots
         )
         whole = tuple(n for n in lengths.tolist() if n)
-        once = own[inside]
-        # As few synchronisations with a GPU as there can be: the lengths are here already.
-        segments = Segments(whole)
         packed = tokens[:, :-1][own]
-        if packed.numel() < sum(whole):
-            segments = Segments(whole, members=slots[inside], firsts=once.nonzero().squeeze(1))
+        if packed.numel() == sum(whole):
+            segments = Segments(whole)
+        else:
+            segments = Segments(whole, members=slots[inside], firsts=own[inside].nonzero().squeeze(1))
         return cls(
             tokens=packed[:, None],
             positions=places.expand_as(own)[own][:, None],

@@ -29,6 +29,7 @@ from tokenpref._checks import check_choice
 from tokenpref._files import digest_of, sync, try_lock, write_json
 from tokenpref.data import PairExample, PreferenceDataset
 from tokenpref.errors import ConfigError, DataError
+from tokenpref.stats import SIDES
 
 __all__ = ["STORED_KINDS", "ReferenceStore", "ReferenceWriter", "StoreLayout", "StoredAnswers"]
 
@@ -38,7 +39,6 @@ STORED_KINDS = ("logps", "hidden")
 FORMAT = "tokenpref-reference/1"
 METADATA, JOB, LOCK = "metadata.json", "job.json", ".lock"
 VALUES, HEAD = "values", "head"
-SIDES = ("chosen", "rejected")
 # Many shards, so that many processes share the work, and small ones, so that a killed build loses little; but enough pairs
 # in each for a forward that is worth its while.
 _SHARDS, _FEWEST_PAIRS, _MOST_PAIRS = 64, 8, 64
@@ -204,9 +204,8 @@ class ReferenceWriter:
         self._lock = try_lock(path / LOCK)
         if self._lock is None:
             raise ConfigError(self.layout._locked())
-        if (
-            not self.layout.is_complete()
-        ):  # a file of a finished store was removed: the seal is of another one
+        if not self.layout.is_complete():
+            # Where a file of a finished store was removed, the seal is of another one.
             (path / METADATA).unlink(missing_ok=True)
             write_json(path / JOB, self.layout.record)
         return self.layout.missing()
