@@ -19,7 +19,7 @@ from typing import Any
 
 from benchmarks.cpu.process import peak_mib, reset_peak, save, settled_mib, versions
 
-__all__ = ["HEADS", "PEERS", "Inputs", "measure"]
+__all__ = ["HEADS", "NATIVE", "PEERS", "Inputs", "measure"]
 
 PAIRS = 4  # that the rows are taken for where a head wants whole pairs
 
@@ -111,6 +111,9 @@ HEADS: dict[str, Callable[[Inputs], Any]] = {
     "ours-kl": _ours_kl,
 }
 """Heads by name; those that end in ``-kl`` compute the KL from a reference too."""
+
+NATIVE = ("eager", "eager-kl", "liger", "trl")
+"""Heads that multiply in the dtype that they are given, whatever the machine makes of it."""
 
 PEERS = ("liger", "trl")
 """Heads that live in TRL's environment."""

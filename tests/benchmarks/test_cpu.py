@@ -156,6 +156,15 @@ def test_the_page_compares_with_the_peer(folders, here):
     assert "| 5.0e-04  | at most 0.0001 | **no** " in text
 
 
+def test_heads_whose_own_products_take_too_long_are_named_not_run(folders, here, monkeypatch, tmp_path):
+    monkeypatch.setattr(command, "LONGEST_HEAD_S", 0.0)
+    plan = replace(command.QUICK, parts=("heads",))
+    results = command.measure(plan, tmp_path, command.Processes(tmp_path, None))
+    ran = {h["name"]: "failed" not in h for h in results["heads"]}
+    assert ran == {"eager": False, "ours": True, "eager-kl": False, "ours-kl": True}
+    assert "not run: its products in float32 alone take" in report.page(results)
+
+
 def test_the_page_wants_real_sizes():
     with pytest.raises(SystemExit):
         command.main(["--quick", "--write-docs"])

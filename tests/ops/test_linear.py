@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenpref.ops import linear_token_stats, score_tokens, token_stats_from_logits
+from tokenpref.ops import _blocks, linear_token_stats, score_tokens, token_stats_from_logits
 from tokenpref.ops._blocks import plan_blocks
 
 ALL = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
@@ -56,6 +56,47 @@ def test_values_and_gradients_equal_those_through_logits(memory_mb, wanted, need
     gradients = [torch.autograd.grad(total(stats), inputs) for stats in (got, expected)]
     for ours, theirs in zip(*gradients, strict=True):
         torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
+
+
+@pytest.mark.parametrize("memory_mb", BUDGETS)
+@pytest.mark.parametrize("name", ["kl_ref_policy", "kl_policy_ref", "entropy"])
+@pytest.mark.parametrize(
+    "rows",
+    [slice(0, 3), slice(3, 8), slice(2, 5), slice(0, 8), slice(0, 0)],
+    ids=["first", "last", "middle", "all", "none"],
+)
+def test_a_statistic_with_gradients_at_some_rows_only(memory_mb, name, rows):
+    hidden, weight, ref_hidden, ref_weight = make()
+    needs = frozenset({"ref", "kl_ref_policy", name})
+    factors = torch.zeros(8, dtype=torch.float64)
+    factors[rows] = torch.arange(1.0, 9.0, dtype=torch.float64)[rows]
+    logits = token_stats_from_logits(hidden @ weight.T, ref_hidden @ ref_weight.T, LABELS, needs=needs)
+    found = linear_token_stats(
+        hidden, weight, ref_hidden, ref_weight, LABELS, needs=needs, memory_mb=memory_mb
+    )
+    gradients = []
+    for stats in (found, logits):
+        of_logps = (stats.policy_logps[stats.mask] * torch.arange(8.0)).sum()
+        scalar = of_logps + (getattr(stats, name)[stats.mask] * factors).sum()
+        gradients.append(torch.autograd.grad(scalar, (hidden, weight)))
+    for ours, expected in zip(*gradients, strict=True):
+        torch.testing.assert_close(ours, expected, atol=1e-11, rtol=0)
+
+
+def test_rows_without_a_gradient_of_the_kl_cost_no_product_of_the_reference():
+    # As in TDPO2: both answers' KLs are values of the loss, the gradient is the rejected one's alone.
+    hidden, weight = torch.randn(1, 9, 4, requires_grad=True), torch.randn(64, 4, requires_grad=True)
+    labels = torch.arange(9)[None]
+    needs = frozenset({"kl_ref_policy"})
+    stats = linear_token_stats(
+        hidden, weight, torch.randn(1, 9, 3), torch.randn(64, 3), labels, needs=needs, memory_mb=1e-3
+    )
+    loss = stats.policy_logps.sum() + stats.kl_ref_policy[0, 5:].sum()
+    with Watch() as watch:
+        loss.backward()
+    # Only the reference's products have an inner dimension of 3.
+    assert {left for (left, inner), _ in watch.products if inner == 3} == {3}
+    assert {left for (left, inner), _ in watch.products if inner == 4} >= {3, 5}
 
 
 def test_the_backward_can_be_asked_twice():
@@ -147,10 +188,11 @@ def test_a_tied_head_adds_both_gradients():
     torch.testing.assert_close(ours, theirs, atol=1e-11, rtol=0)
 
 
-def test_a_batch_without_answers_gives_zero_gradients_not_none():
+@pytest.mark.parametrize("needs", [frozenset({"ref"}), frozenset({"kl_ref_policy"}), ALL])
+def test_a_batch_without_answers_gives_zero_gradients_not_none(needs):
     hidden, weight, ref_hidden, ref_weight = make()
     stats = linear_token_stats(
-        hidden, weight, ref_hidden, ref_weight, torch.full_like(LABELS, -100), needs=ALL
+        hidden, weight, ref_hidden, ref_weight, torch.full_like(LABELS, -100), needs=needs
     )
     total(stats).backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
@@ -177,7 +219,9 @@ def test_head_gradient_in_bfloat16_accumulates_in_float32(memory_mb):
     assert weight.grad.flatten().tolist() == [1536.0, -512.0, -512.0, -512.0]
 
 
-def test_half_precision_is_close_to_float32():
+@pytest.mark.parametrize("multiplies", [True, False], ids=["has bfloat16 products", "has none"])
+def test_half_precision_is_close_to_float32(multiplies, monkeypatch):
+    monkeypatch.setattr(_blocks, "_multiplies", lambda dtype, device: multiplies)
     low = make(torch.bfloat16)
     high = [x.detach().float().requires_grad_(x.requires_grad) for x in low]
     gradients = []
@@ -191,16 +235,19 @@ def test_half_precision_is_close_to_float32():
 
 
 class Watch(TorchDispatchMode):
-    """Largest tensor that any operation returns, and the operations that were run."""
+    """Largest tensor that any operation returns, the operations that were run, and the shapes of products."""
 
     def __init__(self):
         super().__init__()
         self.largest = 0
         self.operations = []
+        self.products = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.operations.append(func.overloadpacket.__name__)
+        if self.operations[-1] == "mm":
+            self.products.append([tuple(factor.shape) for factor in args])
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
@@ -230,22 +277,25 @@ def test_logits_stay_within_the_budget_and_the_host_waits_for_places_alone(needs
 
 
 @pytest.mark.parametrize(
-    ("rows", "vocabulary", "models", "budget"),
+    ("rows", "vocabulary", "models", "keep", "budget"),
     [
-        (3072, 32000, 1, 512),
-        (3072, 32000, 2, 512),
-        (2048, 128256, 1, 800),
-        (8192, 128256, 2, 64),
-        (1, 50, 1, 1),
-        (0, 50, 2, 1),
+        (3072, 32000, 1, 1, 512),
+        (3072, 32000, 2, 1, 512),
+        (3072, 32000, 2, 2, 320),
+        (3072, 32000, 2, 2, 512),
+        (2048, 128256, 1, 1, 800),
+        (8192, 128256, 2, 2, 64),
+        (1, 50, 1, 1, 1),
+        (0, 50, 2, 2, 1),
     ],
 )
-def test_plans_fill_the_budget(rows, vocabulary, models, budget):
+def test_plans_fill_the_budget(rows, vocabulary, models, keep, budget):
     def plan(mebibytes):
         return plan_blocks(
             rows,
             vocabulary,
             models=models,
+            keep=keep,
             dtype=torch.float32,
             device=torch.device("cpu"),
             budget=mebibytes * 2**20,
@@ -255,12 +305,13 @@ def test_plans_fill_the_budget(rows, vocabulary, models, budget):
     parts = list(blocks)
     assert parts[0].start == 0 and parts[-1].stop == vocabulary and len(parts) == len(blocks)
     assert all(a.stop == b.start for a, b in zip(parts, parts[1:], strict=False))
-    at_work = max(rows, 1) * blocks.columns * 4 * (2 * models - 1)
-    kept = blocks.kept * max(rows, 1) * blocks.columns * 4 * models
-    assert at_work + kept <= budget * 2**20
-    one_more = max(rows, 1) * blocks.columns * 4 * models
-    assert blocks.kept == len(blocks) or at_work + kept + one_more > budget * 2**20
-    assert plan(1 << 20).kept == len(plan(1 << 20))
+    block, row = max(rows, 1) * blocks.columns * 4, vocabulary * 4
+    left = budget * 2**20 - block * (models + 2 * (keep - 1)) - blocks.kept * block - blocks.ref_kept * row
+    assert left >= 0
+    assert blocks.kept == len(blocks) or left < block
+    assert blocks.ref_kept == (keep - 1) * rows or left < row
+    whole = plan(1 << 20)
+    assert (whole.kept, whole.ref_kept) == (len(whole), (keep - 1) * rows)
     assert len(blocks) == 1 or blocks.columns < 64 or blocks.columns % 64 == 0
 
 

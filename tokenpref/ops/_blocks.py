@@ -13,15 +13,17 @@ that is written once, and its logits of all rows stay in the cache for the passe
 is -g (p - e_y): rows of exp(z - m) times one number, which goes to the factors of the matrix products instead of
 the block itself.
 
-What the forward leaves in memory follows a budget. As many blocks as fit keep their exponentials and spare the backward their
-products; the others are computed again. Where the head is frozen, the forward ends with the gradient vectors of each row,
-and the backward needs no block at all.
+What the forward leaves in memory follows a budget. As many blocks as fit keep the policy's exponentials and spare the backward
+their products; the others are computed again. The reference's are needed only where a KL has a gradient, so what is left keeps
+those of the last rows: the rejected answers, which in TDPO2 are the ones. Where the head is frozen, the forward ends with the
+gradient vectors of each row, and the backward needs no block at all.
 """
 
 from __future__ import annotations
 
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
+from functools import cache
 
 import torch
 from torch import Tensor
@@ -46,12 +48,14 @@ class Blocks:
     Args:
         vocabulary: columns in all.
         columns: of a block; the last one may be narrower.
-        kept: how many blocks, the last ones, keep their exponentials for the backward.
+        kept: of how many blocks, the last ones, the policy's exponentials are kept for the backward.
+        ref_kept: of how many rows, the last ones, the reference's are kept, over the whole vocabulary.
     """
 
     vocabulary: int
     columns: int
     kept: int = 0
+    ref_kept: int = 0
 
     def __len__(self) -> int:
         return -(-self.vocabulary // self.columns)
@@ -60,13 +64,21 @@ class Blocks:
         for start in range(0, self.vocabulary, self.columns):
             yield slice(start, min(start + self.columns, self.vocabulary))
 
-    def keeps(self, number: int) -> bool:
-        """Whether a block's exponentials are kept."""
-        return number >= len(self) - self.kept
+    @property
+    def first_kept(self) -> int:
+        """The first block of which the policy's exponentials are kept."""
+        return len(self) - self.kept
 
 
 def plan_blocks(
-    rows: int, vocabulary: int, *, models: int, dtype: torch.dtype, device: torch.device, budget: int
+    rows: int,
+    vocabulary: int,
+    *,
+    models: int,
+    keep: int,
+    dtype: torch.dtype,
+    device: torch.device,
+    budget: int,
 ) -> Blocks:
     """Blocks whose logits, with what is kept of them, take at most ``budget`` bytes (but at least one column does).
 
@@ -74,21 +86,25 @@ def plan_blocks(
         rows: rows that are scored.
         vocabulary: columns of the head.
         models: 1 for the policy alone, 2 with a reference.
+        keep: of how many of them the backward wants exponentials.
         dtype: of the hidden states, in which exponentials are kept.
         device: where they are.
         budget: bytes.
     """
-    # A column at work: each model's logits, and one more for what is made of both.
-    column = max(rows, 1) * accumulation_dtype(dtype).itemsize * (2 * models - 1)
+    # A column at work: each model's logits, and two more for what a KL makes of both.
+    at_work = models + 2 * (keep - 1)
+    column = max(rows, 1) * accumulation_dtype(dtype).itemsize * at_work
     target = min(_BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]), budget)
     columns = min(max(target // column, 1), vocabulary)
     unit = _UNIT if _UNIT <= columns < vocabulary else 1
     columns = columns // unit * unit
     # As equal as can be: the same number of blocks, the last one not much narrower.
     columns = -(-vocabulary // -(-vocabulary // columns) // unit) * unit
-    kept_block = max(rows, 1) * columns * dtype.itemsize * models
-    count = -(-vocabulary // columns)
-    return Blocks(vocabulary, columns, max(min((budget - columns * column) // kept_block, count), 0))
+    block = max(rows, 1) * columns * dtype.itemsize
+    left = max(budget - columns * column, 0)
+    kept = min(left // block, -(-vocabulary // columns))
+    ref_kept = min((left - kept * block) // (vocabulary * dtype.itemsize), rows) if keep > 1 else 0
+    return Blocks(vocabulary, columns, kept, ref_kept)
 
 
 @dataclass(frozen=True)
@@ -117,6 +133,11 @@ class Heads:
             own.append((self.ref_hidden, self.ref_weight))
         return own
 
+    def of_rows(self, rows: slice) -> Heads:
+        """The same for some of the rows."""
+        ref_hidden = None if self.ref_hidden is None else self.ref_hidden[rows]
+        return replace(self, hidden=self.hidden[rows], targets=self.targets[rows], ref_hidden=ref_hidden)
+
 
 @dataclass
 class Found:
@@ -125,15 +146,16 @@ class Found:
     Args:
         values: statistics ``[N]`` by the name of their field in TokenStats.
         lse: log-sum-exps ``[N]`` of the policy and the reference.
-        shifts: for each kept block, what was subtracted from the models' logits ``[N]``.
-        kept: for each kept block, the models' exponentials ``[N, columns]``.
+        shifts: for each model and each block, what was subtracted from its logits ``[N]``.
+        kept: exponentials: the policy's for each block that is kept ``[N, columns]``, the reference's for each block, of the
+            rows that are kept ``[K, columns]``.
         vectors: for a frozen head, sum_v p_v W_v and sum_v q_v W_v, ``[N, D]``.
     """
 
     values: dict[str, Tensor]
     lse: list[Tensor]
-    shifts: list[list[Tensor]] = field(default_factory=list)
-    kept: list[list[Tensor]] = field(default_factory=list)
+    shifts: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    kept: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
     vectors: list[Tensor] = field(default_factory=list)
 
 
@@ -207,36 +229,50 @@ class _Kept:
     with holes that fit neither.
     """
 
-    def __init__(self, heads: Heads, blocks: Blocks, count: int) -> None:
-        self._rows = heads.hidden.shape[0]
-        widths = [part.stop - part.start for number, part in enumerate(blocks) if blocks.keeps(number)]
-        self._free = [heads.hidden.new_empty(self._rows * sum(widths)) for _ in range(count)]
+    def __init__(self, heads: Heads, blocks: Blocks) -> None:
+        columns = sum(part.stop - part.start for part in list(blocks)[blocks.first_kept :])
+        sizes = [heads.hidden.shape[0] * columns, blocks.ref_kept * blocks.vocabulary]
+        self._free = [heads.hidden.new_empty(size) for size in sizes]
 
-    def take(self, index: int, width: int) -> Tensor:
-        """The next ``[N, width]`` of a model."""
-        size = self._rows * width
-        taken, self._free[index] = self._free[index][:size], self._free[index][size:]
-        return taken.view(self._rows, width)
+    def take(self, model: int, rows: int, width: int) -> Tensor:
+        """The next ``[rows, width]`` of a model."""
+        size = rows * width
+        taken, self._free[model] = self._free[model][:size], self._free[model][size:]
+        return taken.view(rows, width)
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
     """Logits in the accumulation dtype; in the model's own first, as its output layer would round them."""
     if hidden.dtype == out.dtype:
         return torch.mm(hidden, weight.T, out=out)
-    return out.copy_(hidden @ weight.T)
+    if _multiplies(hidden.dtype, hidden.device.type):
+        return out.copy_(hidden @ weight.T)
+    return out.copy_(torch.mm(hidden.to(out.dtype), weight.to(out.dtype).T, out=out).to(hidden.dtype))
 
 
-def _dots(left: Tensor, right: Tensor) -> Tensor:
-    """Sums over columns of ``left * right``, ``[N]``, without a tensor of that size."""
-    return torch.bmm(left[:, None, :], right[:, :, None])[:, 0, 0]
+@cache
+def _multiplies(dtype: torch.dtype, device: str) -> bool:
+    """Whether a device multiplies half precision; without it PyTorch's products take ten to a hundred times float32's."""
+    if device != "cpu":
+        return True
+    if not torch.backends.mkldnn.is_available():
+        return False
+    asked = {
+        torch.bfloat16: "_is_mkldnn_bf16_supported",
+        torch.float16: "_is_mkldnn_fp16_supported",
+    }
+    return bool(getattr(torch.ops.mkldnn, asked[dtype])())
 
 
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right`` of half precision without rounding the product to it."""
+    """``left @ right`` in ``dtype``, of half precision without rounding the product to it where the device can do that."""
     if left.dtype == dtype:
         return left @ right
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=dtype)
+    # A CPU's half-precision products come out rounded: a block of many, whose sum is float32's, or the weight's own dtype anyway.
+    if _multiplies(left.dtype, left.device.type):
+        return (left @ right).to(dtype)
     return left.to(dtype) @ right.to(dtype)
 
 
@@ -251,41 +287,45 @@ def forward_blocks(heads: Heads, needs: frozenset[str], blocks: Blocks, *, vecto
     """
     pairs, hidden = heads.pairs, heads.hidden
     dtype = accumulation_dtype(hidden.dtype)
-    scratch = _Scratch(heads, blocks, len(pairs) + bool(needs & KL_STATISTICS))
+    scratch = _Scratch(heads, blocks, len(pairs) + (2 if needs & KL_STATISTICS else 0))
     sums = [_Sums(hidden.shape[0], dtype, hidden.device) for _ in pairs]
     at = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in pairs]
     found = Found({}, [])
     if vectors:
         found.vectors = [hidden.new_zeros(hidden.shape, dtype=torch.float64) for _ in pairs]
-    where, room = _Targets(heads.targets, blocks), _Kept(heads, blocks, len(pairs))
+    where, room = _Targets(heads.targets, blocks), _Kept(heads, blocks)
+    rows_in_all, last_rows = hidden.shape[0], slice(hidden.shape[0] - blocks.ref_kept, None)
     for number, part in enumerate(blocks):
         width = part.stop - part.start
-        keep = blocks.keeps(number)
-        own = []
-        for index, (states, weight) in enumerate(pairs):
-            # What is kept in the dtype of the arithmetic is made where it will stay.
-            in_place = keep and hidden.dtype == dtype
-            out = room.take(index, width) if in_place else scratch.get(index, width)
-            own.append(_logits(states, weight[part], out))
+        keep = number >= blocks.first_kept
+        out = [scratch.get(index, width) for index in range(len(pairs))]
+        in_place = keep and hidden.dtype == dtype
+        if in_place:  # it is made where it will stay
+            out[0] = room.take(0, rows_in_all, width)
+        own = [_logits(states, weight[part], to) for (states, weight), to in zip(pairs, out, strict=True)]
         rows, columns = where.of(number, part)
         for target_logits, logits in zip(at, own, strict=True):
             target_logits[rows] = logits[rows, columns]
-        gap = torch.sub(own[0], own[1], out=scratch.get(-1, width)) if needs & KL_STATISTICS else None
+        gap = torch.sub(own[0], own[1], out=scratch.get(2, width)) if needs & KL_STATISTICS else None
         for index, (model, logits) in enumerate(zip(sums, own, strict=True)):
             shrink = model.take(logits, entropy=index == 0 and "entropy" in needs)
             if vectors:
                 product = _product(logits.to(hidden.dtype), heads.weight[part], dtype)
                 found.vectors[index].mul_(shrink[:, None]).add_(product)
         if gap is not None:
+            # A product and its sum: batched products of one row each, which need no place, take three times as long.
+            place = scratch.get(3, width)
             if "kl_ref_policy" in needs:
-                sums[1].gap += _dots(own[1], gap)
+                sums[1].gap += torch.mul(own[1], gap, out=place).sum(-1)
             if "kl_policy_ref" in needs:
-                sums[0].gap += _dots(own[0], gap)
-            sums[1].growth += _dots(own[1], gap.expm1_())
+                sums[0].gap += torch.mul(own[0], gap, out=place).sum(-1)
+            sums[1].growth += gap.expm1_().mul_(own[1]).sum(-1)
+        for index, model in enumerate(sums):
+            found.shifts[index].append(model.shift)
         if keep:
-            found.shifts.append([model.shift for model in sums])
-            same = hidden.dtype == dtype
-            found.kept.append(own if same else [room.take(i, width).copy_(e) for i, e in enumerate(own)])
+            found.kept[0].append(own[0] if in_place else room.take(0, rows_in_all, width).copy_(own[0]))
+        if blocks.ref_kept:
+            found.kept[1].append(room.take(1, blocks.ref_kept, width).copy_(own[1][last_rows]))
     for vector, model in zip(found.vectors, sums, strict=False):
         vector /= model.total[:, None]
     found.vectors = [vector.to(dtype) for vector in found.vectors]
@@ -340,35 +380,68 @@ def backward_blocks(
     """
     if found.vectors:
         return _from_vectors(heads, found.vectors, grads), None
-    step = _Backward(heads, found, grads, blocks)
-    grad_hidden = torch.zeros_like(heads.hidden, dtype=step.dtype) if want_hidden else None
+    steps = [_Backward(heads, found, own, blocks, rows) for rows, own in _alike(heads, grads, blocks)]
+    dtype = accumulation_dtype(heads.hidden.dtype)
+    grad_hidden = torch.zeros_like(heads.hidden, dtype=dtype) if want_hidden else None
     grad_weight = torch.empty_like(heads.weight) if want_weight else None
+    at_target = grads.get("policy_logps", torch.zeros_like(found.lse[0]))
     # Where nothing has to be rounded on the way, products go straight to their place, and all targets at once.
-    direct = heads.hidden.dtype == heads.weight.dtype == step.dtype
+    direct = heads.hidden.dtype == heads.weight.dtype == dtype
+    where = None if direct else _Targets(heads.targets, blocks)
     # The last blocks of the forward are the ones that the cache still holds, and those that were kept.
     for number, part in reversed(list(enumerate(blocks))):
-        block, scale = step.block(number, part)
-        factor = step.factor if scale is None else step.factor * scale
-        narrow = block.to(heads.hidden.dtype)
-        if grad_hidden is not None:
-            product = _product(narrow, heads.weight[part], step.dtype)
-            grad_hidden.addcmul_(factor[:, None], product)
-        if grad_weight is None:
-            continue
-        scaled = (heads.hidden * factor[:, None]).to(heads.hidden.dtype)
-        if direct:
-            torch.mm(narrow.T, scaled, out=grad_weight[part])
-        else:
-            rows, columns = step.where.of(number, part)
-            whole = _product(narrow.T, scaled, step.dtype)
-            ones = heads.hidden[rows].to(step.dtype) * step.at_target[rows, None]
-            grad_weight[part] = whole.index_add_(0, columns, ones)
+        whole = grad_weight[part] if grad_weight is not None and direct else None
+        for index, step in enumerate(steps):
+            block, factor = step.block(number, part)
+            narrow = block.to(heads.hidden.dtype)
+            if grad_hidden is not None:
+                grad_hidden[step.rows].addcmul_(factor[:, None], _product(narrow, heads.weight[part], dtype))
+            if grad_weight is None:
+                continue
+            scaled = (step.hidden * factor[:, None]).to(heads.hidden.dtype)
+            if whole is None:
+                whole = _product(narrow.T, scaled, dtype)
+            elif direct:
+                whole.addmm_(narrow.T, scaled, beta=int(index > 0))
+            else:
+                whole += _product(narrow.T, scaled, dtype)
+        if where is not None and grad_weight is not None and whole is not None:
+            rows, columns = where.of(number, part)
+            grad_weight[part] = whole.index_add_(
+                0, columns, heads.hidden[rows].to(dtype) * at_target[rows, None]
+            )
     if grad_weight is not None and direct:
-        grad_weight.index_add_(0, heads.targets, heads.hidden * step.at_target[:, None])
+        grad_weight.index_add_(0, heads.targets, heads.hidden * at_target[:, None])
     if grad_hidden is not None:
-        grad_hidden.addcmul_(step.at_target[:, None], heads.weight[heads.targets].to(step.dtype))
+        grad_hidden.addcmul_(at_target[:, None], heads.weight[heads.targets].to(dtype))
         grad_hidden = grad_hidden.to(heads.hidden.dtype)
     return grad_hidden, grad_weight
+
+
+def _alike(
+    heads: Heads, grads: Mapping[str, Tensor], blocks: Blocks
+) -> list[tuple[slice, dict[str, Tensor]]]:
+    """Rows in pieces with their gradients: pieces without any but of log-probabilities, and pieces whose reference is kept.
+
+    In TDPO2 the chosen answers' KL has no gradient, and what a KL needs costs a product and three passes.
+    """
+    count = heads.targets.shape[0]
+    others = [grad != 0 for name, grad in grads.items() if name != "policy_logps"]
+    if not others or not count:
+        return [(slice(0, count), dict(grads))]
+    has = torch.stack(others).any(0)
+    # One answer from the device for all three.
+    some, before, after = torch.stack([has.any(), has.byte().argmax(), has.byte().flip(0).argmax()]).tolist()
+    start, stop = (before, count - after) if some else (0, 0)
+    first_kept = min(max(count - blocks.ref_kept, start), stop)
+    of_logps = {name: grad for name, grad in grads.items() if name == "policy_logps"}
+    edges = [0, start, first_kept, stop, count]
+    kinds = [of_logps, grads, grads, of_logps]
+    return [
+        (slice(a, b), {name: grad[a:b] for name, grad in own.items()})
+        for a, b, own in zip(edges, edges[1:], kinds, strict=False)
+        if a < b
+    ]
 
 
 def _from_vectors(heads: Heads, vectors: list[Tensor], grads: Mapping[str, Tensor]) -> Tensor:
@@ -381,61 +454,77 @@ def _from_vectors(heads: Heads, vectors: list[Tensor], grads: Mapping[str, Tenso
 
 
 class _Backward:
-    """Blocks of the gradient with respect to the logits, as ``factor[n] * scale[n] * block[n, v] + at_target[n] e_y``."""
+    """The gradient of some rows' logits, as ``factor[n] * block[n, v]`` and the log-probability's at the target.
 
-    def __init__(self, heads: Heads, found: Found, grads: Mapping[str, Tensor], blocks: Blocks) -> None:
-        self._heads, self._found, self._blocks = heads, found, blocks
-        self.dtype = accumulation_dtype(heads.hidden.dtype)
-        self._grads = dict(grads)
-        self.where = _Targets(heads.targets, blocks)
-        nothing = torch.zeros_like(found.lse[0])
-        self.at_target = self._grads.get("policy_logps", nothing)
+    Args:
+        heads: all rows.
+        found: of all rows.
+        grads: of these rows.
+        blocks: the forward's.
+        rows: which.
+    """
+
+    def __init__(
+        self, heads: Heads, found: Found, grads: Mapping[str, Tensor], blocks: Blocks, rows: slice
+    ) -> None:
+        self.rows, self._blocks, self._grads = rows, blocks, grads
+        self._heads, self._found = heads.of_rows(rows), found
+        self._lse = [lse[rows] for lse in found.lse]
+        self._nothing = torch.zeros_like(self._lse[0])
+        self._first_ref = rows.start - (heads.hidden.shape[0] - blocks.ref_kept)
         self._simple = self._grads.keys() <= {"policy_logps"}
-        # Of the log-probability alone the block needs no arithmetic: -g p is the exponentials times one number a row.
-        self.factor = -self.at_target if self._simple else torch.ones_like(nothing)
-        self._closed = self._grads.keys() & {"kl_policy_ref", "entropy"}
-        used = heads.pairs if not self._simple else heads.pairs[:1]
-        self._used = used
-        self._scratch = _Scratch(heads, blocks, len(used))
+        self._closed = bool(self._grads.keys() & {"kl_policy_ref", "entropy"})
+        self._pairs = self._heads.pairs[:1] if self._simple else self._heads.pairs
+        self._scratch = _Scratch(self._heads, blocks, len(self._pairs))
 
-    def block(self, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
-        """A block and its scale (None: ones)."""
+    @property
+    def hidden(self) -> Tensor:
+        """The policy's hidden states of these rows."""
+        return self._heads.hidden
+
+    def block(self, number: int, part: slice) -> tuple[Tensor, Tensor]:
+        """A block and its factor ``[N]``."""
         width = part.stop - part.start
-        kept = number - (len(self._blocks) - self._blocks.kept)
-        if kept >= 0 and self._simple:
-            scale = (self._found.shifts[kept][0] - self._found.lse[0]).exp()
-            return self._found.kept[kept][0], scale
-        if kept >= 0 and not self._closed:
-            return self._mixed(self._found.kept[kept], self._found.shifts[kept], width), None
-        logits = [
-            _logits(states, weight[part], self._scratch.get(index, width))
-            for index, (states, weight) in enumerate(self._used)
-        ]
         if self._closed:
-            rows = RowStatistics(self._found.values, self._found.lse[0], self._reference_lse())
-            ref_logits = logits[1] if len(logits) == 2 else None
-            return logit_gradient(logits[0], ref_logits, None, rows, self._grads), None
-        probabilities = [z.sub_(lse[:, None]).exp_() for z, lse in zip(logits, self._found.lse, strict=False)]
-        return (probabilities[0] if self._simple else self._mixed(probabilities, None, width)), None
-
-    def _mixed(self, exponentials: list[Tensor], shifts: list[Tensor] | None, width: int) -> Tensor:
-        """(g' - g) p - g' q, from exponentials relative to ``shifts`` (None: probabilities).
-
-        Each product is rounded before they meet, so that a KL alone leaves exactly nothing at p = q: one fused pass would
-        leave the rounding of one of them.
-        """
+            return self._closed_form(part), torch.ones_like(self._nothing)
+        at_target = self._grads.get("policy_logps", self._nothing)
+        p, of_p = self._exponentials(0, number, part)
+        if self._simple:
+            # Of the log-probability alone the block needs no arithmetic: -g p is the exponentials times one number a row.
+            return p, -at_target * of_p
+        # (g' - g) p - g' q. Each product is rounded before they meet, so that a KL alone leaves exactly nothing at p = q: one
+        # fused pass would leave the rounding of one of them.
         of_kl = self._grads["kl_ref_policy"]
-        factors = [of_kl - self.at_target, -of_kl]
-        if shifts is not None:
-            factors = [
-                factor * (shift - lse).exp()
-                for factor, shift, lse in zip(factors, shifts, self._found.lse, strict=True)
-            ]
-        p, q = (
-            torch.mul(values, factor[:, None], out=self._scratch.get(index, width))
-            for index, (values, factor) in enumerate(zip(exponentials, factors, strict=True))
-        )
-        return p.add_(q)
+        q, of_q = self._exponentials(1, number, part)
+        p = torch.mul(p, ((of_kl - at_target) * of_p)[:, None], out=self._scratch.get(0, width))
+        q = torch.mul(q, (of_kl * of_q)[:, None], out=self._scratch.get(1, width))
+        return p.sub_(q), torch.ones_like(self._nothing)
 
-    def _reference_lse(self) -> Tensor | None:
-        return self._found.lse[1] if len(self._found.lse) == 2 else None
+    def _exponentials(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor]:
+        """A model's exponentials of a block, and what makes probabilities of them ``[N]``."""
+        shift = self._found.shifts[model][number][self.rows]
+        exponentials = self._kept(model, number)
+        if (
+            exponentials is None
+        ):  # as the forward had them, to the bit: models that agree shall have no gradient of their KL
+            exponentials = self._logits(model, part).sub_(shift[:, None]).exp_()
+        return exponentials, (shift - self._lse[model]).exp()
+
+    def _kept(self, model: int, number: int) -> Tensor | None:
+        """A model's exponentials, if they are kept for this block and these rows."""
+        if model == 0:
+            place, rows = number - self._blocks.first_kept, self.rows
+        else:
+            place, rows = number, slice(self._first_ref, self._first_ref + self._nothing.shape[0])
+        kept = self._found.kept[model]
+        return kept[place][rows] if kept and place >= 0 and rows.start >= 0 else None
+
+    def _closed_form(self, part: slice) -> Tensor:
+        logits = [self._logits(model, part) for model in range(len(self._pairs))]
+        values = {name: value[self.rows] for name, value in self._found.values.items()}
+        rows = RowStatistics(values, self._lse[0], self._lse[1] if len(self._lse) == 2 else None)
+        return logit_gradient(logits[0], logits[1] if len(logits) == 2 else None, None, rows, self._grads)
+
+    def _logits(self, model: int, part: slice) -> Tensor:
+        states, weight = self._pairs[model]
+        return _logits(states, weight[part], self._scratch.get(model, part.stop - part.start))

@@ -17,7 +17,7 @@ from tokenpref.stats import TokenStats
 
 __all__ = ["DEFAULT_MEMORY_MB", "linear_token_stats", "score_tokens"]
 
-DEFAULT_MEMORY_MB = 512.0
+DEFAULT_MEMORY_MB = 300.0
 
 _VALUES_OF_BACKWARD = ("kl_policy_ref", "entropy")
 
@@ -52,8 +52,8 @@ def linear_token_stats(
         weights: token weights ``[B, T]`` with T = L - 1, in the columns of the predicted tokens.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy": what to compute beside the policy's
             log-probabilities ("weights" and "anchor" are ignored: a loss checks them).
-        memory_mb: MiB for logits and what is kept of them until the backward; it changes time and memory, and numbers by
-            rounding only.
+        memory_mb: MiB for logits and what is kept of them until the backward, twice that with a KL, which is of two models;
+            it changes time and memory, and numbers by rounding only.
         ref_logps: the reference's log-probabilities ``[B, T]`` in place of ``ref_hidden``, when no KL is needed.
 
     Returns:
@@ -170,10 +170,9 @@ def _restored(lengths: list[int], tensors: Sequence[Tensor | None]) -> tuple[Hea
     rest = iter(tensors[count:])
     values = {name: next(rest) for name in _VALUES_OF_BACKWARD}
     groups = [[cast(Tensor, next(rest)) for _ in range(length)] for length in lengths]
-    lse, vectors, blocks = groups[0], groups[1], groups[2:]
-    half = len(blocks) // 2
+    lse, vectors, *kept = groups
     present = {name: value for name, value in values.items() if value is not None}
-    return heads, Found(present, lse, blocks[:half], blocks[half:], vectors)
+    return heads, Found(present, lse, (kept[0], kept[1]), (kept[2], kept[3]), vectors)
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -194,27 +193,25 @@ class _LinearStatistics(torch.autograd.Function):
         if not needs - {"entropy"}:
             ref_hidden = ref_head_weight = None
         heads = Heads(hidden, head_weight, targets, ref_hidden, ref_head_weight)
+        keep = 2 if needs & KL_STATISTICS else 1
         blocks = plan_blocks(
             targets.shape[0],
             head_weight.shape[0],
             models=len(heads.pairs),
+            keep=keep,
             dtype=hidden.dtype,
             device=hidden.device,
-            budget=budget,
+            budget=keep * budget,
         )
         want_hidden, want_weight = (with_grad and want for want in ctx.needs_input_grad[:2])
         # A frozen head needs no gradient of its own: the rows' gradient vectors are all that the backward asks for.
         vectors = want_hidden and not want_weight and not needs & {"kl_policy_ref", "entropy"}
         if vectors or not (want_hidden or want_weight):
-            blocks = replace(blocks, kept=0)
+            blocks = replace(blocks, kept=0, ref_kept=0)
         found = forward_blocks(heads, needs, blocks, vectors=vectors)
         if not needs & KL_STATISTICS:
             heads = replace(heads, ref_hidden=None, ref_weight=None)  # the backward does not need them
-            found.lse, found.shifts, found.kept = (
-                found.lse[:1],
-                [shifts[:1] for shifts in found.shifts],
-                [kept[:1] for kept in found.kept],
-            )
+            found.lse, found.shifts = found.lse[:1], (found.shifts[0], [])
         ctx.layout, tensors = _flattened(heads, found)
         ctx.save_for_backward(*tensors)
         ctx.blocks = blocks

@@ -38,7 +38,7 @@ _TYPICAL_WEIGHT = 0.02
 _BF16_HALF_STEP = 2**-9
 # Tensors that torchtune lets wait on the GPU for their copy to the CPU.
 _OFFLOADED_AT_A_TIME = 5
-_LOGITS = 3  # the policy's, the reference's, and what is made of both
+_LOGITS = 4  # the policy's, the reference's, and what is made of both
 
 
 @dataclass(frozen=True)
@@ -206,17 +206,16 @@ def estimate_memory(
     if policy.compute_dtype is not None:
         model = meta_model(config.model, str(config.compute_dtype))
     vocabulary = model.tok_embeddings.num_embeddings
+    head_of_cache = max((c.head_nbytes(model, beside.kept_dtype.itemsize) for c in caches), default=0)
+    # At most: a reference without a KL is scored by itself.
+    budget = int(config.head_memory_mb * 2**20) * (2 if reference or head_of_cache else 1)
     return MemoryEstimate(
         weights=share,
         gradients=share,
         optimizer=optimizer,
-        reference=(
-            -(-count * beside.dtype.itemsize // world_size)
-            if reference
-            else max((c.head_nbytes(model, beside.kept_dtype.itemsize) for c in caches), default=0)
-        ),
+        reference=-(-count * beside.dtype.itemsize // world_size) if reference else head_of_cache,
         activations=int(_activation_bytes_per_token(model, policy) * tokens),
-        head=min(int(config.head_memory_mb * 2**20), _LOGITS * tokens * vocabulary * 4),
+        head=min(budget, _LOGITS * tokens * vocabulary * 4),
         copy=share + optimizer if config.enable_async_checkpointing else 0,
     )
 
