@@ -13,6 +13,7 @@ from torchtune.data import Message
 from torchtune.models.convert_weights import tune_to_hf
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import (
+    FeedForward,
     MultiHeadAttention,
     TiedLinear,
     TransformerDecoder,
@@ -29,6 +30,7 @@ from torchtune.training import (
 )
 
 __all__ = [
+    "FeedForward",
     "InstantiationError",
     "Message",
     "MultiHeadAttention",

@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
+from tokenpref.models.activations import keep_gates_lean
 from tokenpref.models.padding_free import PackedRows, install_segments
 from tokenpref.ops import DEFAULT_MEMORY_MB, AnswerRows, score_tokens
 from tokenpref.ops.answers import check_shapes, needs_of_rows
@@ -133,6 +134,7 @@ class ScoringModel:
         self.head = install_head(model)
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
+        keep_gates_lean(model)
         if padding_free:
             install_segments(model)
 
