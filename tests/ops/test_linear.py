@@ -2,7 +2,7 @@ import pytest
 import torch
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenpref.ops import _blocks, linear_token_stats, score_tokens, token_stats_from_logits
+from tokenpref.ops import HeadRoom, _blocks, linear_token_stats, score_tokens, token_stats_from_logits
 from tokenpref.ops._blocks import plan_blocks
 
 ALL = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
@@ -197,6 +197,60 @@ def test_a_batch_without_answers_gives_zero_gradients_not_none(needs):
     total(stats).backward()
     assert torch.equal(hidden.grad, torch.zeros_like(hidden))
     assert torch.equal(weight.grad, torch.zeros_like(weight))
+
+
+def rows_of(seed, room=None, count=6):
+    """A head over some rows with a KL, and the gradients of its inputs as a function."""
+    generator = torch.Generator().manual_seed(seed)
+    hidden, weight, ref_hidden, ref_weight = (
+        torch.randn(size, generator=generator, dtype=torch.float64)
+        for size in ((count, 4), (61, 4), (count, 3), (61, 3))
+    )
+    inputs = (hidden.requires_grad_(), weight.requires_grad_())
+    values = score_tokens(
+        *inputs,
+        torch.randint(61, (count,), generator=generator),
+        ref_hidden=ref_hidden,
+        ref_head_weight=ref_weight,
+        needs=frozenset({"kl_ref_policy"}),
+        memory_mb=4e-3,
+        room=room,
+    )
+    scalar = (values["policy_logps"] * torch.arange(count)).sum() - values["kl_ref_policy"][3:].sum()
+    return lambda: torch.autograd.grad(scalar, inputs, retain_graph=True)
+
+
+def assert_same(found, expected):
+    for ours, theirs in zip(found, expected, strict=True):
+        torch.testing.assert_close(ours, theirs, atol=1e-13, rtol=0)
+
+
+def test_steps_share_the_memory_of_what_is_kept():
+    room, places = HeadRoom(), set()
+    for seed in range(3):
+        backward = rows_of(seed, room)
+        assert room._spare is None, "the forward has it"
+        assert_same(backward(), rows_of(seed)())
+        places.add(room._spare.memory.data_ptr())
+    assert len(places) == 1
+    with torch.no_grad():
+        score_tokens(torch.randn(3, 4), torch.randn(5, 4), torch.arange(3), room=room)
+    assert room._spare.memory.data_ptr() in places, "a forward without a backward keeps nothing"
+    rows_of(3, room, count=5)()
+    rows_of(4, room, count=7)()
+    assert room._spare.memory.numel() > 0
+
+
+def test_a_room_serves_forwards_in_any_order():
+    room = HeadRoom()
+    first, second = rows_of(0, room), rows_of(1, room)
+    assert_same(first(), rows_of(0)())
+    third = rows_of(2, room)  # in the first one's memory, whose backward has been
+    assert_same(second(), rows_of(1)())
+    assert_same(third(), rows_of(2)())
+    assert_same(first(), rows_of(0)())  # asked again: all of it is computed again
+    rows_of(3, room)  # and one whose backward never comes
+    assert_same(rows_of(4, room)(), rows_of(4)())
 
 
 def test_no_gradient_mode_keeps_no_graph():

@@ -18,7 +18,7 @@ from torch import Tensor, nn
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
 from tokenpref.models.activations import keep_gates_lean
 from tokenpref.models.padding_free import PackedRows, install_segments
-from tokenpref.ops import DEFAULT_MEMORY_MB, AnswerRows, score_tokens
+from tokenpref.ops import DEFAULT_MEMORY_MB, AnswerRows, HeadRoom, score_tokens
 from tokenpref.ops.answers import check_shapes, needs_of_rows
 from tokenpref.stats import TokenStats
 
@@ -134,6 +134,7 @@ class ScoringModel:
         self.head = install_head(model)
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
+        self._room = HeadRoom()
         keep_gates_lean(model)
         if padding_free:
             install_segments(model)
@@ -238,6 +239,7 @@ class ScoringModel:
                 ref_head_weight=ref_head_weight,
                 needs=from_hidden,
                 memory_mb=self.head_memory_mb,
+                room=self._room,
             )
 
         return rows.token_stats(self._answers(tokens, labels, rows, sides, job), ref_logps, weights)

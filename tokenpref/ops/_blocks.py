@@ -30,7 +30,7 @@ from torch import Tensor
 
 from tokenpref.ops._closed_form import KL_STATISTICS, RowStatistics, accumulation_dtype, logit_gradient
 
-__all__ = ["Blocks", "Found", "Heads", "backward_blocks", "forward_blocks", "plan_blocks"]
+__all__ = ["Blocks", "Found", "Heads", "Kept", "backward_blocks", "forward_blocks", "plan_blocks"]
 
 MIB = 1 << 20
 # Two ways to one number that differ by more than float32's rounding of logits: the first one has overflowed.
@@ -68,6 +68,11 @@ class Blocks:
     def first_kept(self) -> int:
         """The first block of which the policy's exponentials are kept."""
         return len(self) - self.kept
+
+    @property
+    def first_column(self) -> int:
+        """The first column of these blocks."""
+        return min(self.first_kept * self.columns, self.vocabulary)
 
 
 def plan_blocks(
@@ -147,15 +152,14 @@ class Found:
         values: statistics ``[N]`` by the name of their field in TokenStats.
         lse: log-sum-exps ``[N]`` of the policy and the reference.
         shifts: for each model and each block, what was subtracted from its logits ``[N]``.
-        kept: exponentials: the policy's for each block that is kept ``[N, columns]``, the reference's for each block, of the
-            rows that are kept ``[K, columns]``.
+        kept: exponentials for the backward.
         vectors: for a frozen head, sum_v p_v W_v and sum_v q_v W_v, ``[N, D]``.
     """
 
     values: dict[str, Tensor]
     lse: list[Tensor]
     shifts: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
-    kept: tuple[list[Tensor], list[Tensor]] = field(default_factory=lambda: ([], []))
+    kept: Kept | None = None
     vectors: list[Tensor] = field(default_factory=list)
 
 
@@ -222,23 +226,40 @@ class _Scratch:
         return self._flat[index][: self._rows * width].view(self._rows, width)
 
 
-class _Kept:
-    """Memory for the exponentials that the backward will use.
+class Kept:
+    """Exponentials for the backward, in one piece of memory.
 
-    In one piece for each model: many pieces, freed and taken again every step beside the head's gradient, leave an allocator
-    with holes that fit neither.
+    Many pieces, freed and taken again every step beside the head's gradient, would leave an allocator with holes that fit none.
+
+    Args:
+        memory: at least :meth:`size` numbers.
+        rows: rows that are scored.
+        blocks: which of theirs are kept.
     """
 
-    def __init__(self, heads: Heads, blocks: Blocks) -> None:
-        columns = sum(part.stop - part.start for part in list(blocks)[blocks.first_kept :])
-        sizes = [heads.hidden.shape[0] * columns, blocks.ref_kept * blocks.vocabulary]
-        self._free = [heads.hidden.new_empty(size) for size in sizes]
+    def __init__(self, memory: Tensor, rows: int, blocks: Blocks) -> None:
+        own = rows * (blocks.vocabulary - blocks.first_column)
+        self._policy, self._reference = memory[:own], memory[own : self.size(rows, blocks)]
+        self._rows, self._blocks = rows, blocks
 
-    def take(self, model: int, rows: int, width: int) -> Tensor:
-        """The next ``[rows, width]`` of a model."""
-        size = rows * width
-        taken, self._free[model] = self._free[model][:size], self._free[model][size:]
-        return taken.view(rows, width)
+    @staticmethod
+    def size(rows: int, blocks: Blocks) -> int:
+        """Numbers that are kept."""
+        return rows * (blocks.vocabulary - blocks.first_column) + blocks.ref_kept * blocks.vocabulary
+
+    def policy(self, part: slice) -> Tensor | None:
+        """The policy's of a block ``[N, columns]``, if it is kept."""
+        start = part.start - self._blocks.first_column
+        return self._part(self._policy, self._rows, start, part) if start >= 0 else None
+
+    def reference(self, part: slice) -> Tensor | None:
+        """The reference's of a block ``[K, columns]``, of the last K rows, if any are kept."""
+        count = self._blocks.ref_kept
+        return self._part(self._reference, count, part.start, part) if count else None
+
+    def _part(self, memory: Tensor, rows: int, start: int, part: slice) -> Tensor:
+        width = part.stop - part.start
+        return memory[rows * start : rows * (start + width)].view(rows, width)
 
 
 def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
@@ -276,13 +297,16 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
     return left.to(dtype) @ right.to(dtype)
 
 
-def forward_blocks(heads: Heads, needs: frozenset[str], blocks: Blocks, *, vectors: bool = False) -> Found:
+def forward_blocks(
+    heads: Heads, needs: frozenset[str], blocks: Blocks, memory: Tensor, *, vectors: bool = False
+) -> Found:
     """Statistics of rows.
 
     Args:
         heads: the rows; with a reference if ``needs`` asks for one.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
         blocks: how to cut the vocabulary.
+        memory: for what is kept, of :meth:`Kept.size`.
         vectors: form the gradient vectors of a frozen head, with blocks of which none is kept.
     """
     pairs, hidden = heads.pairs, heads.hidden
@@ -290,18 +314,17 @@ def forward_blocks(heads: Heads, needs: frozenset[str], blocks: Blocks, *, vecto
     scratch = _Scratch(heads, blocks, len(pairs) + (2 if needs & KL_STATISTICS else 0))
     sums = [_Sums(hidden.shape[0], dtype, hidden.device) for _ in pairs]
     at = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in pairs]
-    found = Found({}, [])
+    kept = Kept(memory, hidden.shape[0], blocks)
+    found = Found({}, [], kept=kept)
     if vectors:
         found.vectors = [hidden.new_zeros(hidden.shape, dtype=torch.float64) for _ in pairs]
-    where, room = _Targets(heads.targets, blocks), _Kept(heads, blocks)
-    rows_in_all, last_rows = hidden.shape[0], slice(hidden.shape[0] - blocks.ref_kept, None)
+    where, last_rows = _Targets(heads.targets, blocks), slice(hidden.shape[0] - blocks.ref_kept, None)
     for number, part in enumerate(blocks):
         width = part.stop - part.start
-        keep = number >= blocks.first_kept
+        to_keep, ref_to_keep = kept.policy(part), kept.reference(part)
         out = [scratch.get(index, width) for index in range(len(pairs))]
-        in_place = keep and hidden.dtype == dtype
-        if in_place:  # it is made where it will stay
-            out[0] = room.take(0, rows_in_all, width)
+        if to_keep is not None and hidden.dtype == dtype:
+            out[0] = to_keep  # made where it will stay
         own = [_logits(states, weight[part], to) for (states, weight), to in zip(pairs, out, strict=True)]
         rows, columns = where.of(number, part)
         for target_logits, logits in zip(at, own, strict=True):
@@ -322,10 +345,10 @@ def forward_blocks(heads: Heads, needs: frozenset[str], blocks: Blocks, *, vecto
             sums[1].growth += gap.expm1_().mul_(own[1]).sum(-1)
         for index, model in enumerate(sums):
             found.shifts[index].append(model.shift)
-        if keep:
-            found.kept[0].append(own[0] if in_place else room.take(0, rows_in_all, width).copy_(own[0]))
-        if blocks.ref_kept:
-            found.kept[1].append(room.take(1, blocks.ref_kept, width).copy_(own[1][last_rows]))
+        if to_keep is not None and out[0] is not to_keep:
+            to_keep.copy_(own[0])
+        if ref_to_keep is not None:
+            ref_to_keep.copy_(own[1][last_rows])
     for vector, model in zip(found.vectors, sums, strict=False):
         vector /= model.total[:, None]
     found.vectors = [vector.to(dtype) for vector in found.vectors]
@@ -503,21 +526,26 @@ class _Backward:
     def _exponentials(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor]:
         """A model's exponentials of a block, and what makes probabilities of them ``[N]``."""
         shift = self._found.shifts[model][number][self.rows]
-        exponentials = self._kept(model, number)
+        exponentials = self._kept(model, part)
         if (
             exponentials is None
         ):  # as the forward had them, to the bit: models that agree shall have no gradient of their KL
             exponentials = self._logits(model, part).sub_(shift[:, None]).exp_()
         return exponentials, (shift - self._lse[model]).exp()
 
-    def _kept(self, model: int, number: int) -> Tensor | None:
+    def _kept(self, model: int, part: slice) -> Tensor | None:
         """A model's exponentials, if they are kept for this block and these rows."""
+        kept = self._found.kept
+        if kept is None:
+            return None
         if model == 0:
-            place, rows = number - self._blocks.first_kept, self.rows
+            found, rows = kept.policy(part), self.rows
         else:
-            place, rows = number, slice(self._first_ref, self._first_ref + self._nothing.shape[0])
-        kept = self._found.kept[model]
-        return kept[place][rows] if kept and place >= 0 and rows.start >= 0 else None
+            found, rows = (
+                kept.reference(part),
+                slice(self._first_ref, self._first_ref + self._nothing.shape[0]),
+            )
+        return found[rows] if found is not None and rows.start >= 0 else None
 
     def _closed_form(self, part: slice) -> Tensor:
         logits = [self._logits(model, part) for model in range(len(self._pairs))]

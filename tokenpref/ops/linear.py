@@ -10,14 +10,15 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenpref.ops._blocks import MIB, Found, Heads, backward_blocks, forward_blocks, plan_blocks
+from tokenpref.ops._blocks import MIB, Found, Heads, Kept, backward_blocks, forward_blocks, plan_blocks
 from tokenpref.ops._closed_form import KL_STATISTICS, OUTPUTS
 from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, check_shapes, needs_of_rows
+from tokenpref.ops.room import HeadRoom
 from tokenpref.stats import TokenStats
 
 __all__ = ["DEFAULT_MEMORY_MB", "linear_token_stats", "score_tokens"]
 
-DEFAULT_MEMORY_MB = 300.0
+DEFAULT_MEMORY_MB = 256.0
 
 _VALUES_OF_BACKWARD = ("kl_policy_ref", "entropy")
 
@@ -89,6 +90,7 @@ def score_tokens(
     ref_head_weight: Tensor | None = None,
     needs: frozenset[str] = frozenset(),
     memory_mb: float = DEFAULT_MEMORY_MB,
+    room: HeadRoom | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of rows that are already selected; what :func:`linear_token_stats` scatters into ``[B, T]``.
 
@@ -100,6 +102,7 @@ def score_tokens(
         ref_head_weight: reference's LM head ``[V, D']``.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
         memory_mb: as in :func:`linear_token_stats`.
+        room: where what is kept for the backward stays between steps; None frees it with the graph.
 
     Returns:
         ``[N]`` tensors by the name of their :class:`~tokenpref.stats.TokenStats` field: "policy_logps" and what
@@ -124,6 +127,7 @@ def score_tokens(
         computed,
         int(memory_mb * MIB),
         torch.is_grad_enabled(),
+        room,
     )
     return {name: value for name, value in zip(OUTPUTS, outputs, strict=True) if value is not None}
 
@@ -158,9 +162,9 @@ def _check_heads(
 
 
 def _flattened(heads: Heads, found: Found) -> tuple[list[int], list[Tensor | None]]:
-    """What the backward needs, as autograd keeps it: tensors in a row, and how many belong together."""
+    """What the backward needs but for what is kept, as autograd holds it: tensors in a row, and how many belong together."""
     single = [*vars(heads).values(), *(found.values.get(name) for name in _VALUES_OF_BACKWARD)]
-    groups = [found.lse, found.vectors, *found.shifts, *found.kept]
+    groups = [found.lse, found.vectors, *found.shifts]
     return [len(group) for group in groups], [*single, *(tensor for group in groups for tensor in group)]
 
 
@@ -169,10 +173,9 @@ def _restored(lengths: list[int], tensors: Sequence[Tensor | None]) -> tuple[Hea
     heads = Heads(*tensors[:count])  # type: ignore[arg-type]  # as they were
     rest = iter(tensors[count:])
     values = {name: next(rest) for name in _VALUES_OF_BACKWARD}
-    groups = [[cast(Tensor, next(rest)) for _ in range(length)] for length in lengths]
-    lse, vectors, *kept = groups
+    lse, vectors, *shifts = [[cast(Tensor, next(rest)) for _ in range(length)] for length in lengths]
     present = {name: value for name, value in values.items() if value is not None}
-    return heads, Found(present, lse, (kept[0], kept[1]), (kept[2], kept[3]), vectors)
+    return heads, Found(present, lse, (shifts[0], shifts[1]), vectors=vectors)
 
 
 class _LinearStatistics(torch.autograd.Function):
@@ -189,6 +192,7 @@ class _LinearStatistics(torch.autograd.Function):
         needs: frozenset[str],
         budget: int,
         with_grad: bool,
+        room: HeadRoom | None,
     ) -> tuple[Tensor | None, ...]:
         if not needs - {"entropy"}:
             ref_hidden = ref_head_weight = None
@@ -208,13 +212,18 @@ class _LinearStatistics(torch.autograd.Function):
         vectors = want_hidden and not want_weight and not needs & {"kl_policy_ref", "entropy"}
         if vectors or not (want_hidden or want_weight):
             blocks = replace(blocks, kept=0, ref_kept=0)
-        found = forward_blocks(heads, needs, blocks, vectors=vectors)
+        size = Kept.size(targets.shape[0], blocks)
+        room = room if size else None
+        loan = (room or HeadRoom()).lend(size, hidden)
+        assert loan.memory is not None
+        found = forward_blocks(heads, needs, blocks, loan.memory, vectors=vectors)
         if not needs & KL_STATISTICS:
             heads = replace(heads, ref_hidden=None, ref_weight=None)  # the backward does not need them
             found.lse, found.shifts = found.lse[:1], (found.shifts[0], [])
         ctx.layout, tensors = _flattened(heads, found)
-        ctx.save_for_backward(*tensors)
-        ctx.blocks = blocks
+        # A room's memory is not autograd's to free, nor to pack away.
+        ctx.save_for_backward(*tensors, loan.memory if room is None else None)
+        ctx.blocks, ctx.room, ctx.loan = blocks, room, None if room is None else loan
         ctx.set_materialize_grads(False)
         if "ref_logps" in found.values:
             ctx.mark_non_differentiable(found.values["ref_logps"])
@@ -223,10 +232,20 @@ class _LinearStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        heads, found = _restored(ctx.layout, ctx.saved_tensors)
+        *tensors, memory = ctx.saved_tensors
+        heads, found = _restored(ctx.layout, tensors)
+        blocks = ctx.blocks
+        if ctx.loan is not None:
+            memory = ctx.loan.memory
+        if memory is None:  # asked again, when a later forward has it: everything is computed again
+            blocks = replace(blocks, kept=0, ref_kept=0)
+        else:
+            found.kept = Kept(memory, heads.targets.shape[0], blocks)
         grads = {name: grad for name, grad in zip(OUTPUTS, output_grads, strict=True) if grad is not None}
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden, grad_weight = backward_blocks(
-            heads, found, grads, ctx.blocks, want_hidden=want_hidden, want_weight=want_weight
+            heads, found, grads, blocks, want_hidden=want_hidden, want_weight=want_weight
         )
-        return grad_hidden, grad_weight, None, None, None, None, None, None
+        if ctx.loan is not None:
+            ctx.room.take_back(ctx.loan)
+        return grad_hidden, grad_weight, None, None, None, None, None, None, None
