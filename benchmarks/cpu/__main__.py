@@ -4,6 +4,7 @@
     python -m benchmarks.cpu --write-docs        # and the page
     python -m benchmarks.cpu --quick             # ours alone, tiny, a minute
     python -m benchmarks.cpu --parts steps --lengths fixed --malloc keep
+    python -m benchmarks.cpu --parts steps --rounds 1 --add   # more rounds of the same work, to what is there
 
 TRL's environment is made on first use, below the output folder's parent. All raw numbers are in OUTPUT/results.json, what
 the processes said in OUTPUT/log.txt.
@@ -79,11 +80,6 @@ class Plan:
     growth: tuple[int, ...] = (512, 1024, 2048, 4096, 8192)
     repeats: int = 4
     rate_seconds: float = 1.0
-
-    @property
-    def complete(self) -> bool:
-        """Whether it covers all that the page shows."""
-        return replace(self, rounds=2) == Plan() and self.rounds >= 2
 
 
 QUICK = Plan(
@@ -196,9 +192,18 @@ def peer_environment(folder: Path) -> Path:
     return python
 
 
-def measure(plan: Plan, output: Path, processes: Processes) -> report.Results:
-    """Run all of a plan; results are written after every process, so that nothing is lost when one fails."""
-    results: report.Results = {
+def measure(
+    plan: Plan, output: Path, processes: Processes, before: report.Results | None = None
+) -> report.Results:
+    """Run all of a plan; results are written after every process, so that nothing is lost when one fails.
+
+    Args:
+        plan: what to measure.
+        output: folder of the results.
+        processes: what starts processes.
+        before: results of the same work on this machine, to which these are added.
+    """
+    results: report.Results = before or {
         "plan": asdict(plan),
         "complete": False,
         "real_sizes": plan.rows == Plan.rows,
@@ -207,21 +212,34 @@ def measure(plan: Plan, output: Path, processes: Processes) -> report.Results:
         "runs": [],
         "heads": [],
         "growth": [],
-        "load": [os.getloadavg()[0]],
+        "load": [],
+        "seconds": 0.0,
     }
-    start = time.perf_counter()
+    results["load"].append(os.getloadavg()[0])
+    start = time.perf_counter() - results["seconds"]
     for kind, record in _records(plan, processes):
         if kind == "rates":
             _merge_rates(results["rates"], record)
         else:
+            if kind != "runs":  # of a head the later reading counts
+                results[kind] = [r for r in results[kind] if _work(r) != _work(record)]
             results[kind].append(record)
             print(report.line(kind, record), flush=True)
         results["seconds"] = time.perf_counter() - start
         save(output / "results.json", results)
-    results["complete"] = plan.complete
+    whole = json.loads(json.dumps(asdict(Plan())))  # as the file has it
+    results["complete"] = (
+        _read(output)["plan"] | {"rounds": whole["rounds"]} == whole
+        and report.rounds(results)[0] >= Plan.rounds
+    )
     results["load"].append(os.getloadavg()[0])
     save(output / "results.json", results)
     return _read(output)
+
+
+def _work(record: Mapping[str, Any]) -> tuple[Any, ...]:
+    """What a head was measured on."""
+    return tuple(record[key] for key in ("name", "vocab", "rows", "dtype", "malloc"))
 
 
 def _read(output: Path) -> report.Results:
@@ -350,6 +368,11 @@ def _parse(arguments: list[str] | None) -> tuple[argparse.Namespace, Plan]:
     parser.add_argument("--lengths", nargs="+", choices=("fixed", "varied"), help="default: both")
     parser.add_argument("--malloc", nargs="+", choices=tuple(MALLOC), help="default: both")
     parser.add_argument("--dtypes", nargs="+", choices=Plan.dtypes, help="of the head alone; default: both")
+    parser.add_argument(
+        "--add",
+        action="store_true",
+        help="keep the results in the output folder and add these rounds and parts",
+    )
     parser.add_argument("--threads", type=int)
     parser.add_argument(
         "--fused-adamw", action="store_true", help="on both sides; the fixed work has the plain one"
@@ -393,9 +416,13 @@ def main(arguments: list[str] | None = None) -> int:
     if options.report_only:
         results = _read(output)
     else:
-        (output / "log.txt").write_text("", encoding="utf-8")
+        before = _read(output) if options.add else None
+        if before is None:
+            (output / "log.txt").write_text("", encoding="utf-8")
+        elif before["machine"] != machine():
+            raise SystemExit(f"--add: the results in {output} are another machine's; measure without it")
         peer = peer_environment(output.parent / "trl-env") if plan.peer else None
-        results = measure(plan, output, Processes(output, peer))
+        results = measure(plan, output, Processes(output, peer), before)
     text = report.page(results)
     print("\n" + text)
     if options.write_docs:  # the page says itself if parts were left out

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import statistics
 import textwrap
+from collections import Counter
 from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from typing import Any
@@ -12,7 +13,7 @@ from benchmarks import tables
 from benchmarks.cpu.floor import KINDS, head_floor, step_floor, step_teraflop
 from benchmarks.cpu.work import COMPARED_WITH, PAIRED_MODES, SHAPES, TOLERANCE
 
-__all__ = ["TOLERANCE", "Difference", "Results", "differences", "line", "page"]
+__all__ = ["TOLERANCE", "Difference", "Results", "differences", "line", "page", "rounds"]
 
 Results = dict[str, Any]
 
@@ -170,11 +171,18 @@ def page(results: Results) -> str:
     return "\n\n".join(parts) + "\n"
 
 
+def rounds(results: Results) -> tuple[int, int]:
+    """How often the processes of the steps ran, at least and at most."""
+    counts = Counter((r["side"], r["task"], r["mode"], r["malloc"]) for r in results["runs"]).values()
+    return (min(counts), max(counts)) if counts else (0, 0)
+
+
 def _head(results: Results) -> str:
-    machine, plan = results["machine"], results["plan"]
+    machine, plan, (fewest, most) = results["machine"], results["plan"], rounds(results)
     lines = [
         "`python -m benchmarks.cpu --write-docs` made this page; `make bench` runs the same and prints it. Every number comes "
-        f"from a fresh process with {plan['threads']} threads; both sides run by turns, {plan['rounds']} rounds.",
+        f"from a fresh process with {plan['threads']} threads; both sides run by turns, "
+        + (f"{fewest} rounds." if fewest == most else f"{fewest} to {most} rounds."),
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"{', '.join(machine['instructions']) or 'no vector extensions named'}; {machine['system']}.",
     ]
@@ -192,7 +200,7 @@ def _head(results: Results) -> str:
             + (" **The machine was not idle.**" if statistics.mean(busy) > BUSY else "")
         )
     if not results["complete"]:
-        lines.append("**Not a whole run**: sizes or parts were left out.")
+        lines.append("**Not a whole run**: sizes, parts or rounds were left out.")
     return "\n\n".join(_wrapped(text) for text in lines)
 
 

@@ -156,6 +156,22 @@ def test_the_page_compares_with_the_peer(folders, here):
     assert "| 5.0e-04  | at most 0.0001 | **no** " in text
 
 
+def test_rounds_are_added_to_what_is_there(here, tmp_path, monkeypatch):
+    plan = replace(command.QUICK, tasks=(FIXED,), parts=("steps", "heads"))
+    monkeypatch.setattr(command, "QUICK", plan)
+    assert command.main(["--quick", "--output", str(tmp_path)]) == 0
+    first = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert report.rounds(first) == (1, 1)
+    assert command.main(["--quick", "--add", "--output", str(tmp_path)]) == 0
+    both = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    assert report.rounds(both) == (2, 2) and both["runs"][: len(first["runs"])] == first["runs"]
+    assert len(both["heads"]) == len(first["heads"]) and both["seconds"] > first["seconds"]
+    both["machine"]["cores"] += 1
+    (tmp_path / "results.json").write_text(json.dumps(both), encoding="utf-8")
+    with pytest.raises(SystemExit, match="another machine's"):
+        command.main(["--quick", "--add", "--output", str(tmp_path)])
+
+
 def test_heads_whose_own_products_take_too_long_are_named_not_run(folders, here, monkeypatch, tmp_path):
     monkeypatch.setattr(command, "LONGEST_HEAD_S", 0.0)
     plan = replace(command.QUICK, parts=("heads",))

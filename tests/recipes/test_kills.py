@@ -78,6 +78,7 @@ def test_a_signal_lets_the_step_end_and_saves(folder):
     assert_same(folder, "stopped")
 
 
+@pytest.mark.slow
 def test_sigkill_while_saves_go_on_in_the_background(folder):
     words = [*RUN, *SAVING, "enable_async_checkpointing=true", "checkpoint_every_n_steps=1", "epochs=1"]
     two = ["--nproc_per_node", "2", *words]
@@ -90,7 +91,7 @@ def test_sigkill_while_saves_go_on_in_the_background(folder):
         assert tensor.equal(weights(folder, "whole_two")[name]), name
 
 
-@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 6), (3, 2)])
+@pytest.mark.parametrize(("ranks", "batch_size"), [(1, 6), pytest.param(3, 2, marks=pytest.mark.slow)])
 def test_another_number_of_processes_goes_on(folder, ranks, batch_size):
     """The same pairs a step, so the same steps but for the order of sums."""
     own = [*RUN, *SAVING, "epochs=2", f"output_dir=by_{ranks}"]

@@ -144,7 +144,7 @@ def test_weights_of_one_are_dpo_bit_for_bit(folder):
         assert tensor.equal(weights(folder, "ones")[name]), name
 
 
-@pytest.mark.parametrize("launch", [[], ["--nproc_per_node", "2"]])
+@pytest.mark.parametrize("launch", [pytest.param([], marks=pytest.mark.slow), ["--nproc_per_node", "2"]])
 def test_prompts_online_equal_the_store_of_the_prompt_pair(folder, launch):
     name = f"online{len(launch)}"
     base = yaml.safe_load((folder / "outputs/tiny_contrastive_reference/pair.yaml").read_text())["config"]
