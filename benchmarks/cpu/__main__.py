@@ -36,6 +36,9 @@ PARTS = ("steps", "smollm2", "heads", "growth")
 LONGEST_HEAD_S = 60.0
 """Products of a head in its own dtype that take longer are not run: a CPU without bfloat16 takes minutes for eager's."""
 
+SAME = ("threads", "fused_adamw", "rows", "width", "repeats")
+"""Settings that results must share to be put together."""
+
 OURS_ALONE = ("tdpo2-ref", "tdpo2-cached")
 """Modes without a peer; each runs beside the DPO that it is compared with."""
 
@@ -421,6 +424,10 @@ def main(arguments: list[str] | None = None) -> int:
             (output / "log.txt").write_text("", encoding="utf-8")
         elif before["machine"] != machine():
             raise SystemExit(f"--add: the results in {output} are another machine's; measure without it")
+        elif strange := [name for name in SAME if before["plan"][name] != getattr(plan, name)]:
+            raise SystemExit(
+                f"--add: the results in {output} have other settings of {strange}; measure without it"
+            )
         peer = peer_environment(output.parent / "trl-env") if plan.peer else None
         results = measure(plan, output, Processes(output, peer), before)
     text = report.page(results)

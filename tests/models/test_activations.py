@@ -55,7 +55,7 @@ def test_lean_gates_keep_three_of_four_tensors_and_every_bit(dtype):
     before, expected = kept_by(plain.layers[0].mlp, x)
     after, found = kept_by(lean.layers[0].mlp, x)
     of_one = 5 * 7 * 48 * x.element_size()
-    # w1 x, silu(w1 x), w3 x and their product; the squared output belongs to the test
+    # w1 x, silu(w1 x), w3 x and their product
     assert (before, after) == (4 * of_one, 3 * of_one)
     assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
 

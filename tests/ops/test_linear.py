@@ -236,9 +236,10 @@ def test_steps_share_the_memory_of_what_is_kept():
     with torch.no_grad():
         score_tokens(torch.randn(3, 4), torch.randn(5, 4), torch.arange(3), room=room)
     assert room._spare.memory.data_ptr() in places, "a forward without a backward keeps nothing"
-    rows_of(3, room, count=5)()
-    rows_of(4, room, count=7)()
-    assert room._spare.memory.numel() > 0
+    small = room._spare.memory.numel()
+    assert_same(rows_of(3, room, count=5)(), rows_of(3, count=5)())
+    assert_same(rows_of(4, room, count=9)(), rows_of(4, count=9)())
+    assert room._spare.memory.numel() != small, "another size is taken anew"
 
 
 def test_a_room_serves_forwards_in_any_order():

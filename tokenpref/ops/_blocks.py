@@ -527,9 +527,9 @@ class _Backward:
         """A model's exponentials of a block, and what makes probabilities of them ``[N]``."""
         shift = self._found.shifts[model][number][self.rows]
         exponentials = self._kept(model, part)
-        if (
-            exponentials is None
-        ):  # as the forward had them, to the bit: models that agree shall have no gradient of their KL
+        if exponentials is None:
+            # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
+            # are not, models that agree shall have no gradient of their KL.
             exponentials = self._logits(model, part).sub_(shift[:, None]).exp_()
         return exponentials, (shift - self._lse[model]).exp()
 
@@ -538,14 +538,9 @@ class _Backward:
         kept = self._found.kept
         if kept is None:
             return None
-        if model == 0:
-            found, rows = kept.policy(part), self.rows
-        else:
-            found, rows = (
-                kept.reference(part),
-                slice(self._first_ref, self._first_ref + self._nothing.shape[0]),
-            )
-        return found[rows] if found is not None and rows.start >= 0 else None
+        first = self.rows.start if model == 0 else self._first_ref
+        found = kept.policy(part) if model == 0 else kept.reference(part)
+        return found[first : first + self._nothing.shape[0]] if found is not None and first >= 0 else None
 
     def _closed_form(self, part: slice) -> Tensor:
         logits = [self._logits(model, part) for model in range(len(self._pairs))]

@@ -213,17 +213,17 @@ class _LinearStatistics(torch.autograd.Function):
         if vectors or not (want_hidden or want_weight):
             blocks = replace(blocks, kept=0, ref_kept=0)
         size = Kept.size(targets.shape[0], blocks)
-        room = room if size else None
-        loan = (room or HeadRoom()).lend(size, hidden)
-        assert loan.memory is not None
-        found = forward_blocks(heads, needs, blocks, loan.memory, vectors=vectors)
+        loan = room.lend(size, hidden) if room is not None and size else None
+        memory = hidden.new_empty(size) if loan is None else loan.memory
+        assert memory is not None
+        found = forward_blocks(heads, needs, blocks, memory, vectors=vectors)
         if not needs & KL_STATISTICS:
             heads = replace(heads, ref_hidden=None, ref_weight=None)  # the backward does not need them
             found.lse, found.shifts = found.lse[:1], (found.shifts[0], [])
         ctx.layout, tensors = _flattened(heads, found)
         # A room's memory is not autograd's to free, nor to pack away.
-        ctx.save_for_backward(*tensors, loan.memory if room is None else None)
-        ctx.blocks, ctx.room, ctx.loan = blocks, room, None if room is None else loan
+        ctx.save_for_backward(*tensors, memory if loan is None else None)
+        ctx.blocks, ctx.room, ctx.loan = blocks, room, loan
         ctx.set_materialize_grads(False)
         if "ref_logps" in found.values:
             ctx.mark_non_differentiable(found.values["ref_logps"])
