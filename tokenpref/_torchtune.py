@@ -11,10 +11,13 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path as component_from_path
 from torchtune.data import Message
 from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 from torchtune.models.llama3_2 import llama3_2
 from torchtune.modules import (
     FeedForward,
     MultiHeadAttention,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
@@ -32,9 +35,12 @@ from torchtune.training import (
 __all__ = [
     "FeedForward",
     "InstantiationError",
+    "Llama3ScaledRoPE",
     "Message",
     "MultiHeadAttention",
     "OffloadActivations",
+    "RMSNorm",
+    "RotaryPositionalEmbeddings",
     "TiedLinear",
     "TransformerDecoder",
     "TransformerSelfAttentionLayer",

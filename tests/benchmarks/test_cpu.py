@@ -167,7 +167,7 @@ def test_rounds_are_added_to_what_is_there(here, tmp_path, monkeypatch):
     assert report.rounds(both) == (2, 2) and both["runs"][: len(first["runs"])] == first["runs"]
     assert len(both["heads"]) == len(first["heads"]) and both["seconds"] > first["seconds"]
     with pytest.raises(SystemExit, match="other settings of \\['threads', 'fused_adamw'\\]"):
-        command.main(["--quick", "--add", "--threads", "2", "--fused-adamw", "--output", str(tmp_path)])
+        command.main(["--quick", "--add", "--threads", "2", "--no-fused-adamw", "--output", str(tmp_path)])
     both["machine"]["cores"] += 1
     (tmp_path / "results.json").write_text(json.dumps(both), encoding="utf-8")
     with pytest.raises(SystemExit, match="another machine's"):

@@ -11,7 +11,6 @@ from tokenpref.models.activations import (
     activation_offloading,
     checkpoint_layers,
     checkpointed_layers,
-    keep_gates_lean,
     offload_layers,
 )
 from tokenpref.models.padding_free import PackedRows
@@ -27,45 +26,6 @@ def gradients(model):
         BATCH.tokens, BATCH.labels, needs=frozenset()
     ).policy_logps.sum().backward()
     return [p.grad for p in model.parameters()]
-
-
-def kept_by(module, x):
-    """Bytes that a module's forward leaves for the backward, its input and weights apart, and all gradients."""
-    constant = {t.data_ptr() for t in (x, *module.parameters())}
-    sizes = {}
-
-    def keep(tensor):
-        if tensor.data_ptr() not in constant:
-            sizes[tensor.data_ptr()] = (tensor.numel() * tensor.element_size(), tensor)
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
-        output = module(x)
-    gradients = torch.autograd.grad(output.square().sum(), [x, *module.parameters()])
-    return sum(size for size, _ in sizes.values()), [output, *gradients]
-
-
-@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_lean_gates_keep_three_of_four_tensors_and_every_bit(dtype):
-    plain = small.decoder(0, dtype=dtype)
-    lean = small.decoder(0, dtype=dtype)
-    keep_gates_lean(lean)
-    keep_gates_lean(lean)  # twice is once
-    x = torch.randn(5, 7, 32, dtype=dtype, requires_grad=True)
-    before, expected = kept_by(plain.layers[0].mlp, x)
-    after, found = kept_by(lean.layers[0].mlp, x)
-    of_one = 5 * 7 * 48 * x.element_size()
-    # w1 x, silu(w1 x), w3 x and their product
-    assert (before, after) == (4 * of_one, 3 * of_one)
-    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
-
-
-def test_other_feed_forwards_stay_as_they_are():
-    model = small.decoder(0)
-    model.layers[0].mlp.activation = torch.nn.GELU()
-    model.layers[1].mlp.w3 = None
-    keep_gates_lean(model)
-    assert all("forward" not in vars(layer.mlp) for layer in model.layers)
 
 
 def is_wrapped(layer):

@@ -364,7 +364,10 @@ def test_plans_fill_the_budget(rows, vocabulary, models, keep, budget):
     left = budget * 2**20 - block * (models + 2 * (keep - 1)) - blocks.kept * block - blocks.ref_kept * row
     assert left >= 0
     assert blocks.kept == len(blocks) or left < block
-    assert blocks.ref_kept == (keep - 1) * rows or left < row
+    # The reference's come after all of the policy's.
+    assert blocks.ref_kept == (keep - 1) * rows or (
+        left < row if blocks.kept == len(blocks) else not blocks.ref_kept
+    )
     whole = plan(1 << 20)
     assert (whole.kept, whole.ref_kept) == (len(whole), (keep - 1) * rows)
     assert len(blocks) == 1 or blocks.columns < 64 or blocks.columns % 64 == 0
@@ -412,3 +415,27 @@ def test_cuda_equals_cpu(dtype):
         results.append([g.float().cpu() for g in torch.autograd.grad(total(stats), tensors[:2])])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() < (1e-5 if dtype == torch.float32 else 0.03) * theirs.norm()
+
+
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"kl_ref_policy"}), frozenset({"entropy"})])
+def test_rows_in_pieces_have_the_gradients_of_all_at_once(needs, monkeypatch):
+    """What the backward makes of the hidden states does not grow with their number: it takes some rows at a time."""
+    random = torch.Generator().manual_seed(3)
+
+    def make(*size):
+        return torch.randn(size, dtype=torch.float64, generator=random)
+
+    hidden, weight = make(11, 6).requires_grad_(), make(130, 6).requires_grad_()
+    targets = torch.randint(0, 130, (11,), generator=random)
+    own = {"ref_hidden": make(11, 5), "ref_head_weight": make(130, 5)} if "kl_ref_policy" in needs else {}
+    towards = make(11)
+
+    def gradients():
+        values = score_tokens(hidden, weight, targets, needs=needs, memory_mb=0.03, **own)
+        total = sum((value * towards).sum() for value in values.values() if value.requires_grad)
+        return torch.autograd.grad(total, (hidden, weight))
+
+    expected = gradients()
+    monkeypatch.setattr(_blocks, "_PLACE_BYTES", 8 * 6 * 4)
+    monkeypatch.setattr(_blocks, "_FEWEST_ROWS", 2)
+    assert_same(gradients(), expected)

@@ -24,7 +24,7 @@ def config(*overrides):
 
 def memory(*overrides, tokens=96, **kwargs):
     read = config(*overrides)
-    kwargs = {"world_size": 1, "reference": True, **kwargs}
+    kwargs = {"device": torch.device("cpu"), "world_size": 1, "reference": True, **kwargs}
     return estimate_memory(read, meta_model(read.model, read.dtype), tokens=tokens, **kwargs)
 
 

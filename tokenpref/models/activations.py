@@ -2,16 +2,13 @@
 
 from __future__ import annotations
 
-from types import MethodType
 from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.autograd.function import once_differentiable
+from torch import nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tokenpref._torchtune import (
-    FeedForward,
     OffloadActivations,
     TransformerDecoder,
     set_activation_checkpointing,
@@ -22,7 +19,6 @@ __all__ = [
     "activation_offloading",
     "checkpoint_layers",
     "checkpointed_layers",
-    "keep_gates_lean",
     "offload_layers",
 ]
 
@@ -87,38 +83,3 @@ def offload_layers(model: TransformerDecoder, hooks: saved_tensors_hooks) -> Non
     for layer in model.layers:
         layer.register_forward_pre_hook(enter)
         layer.register_forward_hook(leave, always_call=True)
-
-
-def keep_gates_lean(model: TransformerDecoder) -> None:
-    """Let SwiGLU layers keep the two factors of ``silu(w1 x) * w3 x``, not silu(w1 x) as well (in place; no bit changes).
-
-    A quarter of what such a layer keeps, for one pass more in the backward. Feed-forward modules of other kinds stay as they are.
-    """
-    for module in model.modules():
-        if (
-            type(module) is FeedForward
-            and type(module.activation) is nn.SiLU
-            and not module.activation.inplace
-            and module.w3 is not None
-        ):
-            module.forward = MethodType(_lean_forward, module)
-
-
-def _lean_forward(layer: FeedForward, x: Tensor) -> Tensor:
-    output: Tensor = layer.w2(_Gated.apply(layer.w1(x), layer.w3(x)))
-    return output
-
-
-class _Gated(torch.autograd.Function):
-    """``silu(gate) * up``, with the arithmetic of autograd's own backward."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)

@@ -166,7 +166,7 @@ class _SegmentAttention:
             batched = (x.unflatten(0, (count, length)).transpose(1, 2) for x in part)
             output = self._inner(*batched, mask=None, dropout_p=dropout_p, is_causal=True)
             outputs.append(output.transpose(1, 2).flatten(0, 1))
-        joined = torch.cat(outputs)
+        joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
         if segments.firsts is not None:
             joined = joined.index_select(0, segments.firsts)
         return joined.unsqueeze(2)

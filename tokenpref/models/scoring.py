@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
-from tokenpref.models.activations import keep_gates_lean
+from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.padding_free import PackedRows, install_segments
 from tokenpref.ops import DEFAULT_MEMORY_MB, AnswerRows, HeadRoom, score_tokens
 from tokenpref.ops.answers import check_shapes, needs_of_rows
@@ -135,7 +135,7 @@ class ScoringModel:
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
         self._room = HeadRoom()
-        keep_gates_lean(model)
+        keep_layers_lean(model)
         if padding_free:
             install_segments(model)
 

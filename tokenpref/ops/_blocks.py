@@ -39,6 +39,8 @@ _CLOSE = 1e-4
 _BLOCK_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
 # Rows of logits that do not begin on a cache line's boundary cost a product on a CPU a third of its speed.
 _UNIT = 64
+_PLACE_BYTES = 2 * MIB  # for what the backward makes of some rows' hidden states at a time, on a CPU,
+_FEWEST_ROWS = 256  # but for at least so many, since products of fewer are slow
 
 
 @dataclass(frozen=True)
@@ -49,7 +51,8 @@ class Blocks:
         vocabulary: columns in all.
         columns: of a block; the last one may be narrower.
         kept: of how many blocks, the last ones, the policy's exponentials are kept for the backward.
-        ref_kept: of how many rows, the last ones, the reference's are kept, over the whole vocabulary.
+        ref_kept: of how many rows, the last ones, the reference's are kept, over the whole vocabulary; none before all of the
+            policy's.
     """
 
     vocabulary: int
@@ -108,7 +111,9 @@ def plan_blocks(
     block = max(rows, 1) * columns * dtype.itemsize
     left = max(budget - columns * column, 0)
     kept = min(left // block, -(-vocabulary // columns))
-    ref_kept = min((left - kept * block) // (vocabulary * dtype.itemsize), rows) if keep > 1 else 0
+    ref_kept = 0
+    if keep > 1 and kept * columns >= vocabulary:
+        ref_kept = min((left - kept * block) // (vocabulary * dtype.itemsize), rows)
     return Blocks(vocabulary, columns, kept, ref_kept)
 
 
@@ -151,7 +156,8 @@ class Found:
     Args:
         values: statistics ``[N]`` by the name of their field in TokenStats.
         lse: log-sum-exps ``[N]`` of the policy and the reference.
-        shifts: for each model and each block, what was subtracted from its logits ``[N]``.
+        shifts: for each model, what was subtracted from its logits ``[N]`` in the blocks that are kept, or in the last one: those
+            of all blocks would grow with the square of the sequences.
         kept: exponentials for the backward.
         vectors: for a frozen head, sum_v p_v W_v and sum_v q_v W_v, ``[N, D]``.
     """
@@ -285,8 +291,13 @@ def _multiplies(dtype: torch.dtype, device: str) -> bool:
     return bool(getattr(torch.ops.mkldnn, asked[dtype])())
 
 
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype) -> Tensor:
-    """``left @ right`` in ``dtype``, of half precision without rounding the product to it where the device can do that."""
+def _product(left: Tensor, right: Tensor, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
+    """``left @ right`` in ``dtype``, of half precision without rounding the product to it where the device can do that.
+
+    ``place``: at least as many rows, for the product of tensors that are of that dtype already.
+    """
+    if place is not None:
+        return torch.mm(left, right, out=place[: left.shape[0]])
     if left.dtype == dtype:
         return left @ right
     if left.is_cuda:
@@ -344,7 +355,8 @@ def forward_blocks(
                 sums[0].gap += torch.mul(own[0], gap, out=place).sum(-1)
             sums[1].growth += gap.expm1_().mul_(own[1]).sum(-1)
         for index, model in enumerate(sums):
-            found.shifts[index].append(model.shift)
+            if number >= len(blocks) - max(blocks.kept, 1):
+                found.shifts[index].append(model.shift)
         if to_keep is not None and out[0] is not to_keep:
             to_keep.copy_(own[0])
         if ref_to_keep is not None:
@@ -411,34 +423,67 @@ def backward_blocks(
     # Where nothing has to be rounded on the way, products go straight to their place, and all targets at once.
     direct = heads.hidden.dtype == heads.weight.dtype == dtype
     where = None if direct else _Targets(heads.targets, blocks)
+    place = _place_of_rows(heads.hidden, direct)
     # The last blocks of the forward are the ones that the cache still holds, and those that were kept.
     for number, part in reversed(list(enumerate(blocks))):
         whole = grad_weight[part] if grad_weight is not None and direct else None
-        for index, step in enumerate(steps):
+        begun = False
+        for step in steps:
             block, factor = step.block(number, part)
             narrow = block.to(heads.hidden.dtype)
-            if grad_hidden is not None:
-                grad_hidden[step.rows].addcmul_(factor[:, None], _product(narrow, heads.weight[part], dtype))
-            if grad_weight is None:
-                continue
-            scaled = (step.hidden * factor[:, None]).to(heads.hidden.dtype)
-            if whole is None:
-                whole = _product(narrow.T, scaled, dtype)
-            elif direct:
-                whole.addmm_(narrow.T, scaled, beta=int(index > 0))
-            else:
-                whole += _product(narrow.T, scaled, dtype)
+            for rows in _pieces(narrow.shape[0], place):
+                if grad_hidden is not None:
+                    product = _product(narrow[rows], heads.weight[part], dtype, place)
+                    grad_hidden[step.rows][rows].addcmul_(factor[rows, None], product)
+                if grad_weight is None:
+                    continue
+                scaled = _scaled(step.hidden[rows], factor[rows], place)
+                if whole is None:
+                    whole = _product(narrow[rows].T, scaled, dtype)
+                elif direct:
+                    whole.addmm_(narrow[rows].T, scaled, beta=int(begun))
+                else:
+                    whole += _product(narrow[rows].T, scaled, dtype)
+                begun = True
         if where is not None and grad_weight is not None and whole is not None:
-            rows, columns = where.of(number, part)
+            hits, columns = where.of(number, part)
             grad_weight[part] = whole.index_add_(
-                0, columns, heads.hidden[rows].to(dtype) * at_target[rows, None]
+                0, columns, heads.hidden[hits].to(dtype) * at_target[hits, None]
             )
-    if grad_weight is not None and direct:
-        grad_weight.index_add_(0, heads.targets, heads.hidden * at_target[:, None])
-    if grad_hidden is not None:
-        grad_hidden.addcmul_(at_target[:, None], heads.weight[heads.targets].to(dtype))
-        grad_hidden = grad_hidden.to(heads.hidden.dtype)
-    return grad_hidden, grad_weight
+    for rows in _pieces(heads.hidden.shape[0], place):
+        own, targets = at_target[rows], heads.targets[rows]
+        if grad_weight is not None and direct:
+            grad_weight.index_add_(0, targets, _scaled(heads.hidden[rows], own, place))
+        if grad_hidden is not None:
+            grad_hidden[rows].addcmul_(own[:, None], heads.weight[targets].to(dtype))
+    return None if grad_hidden is None else grad_hidden.to(heads.hidden.dtype), grad_weight
+
+
+def _place_of_rows(hidden: Tensor, direct: bool) -> Tensor | None:
+    """Memory for what is made of some rows at a time ``[P, D]``; None where all are taken at once.
+
+    With all rows it would grow with the sequences, which the budget does not bound. Half precision is not cut: a sum of pieces
+    would be rounded more than once.
+    """
+    if not direct or hidden.is_cuda:
+        return None
+    width = hidden.shape[1]
+    rows = max(_PLACE_BYTES // (width * hidden.element_size()), _FEWEST_ROWS)
+    return hidden.new_empty(min(rows, hidden.shape[0]), width)
+
+
+def _pieces(count: int, place: Tensor | None) -> Iterator[slice]:
+    """Rows that fit into ``place``, one piece after another; one of none where there are none."""
+    step = count if place is None else place.shape[0]
+    for start in range(0, max(count, 1), max(step, 1)):
+        yield slice(start, min(start + step, count))
+
+
+def _scaled(hidden: Tensor, factor: Tensor, place: Tensor | None) -> Tensor:
+    """Rows ``[n, D]`` times a number each ``[n]``."""
+    if place is None:
+        return (hidden * factor[:, None]).to(hidden.dtype)
+    return torch.mul(hidden, factor[:, None], out=place[: hidden.shape[0]])
 
 
 def _alike(
@@ -525,13 +570,19 @@ class _Backward:
 
     def _exponentials(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor]:
         """A model's exponentials of a block, and what makes probabilities of them ``[N]``."""
-        shift = self._found.shifts[model][number][self.rows]
+        shift = self._shift(model, number)
         exponentials = self._kept(model, part)
         if exponentials is None:
             # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
             # are not, models that agree shall have no gradient of their KL.
             exponentials = self._logits(model, part).sub_(shift[:, None]).exp_()
         return exponentials, (shift - self._lse[model]).exp()
+
+    def _shift(self, model: int, number: int) -> Tensor:
+        """What to subtract from a block's logits ``[N]``: as the forward did where something is kept, else the last of all."""
+        shifts = self._found.shifts[model]
+        kept = number - (len(self._blocks) - len(shifts))
+        return shifts[max(kept, -1)][self.rows]
 
     def _kept(self, model: int, part: slice) -> Tensor | None:
         """A model's exponentials, if they are kept for this block and these rows."""

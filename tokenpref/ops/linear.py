@@ -18,7 +18,7 @@ from tokenpref.stats import TokenStats
 
 __all__ = ["DEFAULT_MEMORY_MB", "linear_token_stats", "score_tokens"]
 
-DEFAULT_MEMORY_MB = 256.0
+DEFAULT_MEMORY_MB = 128.0
 
 _VALUES_OF_BACKWARD = ("kl_policy_ref", "entropy")
 

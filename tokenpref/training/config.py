@@ -55,7 +55,7 @@ class ScoringConfig:
     dry_run: bool = flag(False)
     """Check everything that can be checked without the weights, say it, and stop; nothing is written."""
     fsdp_reshard_after_forward: bool = flag(True)
-    head_memory_mb: float = number(256.0)
+    head_memory_mb: float = number(128.0)
     """MiB for logits, twice that with a KL: a part of the vocabulary at a time, and as much as fits is kept for the backward."""
     padding_free: bool = flag(True)
     """Score sequences one after another instead of padded to the longest; false for attentions that need padded batches."""

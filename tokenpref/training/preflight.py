@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tokenpref._torchtune import TransformerDecoder, set_default_dtype
 from tokenpref.data import PreferenceDataset
 from tokenpref.errors import ConfigError
+from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.compute import DTYPES, Compute, check_model
 from tokenpref.training.config import TrainConfig
@@ -116,6 +117,7 @@ def preflight(
         config,
         model,
         tokens=min(tokens, config.tokens_per_batch or tokens) * rows_per_pair // 2,
+        device=device,
         world_size=world_size,
         reference=reference,
         caches=caches,
@@ -180,6 +182,7 @@ def estimate_memory(
     model: TransformerDecoder,
     *,
     tokens: int,
+    device: torch.device,
     world_size: int,
     reference: bool,
     caches: Sequence[ReferenceCache] = (),
@@ -195,6 +198,7 @@ def estimate_memory(
         config: the run's config.
         model: the policy on the meta device.
         tokens: tokens of the largest micro-batch, padding included.
+        device: where the process computes.
         world_size: number of processes.
         reference: whether a second model is loaded.
         caches: what is kept of a reference in its place; of one model, whose head is held once.
@@ -214,15 +218,15 @@ def estimate_memory(
         gradients=share,
         optimizer=optimizer,
         reference=-(-count * beside.dtype.itemsize // world_size) if reference else head_of_cache,
-        activations=int(_activation_bytes_per_token(model, policy) * tokens),
+        activations=int(_activation_bytes_per_token(model, policy, device) * tokens),
         head=min(budget, _LOGITS * tokens * vocabulary * 4),
         copy=share + optimizer if config.enable_async_checkpointing else 0,
     )
 
 
-def _activation_bytes_per_token(model: TransformerDecoder, compute: Compute) -> float:
+def _activation_bytes_per_token(model: TransformerDecoder, compute: Compute, device: torch.device) -> float:
     """What stays of a token until the backward, of a model in the dtype that it computes in."""
-    kept, layers = _saved_bytes_per_token(model), len(model.layers)
+    kept, layers = _saved_bytes_per_token(model, device), len(model.layers)
     if compute.checkpoint_every is None:
         return kept
     checkpointed = layers // compute.checkpoint_every
@@ -250,7 +254,7 @@ def _nbytes(tensor: Tensor) -> int:
     return tensor.nbytes
 
 
-def _saved_bytes_per_token(model: TransformerDecoder) -> float:
+def _saved_bytes_per_token(model: TransformerDecoder, device: torch.device) -> float:
     """What autograd keeps of a token, counted on sequences so short that attention's own matrices do not matter."""
     for module in model.modules():
         if hasattr(module, "rope_init"):  # some rotary embeddings build no table on the meta device
@@ -268,8 +272,10 @@ def _saved_bytes_per_token(model: TransformerDecoder) -> float:
 
     rows, length = 64, 2
     model.requires_grad_(True).train()
+    scorer = ScoringModel(model)
+    keep_layers_lean(model, computes_on=device.type)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
-        ScoringModel(model).hidden(torch.zeros(rows, length, dtype=torch.int64, device="meta"))
+        scorer.hidden(torch.zeros(rows, length, dtype=torch.int64, device="meta"))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * length)
 
 

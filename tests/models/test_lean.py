@@ -1,0 +1,204 @@
+"""Layers that keep less for the backward have the numbers of torchtune's."""
+
+import pytest
+import torch
+from support import small
+from torch import nn
+from torch.autograd.graph import saved_tensors_hooks
+from torchtune.models.llama3_1 import llama3_1
+from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
+from torchtune.modules.peft import LoRALinear
+
+from tokenpref.models import lean
+from tokenpref.models.lean import keep_layers_lean
+from tokenpref.models.scoring import ScoringModel, logits_of
+
+
+@pytest.fixture(autouse=True)
+def several_pieces(monkeypatch):
+    monkeypatch.setattr(lean, "_ROWS", 16)
+
+
+def kept_by(module, *inputs, **kwargs):
+    """Bytes that a module's forward leaves for the backward, its input and weights apart, and its output with all gradients."""
+    constant = {t.untyped_storage().data_ptr() for t in (*inputs, *module.parameters(), *module.buffers())}
+    sizes = {}
+
+    def keep(tensor):
+        storage = tensor.untyped_storage()
+        if storage.data_ptr() not in constant:
+            sizes[storage.data_ptr()] = (storage.nbytes(), tensor)
+        return tensor
+
+    with saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = module(*inputs, **kwargs)
+    towards = torch.linspace(-1, 1, output.numel(), dtype=output.dtype).view(output.shape)
+    gradients = torch.autograd.grad((output * towards).sum(), [*inputs, *module.parameters()])
+    return sum(size for size, _ in sizes.values()), [output, *gradients]
+
+
+def two(make):
+    """A torchtune module and its lean twin."""
+    plain, twin = make(), make()
+    twin.load_state_dict(plain.state_dict())
+    keep_layers_lean(nn.ModuleList([twin]))
+    keep_layers_lean(nn.ModuleList([twin]))  # twice is once
+    return plain, twin
+
+
+def gates(dtype=torch.float32):
+    def make():
+        generator = torch.Generator().manual_seed(0)
+        layers = [nn.Linear(*sizes, bias=False) for sizes in ((32, 48), (48, 32), (32, 48))]
+        for layer in layers:
+            nn.init.normal_(layer.weight, std=0.2, generator=generator)
+        first, second, third = (layer.to(dtype) for layer in layers)
+        return FeedForward(gate_proj=first, down_proj=second, up_proj=third)
+
+    return make
+
+
+def norm():
+    module = RMSNorm(32, eps=1e-3)
+    nn.init.normal_(module.scale)
+    return module
+
+
+def close(found, expected, dtype=torch.float32):
+    tight = {"atol": 1e-13, "rtol": 1e-12} if dtype == torch.float64 else {"atol": 2e-6, "rtol": 2e-5}
+    for one, other in zip(found, expected, strict=True):
+        torch.testing.assert_close(one, other, **tight)
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float64])
+def test_gates_keep_two_of_four_tensors(dtype):
+    plain, twin = two(gates(dtype))
+    x = torch.randn(5, 7, 32, dtype=dtype, requires_grad=True)
+    before, expected = kept_by(plain, x)
+    after, found = kept_by(twin, x)
+    of_one = 5 * 7 * 48 * x.element_size()
+    # w1 x, silu(w1 x), w3 x and their product
+    assert (before, after) == (4 * of_one, 2 * of_one)
+    close(found, expected, dtype)
+    with torch.no_grad():
+        close([twin(x)], [plain(x)], dtype)
+
+
+def test_gates_in_half_precision_keep_three_and_every_bit():
+    plain, twin = two(gates(torch.bfloat16))
+    x = torch.randn(5, 7, 32, dtype=torch.bfloat16, requires_grad=True)
+    before, expected = kept_by(plain, x)
+    after, found = kept_by(twin, x)
+    assert 4 * after == 3 * before
+    assert all(torch.equal(a, b) for a, b in zip(found, expected, strict=True))
+
+
+def test_gates_of_frozen_weights():
+    _, twin = two(gates())
+    whole = kept_by(twin, x := torch.randn(40, 32, requires_grad=True))[1]
+    twin.w1.weight.requires_grad_(False)
+    twin.w2.weight.requires_grad_(False)
+    output = twin(x)
+    towards = torch.linspace(-1, 1, output.numel()).view(output.shape)
+    found = torch.autograd.grad((output * towards).sum(), [x, twin.w3.weight])
+    assert all(torch.equal(a, b) for a, b in zip(found, [whole[1], whole[4]], strict=True))
+    only_weights = torch.autograd.grad((twin(x.detach()) * towards).sum(), twin.w3.weight)
+    assert torch.equal(only_weights[0], whole[4])
+
+
+@pytest.mark.parametrize("change", ["adapter", "hook", "bias", "autocast", "mixed dtypes"])
+def test_gates_that_are_more_than_products_are_called(change):
+    _, twin = two(gates())
+    x, calls = torch.randn(40, 32), []
+    if change == "adapter":
+        twin.w3 = LoRALinear(32, 48, rank=2, alpha=4.0)
+        nn.init.normal_(twin.w3.lora_b.weight)
+    elif change == "hook":
+        twin.w3.register_forward_hook(lambda *_: calls.append(1))
+    elif change == "bias":
+        twin.w3 = nn.Linear(32, 48)
+    elif change == "mixed dtypes":
+        twin.w1.weight.data = twin.w1.weight.data.double()
+    if change == "mixed dtypes":
+        with pytest.raises(RuntimeError, match="dtype"):
+            twin(x)
+        return
+    with torch.autocast("cpu", dtype=torch.bfloat16, enabled=change == "autocast"):
+        found, expected = twin(x), FeedForward.forward(twin, x)
+    assert torch.equal(found, expected) and calls == [1, 1] * (change == "hook")
+
+
+def test_other_feed_forwards_stay_as_they_are():
+    model = small.decoder(0)
+    model.layers[0].mlp.activation = torch.nn.GELU()
+    model.layers[1].mlp.w3 = None
+    keep_layers_lean(model)
+    assert all("forward" not in vars(layer.mlp) for layer in model.layers)
+
+
+def test_a_norm_keeps_a_number_a_row():
+    plain, twin = two(norm)
+    x = torch.randn(5, 7, 32, requires_grad=True)
+    before, expected = kept_by(plain, x)
+    after, found = kept_by(twin, x)
+    assert after == 4 * 5 * 7 < before
+    close(found, expected)
+
+
+def test_a_frozen_norm_and_a_norm_of_what_has_no_gradient():
+    _, twin = two(norm)
+    _, whole = kept_by(twin, x := torch.randn(40, 32, requires_grad=True))
+    towards = torch.linspace(-1, 1, x.numel()).view(x.shape)
+    (of_scale,) = torch.autograd.grad((twin(x.detach()) * towards).sum(), twin.scale)
+    twin.scale.requires_grad_(False)
+    (of_x,) = torch.autograd.grad((twin(x) * towards).sum(), x)
+    assert torch.equal(of_x, whole[1]) and torch.equal(of_scale, whole[2])
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float64])
+def test_norms_and_turns_of_other_dtypes_are_torchtunes(dtype):
+    x = torch.randn(3, 7, 4, 8, dtype=dtype)
+    for make in (lambda: RMSNorm(8), lambda: RotaryPositionalEmbeddings(8, max_seq_len=16)):
+        plain, twin = two(make)
+        assert torch.equal(twin(x), plain(x))
+
+
+@pytest.mark.parametrize("positions", [None, torch.tensor([[3, 0, 5, 1, 2, 9, 4]]).expand(3, -1)])
+@pytest.mark.parametrize("kind", ["plain", "scaled"])
+def test_turns_keep_nothing_but_the_angles(kind, positions):
+    def make():
+        if kind == "plain":
+            return RotaryPositionalEmbeddings(8, max_seq_len=16)
+        sizes = {"vocab_size": 8, "num_layers": 1, "num_heads": 4, "num_kv_heads": 4, "embed_dim": 32}
+        return llama3_1(**sizes, max_seq_len=16, intermediate_dim=8).layers[0].attn.pos_embeddings
+
+    plain, twin = two(make)
+    x = torch.randn(3, 7, 4, 8, requires_grad=True)
+    _, expected = kept_by(plain, x, input_pos=positions)
+    after, found = kept_by(twin, x, input_pos=positions)
+    assert after <= (0 if positions is None else positions.numel() * 8 * 4)
+    close(found, expected)
+    turned = x.detach().transpose(1, 2).contiguous().transpose(1, 2)
+    assert torch.equal(twin(turned, input_pos=positions), found[0])
+
+
+def test_a_model_gives_the_numbers_that_it_gave():
+    plain, twin = (small.decoder(0, dtype=torch.float32) for _ in range(2))
+    batch = small.batch([0, 1, 2])
+    ScoringModel(twin)
+    assert all("forward" in vars(layer.mlp) and "forward" in vars(layer.sa_norm) for layer in twin.layers)
+    logits = [logits_of(model, batch.tokens) for model in (plain, twin)]
+    gradients = [
+        torch.autograd.grad(output.square().mean(), list(model.parameters()))
+        for model, output in zip((plain, twin), logits, strict=True)
+    ]
+    close(gradients[1], gradients[0])
+    assert plain.state_dict().keys() == twin.state_dict().keys()
+
+
+def test_compiled_layers_are_torchtunes():
+    """A compiler makes one piece of a layer's passes itself."""
+    _, twin = two(gates())
+    x = torch.randn(40, 32)
+    compiled = torch.compile(lambda x: twin(x), backend="eager", fullgraph=True)
+    assert torch.equal(compiled(x), FeedForward.forward(twin, x))

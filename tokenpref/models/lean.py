@@ -1,0 +1,220 @@
+"""torchtune's layers with less kept for the backward, and fewer tensors made on the way.
+
+SwiGLU layers keep the two factors of ``silu(w1 x) * w3 x`` everywhere. On a CPU more is done, because there a step takes what
+the C library's heap makes of tensors that come and go: torch asks for aligned memory, glibc before 2.38 aligns by looking for
+more than was asked, so that no tensor fits into the place of one of its size, and the smallest object in the gap between two
+keeps their places apart. A layer's temporaries then cost about as much as what it keeps. So SwiGLU works on some of its rows at a
+time, and norms and rotary embeddings make nothing but what they return.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator
+from types import MethodType
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.autograd.function import once_differentiable
+
+from tokenpref._torchtune import (
+    FeedForward,
+    Llama3ScaledRoPE,
+    RMSNorm,
+    RotaryPositionalEmbeddings,
+    TransformerDecoder,
+)
+
+__all__ = ["keep_layers_lean"]
+
+_ROWS = 1024
+"""Rows of a SwiGLU at a time: products of so many run at full speed."""
+
+
+def keep_layers_lean(model: TransformerDecoder, *, computes_on: str | None = None) -> None:
+    """Give a decoder's SwiGLU layers, norms and rotary embeddings the forwards of this module (in place).
+
+    The numbers are the same but for rounding. Modules of other kinds work as they are, and so do these with adapters, hooks,
+    float8 weights or other dtypes, or under ``torch.compile``.
+
+    Args:
+        model: a torchtune decoder.
+        computes_on: type of the device whose way to compute is taken, for a model on the meta device; None: where the inputs are.
+    """
+    for module in model.modules():
+        forward = _FORWARDS.get(type(module))
+        if forward is not None and _is_known(module):
+            module.forward = MethodType(forward, module)
+            module.__dict__["_computes_on"] = computes_on
+
+
+def _is_known(module: nn.Module) -> bool:
+    if not isinstance(module, FeedForward):
+        return True
+    activation = module.activation
+    return module.w3 is not None and type(activation) is nn.SiLU and not activation.inplace
+
+
+def _lean_on_cpu(module: nn.Module, x: Tensor, *dtypes: torch.dtype) -> bool:
+    return (
+        (module.__dict__["_computes_on"] or x.device.type) == "cpu"
+        and x.dtype in dtypes
+        and not torch.compiler.is_compiling()
+        and not torch.is_autocast_enabled("cpu")
+    )
+
+
+def _feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
+    projections = (layer.w1, layer.w2, layer.w3)
+    if _lean_on_cpu(layer, x, torch.float32, torch.float64) and all(
+        _is_plain(p, x.dtype) for p in projections
+    ):
+        weights = [p.weight for p in projections]
+        rows = x.flatten(0, -2)
+        output = _SwiGLU.apply(rows, *weights) if torch.is_grad_enabled() else _swiglu(rows, *weights)
+        return output.unflatten(0, x.shape[:-1])
+    gated: Tensor = layer.w2(_Gated.apply(layer.w1(x), layer.w3(x)))
+    return gated
+
+
+def _is_plain(projection: nn.Module | None, dtype: torch.dtype) -> bool:
+    """A product with a weight and nothing else, so that it need not be called."""
+    return (
+        type(projection) is nn.Linear
+        and projection.bias is None
+        and projection.weight.dtype == dtype
+        and "forward" not in vars(projection)
+        and not projection._forward_hooks
+        and not projection._forward_pre_hooks
+        and not projection._backward_hooks
+        and not projection._backward_pre_hooks
+    )
+
+
+def _pieces(count: int) -> Iterator[slice]:
+    for start in range(0, count, _ROWS):
+        yield slice(start, min(start + _ROWS, count))
+
+
+def _swiglu(
+    x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor, factors: tuple[Tensor, Tensor] | None = None
+) -> Tensor:
+    """``w2 (silu(w1 x) * w3 x)`` of rows ``[N, D]``; ``factors``: w1 x and w3 x ``[N, H]``, if they are there."""
+    output = x.new_empty(x.shape[0], w2.shape[0])
+    place = x.new_empty(min(_ROWS, x.shape[0]), w1.shape[0])
+    for rows in _pieces(x.shape[0]):
+        gate, up = (x[rows] @ w1.T, x[rows] @ w3.T) if factors is None else (f[rows] for f in factors)
+        product = torch.ops.aten.silu.out(gate, out=place[: gate.shape[0]]).mul_(up)
+        torch.mm(product, w2.T, out=output[rows])
+    return output
+
+
+class _SwiGLU(torch.autograd.Function):
+    """``w2 (silu(w1 x) * w3 x)``, of which only w1 x and w3 x are kept whole."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
+        factors = (x @ w1.T, x @ w3.T)
+        ctx.save_for_backward(x, w1, w2, w3, *factors)
+        return _swiglu(x, w1, w2, w3, factors)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
+        x, w1, w2, w3, gate, up = ctx.saved_tensors
+        grad_x, *grad_weights = (
+            torch.zeros_like(tensor) if wanted else None
+            for tensor, wanted in zip((x, w1, w2, w3), ctx.needs_input_grad, strict=True)
+        )
+        places = [x.new_empty(min(_ROWS, x.shape[0]), w1.shape[0]) for _ in range(3)]
+        for rows in _pieces(x.shape[0]):
+            of_x, of_gate, of_up, of_output = x[rows], gate[rows], up[rows], grad[rows]
+            of_product, silu, other = (place[: of_x.shape[0]] for place in places)
+            torch.mm(of_output, w2, out=of_product)
+            torch.ops.aten.silu.out(of_gate, out=silu)
+            _add_product(grad_weights[1], of_output, torch.mul(silu, of_up, out=other))
+            grad_up = silu.mul_(of_product)
+            of_silu = of_product.mul_(of_up)
+            grad_gate = torch.ops.aten.silu_backward.grad_input(of_silu, of_gate, grad_input=other)
+            _add_product(grad_weights[0], grad_gate, of_x)
+            _add_product(grad_weights[2], grad_up, of_x)
+            if grad_x is not None:
+                grad_x[rows].addmm_(grad_gate, w1).addmm_(grad_up, w3)
+        return grad_x, *grad_weights
+
+
+def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> None:
+    """``total += left^T right``, where a total is wanted."""
+    if total is not None:
+        total.addmm_(left.T, right)
+
+
+class _Gated(torch.autograd.Function):
+    """``silu(gate) * up``, with the arithmetic of autograd's own backward."""
+
+    @staticmethod
+    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
+        ctx.save_for_backward(gate, up)
+        return nn.functional.silu(gate).mul_(up)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
+        gate, up = ctx.saved_tensors
+        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
+
+
+def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    # torchtune takes float64 to float32 and back.
+    if not _lean_on_cpu(norm, x, torch.float32) or norm.scale.dtype != x.dtype:
+        return RMSNorm.forward(norm, x)
+    normed: Tensor = _RootMeanSquare.apply(x, norm.scale, norm.eps)
+    return normed
+
+
+class _RootMeanSquare(torch.autograd.Function):
+    """``scale * x / sqrt(mean(x^2) + eps)``, of which x and one number a row are kept."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, scale: Tensor, eps: float) -> Tensor:
+        length = torch.linalg.vector_norm(x, dim=-1, keepdim=True)
+        factor = length.square_().div_(x.shape[-1]).add_(eps).rsqrt_()
+        ctx.save_for_backward(x, scale, factor)
+        return (x * factor).mul_(scale)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None, None]:
+        x, scale, factor = ctx.saved_tensors
+        want_x, want_scale, _ = ctx.needs_input_grad
+        normed = x * factor
+        product = grad * normed
+        grad_scale = product.flatten(0, -2).sum(0) if want_scale else None
+        if not want_x:
+            return None, grad_scale, None
+        # g = grad * scale: (g - normed * mean(g * normed)) * factor
+        mean = product.mul_(scale).mean(-1, keepdim=True)
+        grad_x = torch.mul(grad, scale, out=product).sub_(normed.mul_(mean)).mul_(factor)
+        return grad_x, grad_scale, None
+
+
+def _rotate(
+    rotary: RotaryPositionalEmbeddings | Llama3ScaledRoPE, x: Tensor, *, input_pos: Tensor | None = None
+) -> Tensor:
+    # torchtune takes other dtypes to float32 and back.
+    if not _lean_on_cpu(rotary, x, torch.float32) or not hasattr(rotary, "cache"):
+        forward: Callable[..., Tensor] = type(rotary).forward
+        return forward(rotary, x, input_pos=input_pos)
+    turns = torch.view_as_complex(
+        rotary.cache[: x.shape[1]] if input_pos is None else rotary.cache[input_pos]
+    )
+    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
+    return torch.view_as_real(pairs * turns.view(-1, x.shape[1], 1, pairs.shape[-1])).flatten(3)
+
+
+_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    FeedForward: _feed_forward,
+    RMSNorm: _norm,
+    RotaryPositionalEmbeddings: _rotate,
+    Llama3ScaledRoPE: _rotate,
+}
