@@ -262,12 +262,11 @@ def _records(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, 
     if "growth" in plan.parts:
         for malloc in plan.mallocs:
             for rows in plan.growth:
+                # The largest vocabulary: of the others the fewest rows' logits would not fill the budget.
                 settings: dict[str, Any] = {
                     "name": "ours",
                     "rows": rows,
-                    "vocab": plan.vocabularies[
-                        -1
-                    ],  # of which the fewest rows' logits are more than the budget
+                    "vocab": max(plan.vocabularies),
                     "dtype": "float32",
                 }
                 # Once: what an allocator's heap makes of the second time is not the head's.

@@ -6,7 +6,7 @@ from collections import namedtuple
 import pytest
 import torch
 from support.commands import tune
-from torch.autograd.graph import saved_tensors_hooks
+from support.saved import saved_bytes
 
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
@@ -61,16 +61,8 @@ def test_activations_are_what_autograd_keeps(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     trainer = PreferenceTrainer(load_config(["--config", "tiny/tdpo", "output_dir=mine"]))
     trainer.setup()
-    model, kept = trainer.policy.model, {}
-    constant = {t.untyped_storage().data_ptr() for t in (*model.parameters(), *model.buffers())}
-
-    def keep(tensor):
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in constant:
-            kept[storage.data_ptr()] = (storage.nbytes(), tensor)
-        return tensor
-
-    with saved_tensors_hooks(keep, lambda tensor: tensor):
+    model = trainer.policy.model
+    with saved_bytes([*model.parameters(), *model.buffers()]) as kept:
         trainer.policy.hidden(torch.zeros(4, 32, dtype=torch.int64))
     trainer.close()
     real = sum(size for size, _ in kept.values())

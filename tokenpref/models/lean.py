@@ -56,6 +56,7 @@ def _is_known(module: nn.Module) -> bool:
 
 
 def _lean_on_cpu(module: nn.Module, x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether a module's input is of one of these dtypes, on a CPU, and neither compiled nor under autocast."""
     return (
         (module.__dict__["_computes_on"] or x.device.type) == "cpu"
         and x.dtype in dtypes
@@ -65,6 +66,7 @@ def _lean_on_cpu(module: nn.Module, x: Tensor, *dtypes: torch.dtype) -> bool:
 
 
 def _feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
+    """``w2 (silu(w1 x) * w3 x)`` of ``[..., D]``."""
     projections = (layer.w1, layer.w2, layer.w3)
     if _lean_on_cpu(layer, x, torch.float32, torch.float64) and all(
         _is_plain(p, x.dtype) for p in projections
@@ -165,6 +167,7 @@ class _Gated(torch.autograd.Function):
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+    """``scale * x / sqrt(mean(x^2) + eps)`` of ``[..., D]``."""
     # torchtune takes float64 to float32 and back.
     if not _lean_on_cpu(norm, x, torch.float32) or norm.scale.dtype != x.dtype:
         return RMSNorm.forward(norm, x)
@@ -201,6 +204,7 @@ class _RootMeanSquare(torch.autograd.Function):
 def _rotate(
     rotary: RotaryPositionalEmbeddings | Llama3ScaledRoPE, x: Tensor, *, input_pos: Tensor | None = None
 ) -> Tensor:
+    """Pairs of ``[b, s, heads, d]`` as complex numbers times those of their positions ``[b, s]``, by default 0 to s - 1."""
     # torchtune takes other dtypes to float32 and back.
     if not _lean_on_cpu(rotary, x, torch.float32) or not hasattr(rotary, "cache"):
         forward: Callable[..., Tensor] = type(rotary).forward
