@@ -7,13 +7,13 @@ exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, fields, replace
 
 import torch
 from torch import Tensor
 
-__all__ = ["NEEDS", "SIDES", "STATISTICS", "LossOutput", "PairStats", "TokenStats", "split_pair"]
+__all__ = ["NEEDS", "SIDES", "STATISTICS", "LossOutput", "PairStats", "TokenStats", "rows_of", "split_pair"]
 
 SIDES = ("chosen", "rejected")
 
@@ -158,6 +158,12 @@ class PairStats:
         return self.anchor
 
 
+def rows_of(stats: TokenStats, rows: slice, columns: slice = slice(None)) -> TokenStats:
+    """Statistics of some answers, and of some columns."""
+    present = {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
+    return replace(stats, **{name: value[rows, columns] for name, value in present.items()})
+
+
 def split_pair(stats: TokenStats, sides: tuple[str, ...] = SIDES) -> PairStats:
     """Statistics of a joint forward, taken apart.
 
@@ -167,12 +173,8 @@ def split_pair(stats: TokenStats, sides: tuple[str, ...] = SIDES) -> PairStats:
     """
     count = stats.mask.shape[0] // len(sides)
 
-    def rows(part: slice, columns: slice) -> TokenStats:
-        present = {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
-        return replace(stats, **{name: value[part, columns] for name, value in present.items()})
-
-    found = {side: rows(slice(i * count, (i + 1) * count), slice(None)) for i, side in enumerate(sides)}
-    nothing = rows(slice(None, count), slice(0))
+    found = {side: rows_of(stats, slice(i * count, (i + 1) * count)) for i, side in enumerate(sides)}
+    nothing = rows_of(stats, slice(None, count), slice(0))
     chosen, rejected = (found.get(side, nothing) for side in SIDES)
     return PairStats(chosen, rejected, found.get("anchor"))
 
@@ -210,3 +212,26 @@ class LossOutput:
                 f"{name} must be one number per pair, {list(self.losses.shape)} like losses, got {list(value.shape)}"
             )
         return value.detach()
+
+    def detach(self) -> LossOutput:
+        """The same without gradient."""
+        return replace(self, losses=self.losses.detach())
+
+    @classmethod
+    def cat(cls, outputs: Sequence[LossOutput]) -> LossOutput:
+        """The outputs of groups of pairs as those of all, in their order.
+
+        Raises:
+            ValueError: if their metrics differ in their names.
+        """
+        names = {name for output in outputs for name in output.metrics}
+        if odd := sorted(name for name in names if any(name not in output.metrics for output in outputs)):
+            raise ValueError(f"a loss must give the same metrics for all pairs; {odd} came with some of them")
+        return cls(
+            losses=torch.cat([output.losses for output in outputs]),
+            chosen_rewards=torch.cat([output.chosen_rewards for output in outputs]),
+            rejected_rewards=torch.cat([output.rejected_rewards for output in outputs]),
+            metrics={
+                name: torch.cat([output.metrics[name] for output in outputs]) for name in outputs[0].metrics
+            },
+        )

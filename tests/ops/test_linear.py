@@ -385,6 +385,46 @@ def test_score_tokens_gives_rows():
     assert set(score_tokens(hidden[0, :3], weight, targets)) == {"policy_logps"}
 
 
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"kl_ref_policy"})])
+@pytest.mark.parametrize("memory_mb", [1e-4, 100])
+def test_calls_that_share_a_head_add_their_gradients_of_it(memory_mb, needs):
+    hidden, weight, ref_hidden, ref_weight = make()
+    targets = torch.tensor([3, 1, 4, 1, 5])
+    rows, ref_rows = hidden.detach().flatten(0, 1)[:5], ref_hidden.flatten(0, 1)[:5]
+
+    def score(part, **options):
+        values = score_tokens(
+            rows[part].requires_grad_(),
+            weight,
+            targets[part],
+            ref_hidden=ref_rows[part] if needs else None,
+            ref_head_weight=ref_weight,
+            needs=needs,
+            memory_mb=memory_mb,
+            **options,
+        )
+        return sum(value.sum() for value in values.values())
+
+    (wanted,) = torch.autograd.grad(score(slice(0, 5)), weight)
+    together = torch.zeros_like(weight)
+    for part in (slice(0, 2), slice(2, 5)):
+        before = together.clone()
+        score(part, add_to=together).backward()
+        assert not torch.equal(before, together)
+    torch.testing.assert_close(together, wanted, atol=1e-12, rtol=0)
+    assert weight.grad is None
+
+
+def test_a_place_for_the_heads_gradient_must_take_it_without_rounding():
+    rows, weight, targets = torch.randn(3, 4), torch.randn(5, 4), torch.arange(3)
+    with pytest.raises(ValueError, match=r"add_to must have the shape \[5, 4\] of head_weight, got \[4, 5\]"):
+        score_tokens(rows, weight, targets, add_to=torch.zeros(4, 5))
+    for dtypes in ((torch.bfloat16,) * 3, (torch.float32, torch.float32, torch.float64)):
+        tensors = [t.to(dtype) for t, dtype in zip((rows, weight, weight), dtypes, strict=True)]
+        with pytest.raises(ValueError, match="add_to needs hidden states, head and itself in float32"):
+            score_tokens(tensors[0], tensors[1], targets, add_to=tensors[2])
+
+
 def test_score_tokens_checks_its_arguments():
     hidden, weight, ref_hidden, ref_weight = make()
     rows, targets = hidden[0, :3], torch.tensor([3, 0, 6])

@@ -16,10 +16,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
+from tokenpref.models.head_work import Head, HeadWork, PairsLoss, loss_by_groups, values_by_groups
 from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.padding_free import PackedRows, install_segments
-from tokenpref.ops import DEFAULT_MEMORY_MB, AnswerRows, HeadRoom, score_tokens
-from tokenpref.ops.answers import check_shapes, needs_of_rows
+from tokenpref.ops import DEFAULT_MEMORY_MB, HeadRoom
 from tokenpref.stats import TokenStats
 
 __all__ = ["ScoringModel", "StatsHead", "install_head", "logits_of", "next_token_logits"]
@@ -175,16 +175,15 @@ class ScoringModel:
         Returns:
             Row by row, in the order of the tokens.
         """
-        hidden: Tensor = self._answers(
-            tokens, labels, AnswerRows.of(labels), sides, lambda hidden, _weight: hidden
-        )
+        work = HeadWork(labels, frozenset(), sides)
+        hidden: Tensor = self._answers(tokens, work, lambda hidden, _weight: hidden)
         return hidden
 
-    def _answers(self, tokens: Tensor, labels: Tensor, rows: AnswerRows, sides: int, job: HeadJob) -> Any:
+    def _answers(self, tokens: Tensor, work: HeadWork, job: HeadJob) -> Any:
         """One forward, in which ``job`` gets the hidden states ``[N, D]`` of the answers' positions."""
         if not self.padding_free:
-            return self.run(tokens, lambda hidden, weight: job(rows.take(hidden), weight))
-        packed = PackedRows.of(tokens, labels, rows, sides)
+            return self.run(tokens, lambda hidden, weight: job(work.rows.take(hidden), weight))
+        packed = PackedRows.of(tokens, work.labels, work.rows, work.sides)
         longest = max(packed.segments.lengths)
         if longest > self.model.max_seq_len:
             raise ValueError(
@@ -225,24 +224,54 @@ class ScoringModel:
         Returns:
             Token statistics with ``T = L - 1`` columns; gradients flow to the model.
         """
-        rows = AnswerRows.of(labels)
-        check_shapes(labels, {}, {"weights": weights, "ref_logps": ref_logps})
-        from_hidden = needs_of_rows(needs, ref_hidden, ref_logps)
+        work = HeadWork.of(
+            labels,
+            needs,
+            ref_logps=ref_logps,
+            ref_hidden=ref_hidden,
+            ref_head_weight=ref_head_weight,
+            weights=weights,
+            sides=sides,
+        )
+
+        return self.stats_of(tokens, work)
+
+    def stats_of(self, tokens: Tensor, work: HeadWork) -> TokenStats:
+        """:meth:`token_stats` of what ``work`` asks for."""
 
         # A dict of tensors: FSDP2 looks for the tensors in a forward's output to hook its backward.
         def job(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-            return score_tokens(
-                hidden,
-                weight,
-                rows.targets,
-                ref_hidden=ref_hidden,
-                ref_head_weight=ref_head_weight,
-                needs=from_hidden,
-                memory_mb=self.head_memory_mb,
-                room=self._room,
-            )
+            values_of = HeadWork.values if torch.is_grad_enabled() else values_by_groups
+            return values_of(work, hidden, self._head(weight))
 
-        return rows.token_stats(self._answers(tokens, labels, rows, sides, job), ref_logps, weights)
+        return work.token_stats(self._answers(tokens, work, job))
+
+    def pairs_loss(
+        self, tokens: Tensor, work: HeadWork, loss: PairsLoss, *, together: bool = False
+    ) -> Tensor:
+        """The sum of a loss over the pairs of a batch, to go back from once.
+
+        The loss is computed beside the head, for as many pairs at a time as leave in ``head_memory_mb`` what their backward
+        needs, and its gradients of hidden states and head are known before the next pairs' logits are made.
+
+        Args:
+            tokens: ``[B, L]`` ids, right padded.
+            work: what the loss needs of them.
+            loss: from the statistics of some pairs to the scalar that they add.
+            together: all pairs at once, for a loss that looks beyond a pair; otherwise the memory says how many come at a time.
+
+        Returns:
+            The sum, a scalar; gradients flow to the model.
+        """
+
+        def job(hidden: Tensor, weight: Tensor) -> Tensor:
+            return loss_by_groups(work, hidden, self._head(weight), loss, together=together)
+
+        total: Tensor = self._answers(tokens, work, job)
+        return total
+
+    def _head(self, weight: Tensor) -> Head:
+        return Head(weight, self.head_memory_mb, self._room)
 
     @torch.no_grad()
     def logps(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:

@@ -402,6 +402,7 @@ def backward_blocks(
     *,
     want_hidden: bool,
     want_weight: bool,
+    add_to: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the policy's hidden states and head.
 
@@ -412,13 +413,14 @@ def backward_blocks(
         blocks: the forward's.
         want_hidden: whether the hidden states want a gradient.
         want_weight: whether the head wants one.
+        add_to: a head's gradient that this one joins, of the accumulation dtype as all else.
     """
     if found.vectors:
         return _from_vectors(heads, found.vectors, grads), None
     steps = [_Backward(heads, found, own, blocks, rows) for rows, own in _alike(heads, grads, blocks)]
     dtype = accumulation_dtype(heads.hidden.dtype)
     grad_hidden = torch.zeros_like(heads.hidden, dtype=dtype) if want_hidden else None
-    grad_weight = torch.empty_like(heads.weight) if want_weight else None
+    grad_weight = (torch.empty_like(heads.weight) if add_to is None else add_to) if want_weight else None
     at_target = grads.get("policy_logps", torch.zeros_like(found.lse[0]))
     # Where nothing has to be rounded on the way, products go straight to their place, and all targets at once.
     direct = heads.hidden.dtype == heads.weight.dtype == dtype
@@ -427,7 +429,7 @@ def backward_blocks(
     # The last blocks of the forward are the ones that the cache still holds, and those that were kept.
     for number, part in reversed(list(enumerate(blocks))):
         whole = grad_weight[part] if grad_weight is not None and direct else None
-        begun = False
+        begun = add_to is not None
         for step in steps:
             block, factor = step.block(number, part)
             narrow = block.to(heads.hidden.dtype)

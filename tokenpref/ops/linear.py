@@ -10,8 +10,17 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenpref.ops._blocks import MIB, Found, Heads, Kept, backward_blocks, forward_blocks, plan_blocks
-from tokenpref.ops._closed_form import KL_STATISTICS, OUTPUTS
+from tokenpref.ops._blocks import (
+    MIB,
+    Blocks,
+    Found,
+    Heads,
+    Kept,
+    backward_blocks,
+    forward_blocks,
+    plan_blocks,
+)
+from tokenpref.ops._closed_form import KL_STATISTICS, OUTPUTS, accumulation_dtype
 from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, check_shapes, needs_of_rows
 from tokenpref.ops.room import HeadRoom
 from tokenpref.stats import TokenStats
@@ -91,6 +100,7 @@ def score_tokens(
     needs: frozenset[str] = frozenset(),
     memory_mb: float = DEFAULT_MEMORY_MB,
     room: HeadRoom | None = None,
+    add_to: Tensor | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of rows that are already selected; what :func:`linear_token_stats` scatters into ``[B, T]``.
 
@@ -103,6 +113,8 @@ def score_tokens(
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
         memory_mb: as in :func:`linear_token_stats`.
         room: where what is kept for the backward stays between steps; None frees it with the graph.
+        add_to: ``[V, D]``, to which the backward adds the head's gradient. Autograd then sees none of it, so that calls that
+            share a head need one such tensor together.
 
     Returns:
         ``[N]`` tensors by the name of their :class:`~tokenpref.stats.TokenStats` field: "policy_logps" and what
@@ -116,6 +128,9 @@ def score_tokens(
     _check_heads(hidden, head_weight, targets, ref_hidden, ref_head_weight)
     if not memory_mb > 0:
         raise ValueError(f"memory_mb must be a number above 0, got {memory_mb!r}")
+    if add_to is not None:
+        _check_place(add_to, hidden, head_weight)
+        head_weight = head_weight.detach()
     if ref_hidden is not None and ref_head_weight is not None:
         ref_hidden, ref_head_weight = ref_hidden.detach(), ref_head_weight.detach()
     outputs = _LinearStatistics.apply(
@@ -125,9 +140,10 @@ def score_tokens(
         ref_head_weight,
         targets,
         computed,
-        int(memory_mb * MIB),
+        memory_mb,
         torch.is_grad_enabled(),
         room,
+        add_to,
     )
     return {name: value for name, value in zip(OUTPUTS, outputs, strict=True) if value is not None}
 
@@ -161,6 +177,42 @@ def _check_heads(
         )
 
 
+def _check_place(add_to: Tensor, hidden: Tensor, head_weight: Tensor) -> None:
+    if add_to.shape != head_weight.shape:
+        raise ValueError(
+            f"add_to must have the shape {list(head_weight.shape)} of head_weight, got {list(add_to.shape)}"
+        )
+    if not sums_in_place(hidden, head_weight) or add_to.dtype != head_weight.dtype:
+        raise ValueError(
+            f"add_to needs hidden states, head and itself in float32, or all in float64; got {hidden.dtype}, {head_weight.dtype} "
+            f"and {add_to.dtype}; leave it out"
+        )
+
+
+def sums_in_place(hidden: Tensor, head_weight: Tensor) -> bool:
+    """Whether the head's gradient is summed in its own dtype, so that sums can go on in the same tensor."""
+    return hidden.dtype == head_weight.dtype == accumulation_dtype(hidden.dtype)
+
+
+def fits(rows: int, hidden: Tensor, head_weight: Tensor, needs: frozenset[str], memory_mb: float) -> bool:
+    """Whether the backward of so many rows finds all in memory that it needs of the vocabulary."""
+    blocks = _plan(rows, hidden, head_weight, needs, memory_mb)
+    return blocks.first_kept == 0 and (blocks.ref_kept == rows or not needs & KL_STATISTICS)
+
+
+def _plan(rows: int, hidden: Tensor, head_weight: Tensor, needs: frozenset[str], memory_mb: float) -> Blocks:
+    keep = 2 if needs & KL_STATISTICS else 1
+    return plan_blocks(
+        rows,
+        head_weight.shape[0],
+        models=2 if needs - {"entropy"} else 1,
+        keep=keep,
+        dtype=hidden.dtype,
+        device=hidden.device,
+        budget=keep * int(memory_mb * MIB),
+    )
+
+
 def _flattened(heads: Heads, found: Found) -> tuple[list[int], list[Tensor | None]]:
     """What the backward needs but for what is kept, as autograd holds it: tensors in a row, and how many belong together."""
     single = [*vars(heads).values(), *(found.values.get(name) for name in _VALUES_OF_BACKWARD)]
@@ -190,24 +242,17 @@ class _LinearStatistics(torch.autograd.Function):
         ref_head_weight: Tensor | None,
         targets: Tensor,
         needs: frozenset[str],
-        budget: int,
+        memory_mb: float,
         with_grad: bool,
         room: HeadRoom | None,
+        add_to: Tensor | None,
     ) -> tuple[Tensor | None, ...]:
         if not needs - {"entropy"}:
             ref_hidden = ref_head_weight = None
         heads = Heads(hidden, head_weight, targets, ref_hidden, ref_head_weight)
-        keep = 2 if needs & KL_STATISTICS else 1
-        blocks = plan_blocks(
-            targets.shape[0],
-            head_weight.shape[0],
-            models=len(heads.pairs),
-            keep=keep,
-            dtype=hidden.dtype,
-            device=hidden.device,
-            budget=keep * budget,
-        )
+        blocks = _plan(targets.shape[0], hidden, head_weight, needs, memory_mb)
         want_hidden, want_weight = (with_grad and want for want in ctx.needs_input_grad[:2])
+        want_weight |= with_grad and add_to is not None
         # A frozen head needs no gradient of its own: the rows' gradient vectors are all that the backward asks for.
         vectors = want_hidden and not want_weight and not needs & {"kl_policy_ref", "entropy"}
         if vectors or not (want_hidden or want_weight):
@@ -223,7 +268,7 @@ class _LinearStatistics(torch.autograd.Function):
         ctx.layout, tensors = _flattened(heads, found)
         # A room's memory is not autograd's to free, nor to pack away.
         ctx.save_for_backward(*tensors, memory if loan is None else None)
-        ctx.blocks, ctx.room, ctx.loan = blocks, room, loan
+        ctx.blocks, ctx.room, ctx.loan, ctx.add_to = blocks, room, loan, add_to
         ctx.set_materialize_grads(False)
         if "ref_logps" in found.values:
             ctx.mark_non_differentiable(found.values["ref_logps"])
@@ -244,8 +289,14 @@ class _LinearStatistics(torch.autograd.Function):
         grads = {name: grad for name, grad in zip(OUTPUTS, output_grads, strict=True) if grad is not None}
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden, grad_weight = backward_blocks(
-            heads, found, grads, blocks, want_hidden=want_hidden, want_weight=want_weight
+            heads,
+            found,
+            grads,
+            blocks,
+            want_hidden=want_hidden,
+            want_weight=want_weight or ctx.add_to is not None,
+            add_to=ctx.add_to,
         )
         if ctx.loan is not None:
             ctx.room.take_back(ctx.loan)
-        return grad_hidden, grad_weight, None, None, None, None, None, None, None
+        return grad_hidden, grad_weight if want_weight else None, *[None] * 8

@@ -10,9 +10,10 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref.data import AnchorBatch, PairBatch
+from tokenpref.models.head_work import HeadWork
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats, split_pair
+from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats, rows_of, split_pair
 from tokenpref.training.token_weights import clipped_share
 from tokenpref.weights import TransformedWeights
 
@@ -45,12 +46,13 @@ def score_pairs(
     batch: PairBatch,
     needs: frozenset[str],
     weights: TransformedWeights | None,
-    use: Callable[[PairStats], LossOutput],
+    loss: Callable[[PairStats], LossOutput],
     *,
     anchors: AnchorBatch | None = None,
     anchor_grad: bool = True,
+    objective: Callable[[LossOutput, slice], Tensor] | None = None,
 ) -> LossOutput:
-    """Statistics of a micro-batch, handed to ``use`` while the reference's side is at hand.
+    """A loss's output for a micro-batch, computed, and gone back from, while the reference's side is at hand.
 
     Args:
         policy: the model whose statistics carry gradient.
@@ -58,31 +60,48 @@ def score_pairs(
         batch: chosen and rejected rows together.
         needs: statistics wanted.
         weights: token weights ``[2B, T]``, if the loss takes any; ``weights/clipped`` joins the metrics.
-        use: computes the loss (and its backward) from the statistics.
+        loss: computes its output from the statistics.
         anchors: third answers, if the loss takes any; their counts join the metrics.
         anchor_grad: whether they need a gradient: then they ride in the pairs' forward, else in one of their own.
+        objective: from the output for some pairs, and which, to what they add to the number that the step goes back from; None
+            for no backward. A loss that is ``pair_by_pair`` then gets the pairs in groups, as the head's memory holds them.
 
     Returns:
-        What ``use`` returned.
+        The output for all pairs; with an ``objective`` without gradient.
     """
     rows, apart = batch, None
     if anchors is not None and anchor_grad:
         rows = batch.with_anchors(anchors)
     elif anchors is not None:
         apart = _stats_without_gradient(policy, reference, batch, anchors)
+
+    def output_of(stats: TokenStats, pairs: slice) -> LossOutput:
+        pair = split_pair(stats, rows.sides)
+        return loss(pair if apart is None else replace(pair, anchor=rows_of(apart, pairs)))
+
     with reference.outputs(rows, needs) as ref:
-        stats = policy.token_stats(
-            rows.tokens,
+        work = HeadWork.of(
             rows.labels,
-            needs=needs,
+            needs,
             ref_logps=ref.logps,
             ref_hidden=ref.hidden,
             ref_head_weight=ref.head_weight,
             weights=None if weights is None else _for_rows(weights.weights, rows),
             sides=len(rows.sides),
         )
-        pair = split_pair(stats, rows.sides)
-        output = use(pair if apart is None else replace(pair, anchor=apart))
+        if objective is None:
+            output = output_of(policy.stats_of(rows.tokens, work), slice(None))
+        else:
+            outputs: list[LossOutput] = []
+
+            def add(stats: TokenStats, pairs: slice) -> Tensor:
+                found = output_of(stats, pairs)
+                outputs.append(found.detach())
+                return objective(found, pairs)
+
+            together = not getattr(loss, "pair_by_pair", False)
+            policy.pairs_loss(rows.tokens, work, add, together=together).backward()
+            output = LossOutput.cat(outputs)
     more = {} if weights is None else clipped_share(weights, batch)
     more |= {} if anchors is None else anchors.metrics
     return replace(output, metrics=output.metrics | more) if more else output

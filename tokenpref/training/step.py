@@ -14,7 +14,7 @@ from tokenpref.distributed import World, gradient_sync, refresh_float8_scales
 from tokenpref.errors import TrainingDiverged
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.stats import LossOutput, PairStats
+from tokenpref.stats import LossOutput
 from tokenpref.training.metrics import MetricSums, loss_metrics
 from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, score_pairs, what_is_read
 
@@ -73,10 +73,8 @@ def train_step(
     for index, batch in enumerate(micro_batches):
         gradient_sync(policy.model, index == len(micro_batches) - 1)
 
-        def optimise(pair: PairStats, real: Tensor = batch.real) -> LossOutput:
-            output: LossOutput = loss(pair)
-            (torch.where(real, output.losses, 0).sum() * scale).backward()
-            return output
+        def objective(output: LossOutput, pairs: slice, real: Tensor = batch.real) -> Tensor:
+            return torch.where(real[pairs], output.losses, 0).sum() * scale
 
         weights, anchors = beside[index]
         output = score_pairs(
@@ -85,12 +83,13 @@ def train_step(
             batch,
             needs,
             weights,
-            optimise,
+            loss,
             anchors=anchors,
             anchor_grad=anchor_grad,
+            objective=objective,
         )
         sums.add(loss_metrics(output), batch.real)
-        losses.append(output.losses.detach()[batch.real])
+        losses.append(output.losses[batch.real])
     grads = [p.grad for p in policy.model.parameters() if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
     norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
