@@ -199,9 +199,7 @@ class FullLogits(ScoringModel):
             logits, ref_logits, work.labels, weights=work.weights, needs=work.needs, ref_logps=work.ref_logps
         )
 
-    def pairs_loss(
-        self, tokens: Tensor, work: HeadWork, loss: PairsLoss, *, together: bool = True
-    ) -> Tensor:
+    def pairs_loss(self, tokens: Tensor, work: HeadWork, loss: PairsLoss, *, together: bool = True) -> Tensor:
         """See there; all pairs at once."""
         return loss(self.stats_of(tokens, work), slice(None))
 
