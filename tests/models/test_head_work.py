@@ -1,3 +1,5 @@
+import weakref
+
 import pytest
 import torch
 from support import small
@@ -123,7 +125,8 @@ def test_groups_have_the_loss_and_gradients_of_all_pairs_at_once(loss, batch, ti
 @pytest.mark.parametrize("frozen", [("output",), ("tok_embeddings", "layers", "norm")], ids=["head", "body"])
 def test_what_is_frozen_gets_no_gradient(frozen):
     found, whole = (gradients(DPOLoss(), mb, tied=False, frozen=frozen) for mb in (kilobytes(1), 100))
-    assert found[2] == 5
+    # Groups make gradients of hidden states, which a frozen body has no use for.
+    assert found[2] == (5 if "output" in frozen else 1)
     assert {name for name, gradient in found[1].items() if gradient is None} == {
         name for name in found[1] if any(part in name for part in frozen)
     }
@@ -172,6 +175,58 @@ def test_a_loss_goes_back_once():
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="was gone back from before"):
         loss.backward()
+
+
+def test_nothing_of_a_group_is_left_when_the_next_begins():
+    class OtherDevices(HeadRoom):
+        """Keeps nothing itself, as for devices whose allocators do that."""
+
+        def __init__(self):
+            super().__init__()
+            self.loans = []
+
+        def lend(self, size, like):
+            loan = super().lend(size, like)
+            self.loans.append(weakref.ref(loan))
+            return loan
+
+        def take_back(self, loan):
+            pass
+
+    scorer = small.scorer(0)
+    scorer.head_memory_mb, scorer._room = kilobytes(12), OtherDevices()
+    alive = []
+
+    def watched(stats, _pairs):
+        alive.append([loan() is not None for loan in scorer._room.loans])
+        return stats.policy_logps.sum()
+
+    scorer.pairs_loss(BATCH.tokens, work_of(BATCH), watched).backward()
+    assert len(alive) > 2
+    assert alive == [[False] * group + [True] for group in range(len(alive))]
+
+
+def test_without_gradient_there_is_the_loss_alone():
+    _, _, run = plain_head(kilobytes(12))
+    wanted = run()
+    with torch.no_grad():
+        found = run()
+    assert not found.requires_grad and torch.equal(found, wanted)
+
+
+def test_pairs_without_gradient_leave_the_others_theirs():
+    scorer, together = small.scorer(0), small.scorer(0)
+
+    def every_other(stats, pairs):
+        # The first group is one of those without.
+        if pairs.stop - pairs.start == 1:
+            return stats.policy_logps.sum() if pairs.start % 2 else torch.tensor(1.0)
+        return stats.policy_logps.view(2, 5, -1)[:, 1::2].sum() + 3.0
+
+    scorer.pairs_loss(BATCH.tokens, work_of(BATCH), every_other).backward()
+    together.pairs_loss(BATCH.tokens, work_of(BATCH), every_other, together=True).backward()
+    for one, other in zip(scorer.model.parameters(), together.model.parameters(), strict=True):
+        torch.testing.assert_close(one.grad, other.grad, atol=1e-12, rtol=1e-9)
 
 
 def test_what_comes_after_the_loss_reaches_the_gradient():

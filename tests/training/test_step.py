@@ -58,6 +58,21 @@ def test_a_loss_sees_all_pairs_of_a_micro_batch_unless_it_takes_each_alone(pair_
     assert_same(found, alone(DPOLoss(), [[0, 1, 2], [3, 4]], tied=True))
 
 
+def test_a_loss_that_learns_sees_all_pairs_and_gets_its_gradient():
+    class Learned(DPOLoss):
+        def __init__(self):
+            super().__init__()
+            self.margin = torch.nn.Parameter(torch.zeros(()))
+
+        def forward(self, pair):
+            output = super().forward(pair)
+            return replace(output, losses=output.losses + self.margin)
+
+    loss = Learned()
+    alone(loss, [[0, 1, 2], [3, 4]], tied=True)
+    assert float(loss.margin.grad) == 1
+
+
 @pytest.mark.parametrize("side", ["chosen", "rejected"])
 def test_leaving_out_the_side_that_a_loss_does_not_read_changes_nothing(side):
     loss, whole = NLLLoss(side), NLLLoss(side)

@@ -24,7 +24,10 @@ from tokenpref.stats import TokenStats
 __all__ = ["Head", "HeadWork", "PairsLoss", "loss_by_groups", "values_by_groups"]
 
 PairsLoss = Callable[[TokenStats, slice], Tensor]
-"""What some pairs, rows side by side as in the micro-batch, add to a step's loss: a scalar; the slice says which pairs."""
+"""What some pairs, rows side by side as in the micro-batch, add to a step's loss: a scalar; the slice says which pairs.
+
+Gradients reach the model alone: what else it is made of gets none where pairs come in groups.
+"""
 
 
 @dataclass(frozen=True)
@@ -149,7 +152,8 @@ class HeadWork:
         """As few groups of neighbouring pairs as keep all that their backwards need, but at least a pair each.
 
         One group where the head's gradient is rounded, as sums over groups must not be. Whether anything wants a gradient does
-        not matter: policy and reference shall make the same products, so that equal models give equal numbers.
+        not matter: policy and reference shall make the same products, so that equal models give equal numbers (but for a loss
+        that takes all pairs together: its policy's products are those of all rows).
         """
         if not sums_in_place(hidden, head.weight):
             return self.whole()
@@ -192,26 +196,41 @@ def loss_by_groups(
         loss: is called once for each group of pairs, in their order; its graph is gone when the next one's begins.
         together: one group of all pairs, whatever the memory holds.
     """
+    # A frozen body wants the head's gradient alone: the gradient of the hidden states, which groups make, would be for nothing.
+    together |= torch.is_grad_enabled() and not hidden.requires_grad
     groups = work.whole() if together else work.groups(hidden, head)
     if len(groups) == 1:
         return loss(work.token_stats(work.values(hidden, head)), groups[0])
     total = hidden.new_zeros(())
-    grad_hidden = torch.empty_like(hidden) if hidden.requires_grad else None
-    grad_weight: Tensor | None = None
+    grad_hidden, grad_weight = torch.zeros_like(hidden), None
     for group in groups:
-        part = work.of_pairs(group)
-        states = torch.cat(work.parts(hidden.detach(), group)).requires_grad_()
-        # The first group makes the head's gradient, the others add to it.
-        weight = head.weight.detach().requires_grad_(head.weight.requires_grad and grad_weight is None)
-        values = part.values(states, replace(head, weight=weight), add_to=grad_weight)
-        own = loss(part.token_stats(values), group)
-        total = total + own.detach()
-        of_states, *of_weight = torch.autograd.grad(own, [x for x in (states, weight) if x.requires_grad])
-        if grad_hidden is not None:
+        own, of_states, of_weight = _one_group(work, group, hidden, head, loss, grad_weight)
+        total = total + own
+        grad_weight = of_weight if grad_weight is None else grad_weight
+        if of_states is not None:
             _put(of_states, work.parts(grad_hidden, group))
-        grad_weight = of_weight[0] if of_weight else grad_weight
     settled: Tensor = _Settled.apply(hidden, head.weight, total, grad_hidden, grad_weight)
     return settled
+
+
+def _one_group(
+    work: HeadWork, group: slice, hidden: Tensor, head: Head, loss: PairsLoss, grad_weight: Tensor | None
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """A group's part of the loss, its gradient of the group's hidden states, and that of the head unless it was added to one.
+
+    A function of its own, so that nothing of the graph, and of what it keeps, is left when the next group begins.
+    """
+    part = work.of_pairs(group)
+    states = torch.cat(work.parts(hidden.detach(), group)).requires_grad_()
+    # The first group makes the head's gradient, the others add to it.
+    weight = head.weight.detach().requires_grad_(head.weight.requires_grad and grad_weight is None)
+    values = part.values(states, replace(head, weight=weight), add_to=grad_weight)
+    own = loss(part.token_stats(values), group)
+    if not own.requires_grad:  # no gradient is wanted, or these pairs have none
+        return own, None, None
+    wanted = [states, weight] if weight.requires_grad else [states]
+    of_states, *of_weight = torch.autograd.grad(own, wanted, allow_unused=True)
+    return own.detach(), of_states, of_weight[0] if of_weight else None
 
 
 def _put(values: Tensor, places: Sequence[Tensor]) -> None:
@@ -228,7 +247,7 @@ class _Settled(torch.autograd.Function):
         hidden: Tensor,
         weight: Tensor,
         total: Tensor,
-        grad_hidden: Tensor | None,
+        grad_hidden: Tensor,
         grad_weight: Tensor | None,
     ) -> Tensor:
         # Not saved for autograd's hooks, which would copy the head's gradient to where activations are offloaded.

@@ -99,12 +99,17 @@ def score_pairs(
                 outputs.append(found.detach())
                 return objective(found, pairs)
 
-            together = not getattr(loss, "pair_by_pair", False)
-            policy.pairs_loss(rows.tokens, work, add, together=together).backward()
+            policy.pairs_loss(rows.tokens, work, add, together=not _takes_groups(loss)).backward()
             output = LossOutput.cat(outputs)
     more = {} if weights is None else clipped_share(weights, batch)
     more |= {} if anchors is None else anchors.metrics
     return replace(output, metrics=output.metrics | more) if more else output
+
+
+def _takes_groups(loss: Callable[[PairStats], LossOutput]) -> bool:
+    """Whether a loss says that it looks at each pair alone, and has nothing of its own that learns."""
+    learns = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
+    return getattr(loss, "pair_by_pair", False) and not learns
 
 
 def _for_rows(weights: Tensor, rows: PairBatch) -> Tensor:
