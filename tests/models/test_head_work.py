@@ -17,17 +17,13 @@ SIZES = [int(n) for n in (BATCH.labels != -100).view(2, len(ROWS), -1).sum((0, 2
 MIB = 2**20
 
 
-def head_of(model, memory_mb):
-    return Head(model.head.weight, memory_mb, HeadRoom())
-
-
-def kilobytes(rows):
+def memory_for(rows):
     """A budget in MiB that holds the float64 logits of so many rows twice: at work, and kept."""
     return 2 * rows * small.VOCAB * 8 / MIB
 
 
 def work_of(batch, needs=frozenset(), **more):
-    return HeadWork.of(batch.labels, needs, sides=len(batch.sides), **more)
+    return HeadWork(batch.labels, needs, sides=len(batch.sides), **more)
 
 
 def groups(memory_mb, dtype=torch.float64, batch=BATCH):
@@ -40,18 +36,18 @@ def groups(memory_mb, dtype=torch.float64, batch=BATCH):
 def test_groups_are_as_few_as_the_memory_holds():
     assert SIZES == [6, 12, 6, 12, 6]
     assert groups(100) == [(0, 5)]
-    assert groups(kilobytes(18)) == [(0, 2), (2, 4), (4, 5)]
-    assert groups(kilobytes(28)) == [(0, 3), (3, 5)]
-    assert groups(kilobytes(1)) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)], "a pair is never cut"
+    assert groups(memory_for(18)) == [(0, 2), (2, 4), (4, 5)]
+    assert groups(memory_for(28)) == [(0, 3), (3, 5)]
+    assert groups(memory_for(1)) == [(0, 1), (1, 2), (2, 3), (3, 4), (4, 5)], "a pair is never cut"
 
 
 def test_a_rounded_gradient_is_not_summed_over_groups():
-    assert groups(kilobytes(1), torch.bfloat16) == [(0, 5)]
-    assert len(groups(kilobytes(1), torch.float32)) == 5
+    assert groups(memory_for(1), torch.bfloat16) == [(0, 5)]
+    assert len(groups(memory_for(1), torch.float32)) == 5
 
 
 def test_a_filler_is_a_group():
-    assert groups(kilobytes(1), batch=small.batch([], filler=True)) == [(0, 1)]
+    assert groups(memory_for(1), batch=small.batch([], filler=True)) == [(0, 1)]
 
 
 def gradients(loss, memory_mb, *, tied=True, frozen=(), batch=BATCH, padding_free=True):
@@ -115,7 +111,7 @@ def test_groups_have_the_loss_and_gradients_of_all_pairs_at_once(loss, batch, ti
     assert whole[2] == 1
     rows = int((batch.labels != -100).sum())
     counts = []
-    for memory_mb in (kilobytes(1), kilobytes(0.7 * rows)):
+    for memory_mb in (memory_for(1), memory_for(0.7 * rows)):
         found = gradients(loss, memory_mb, tied=tied, batch=batch, padding_free=padding_free)
         counts.append(found[2])
         assert_alike(found, whole)
@@ -124,7 +120,7 @@ def test_groups_have_the_loss_and_gradients_of_all_pairs_at_once(loss, batch, ti
 
 @pytest.mark.parametrize("frozen", [("output",), ("tok_embeddings", "layers", "norm")], ids=["head", "body"])
 def test_what_is_frozen_gets_no_gradient(frozen):
-    found, whole = (gradients(DPOLoss(), mb, tied=False, frozen=frozen) for mb in (kilobytes(1), 100))
+    found, whole = (gradients(DPOLoss(), mb, tied=False, frozen=frozen) for mb in (memory_for(1), 100))
     # Groups make gradients of hidden states, which a frozen body has no use for.
     assert found[2] == (5 if "output" in frozen else 1)
     assert {name for name, gradient in found[1].items() if gradient is None} == {
@@ -163,14 +159,14 @@ class Products(TorchDispatchMode):
 
 def test_no_product_is_made_twice():
     # A group's memory holds a pair; the whole micro-batch in the same memory would compute most of it again.
-    hidden, weight, run = plain_head(kilobytes(12))
+    hidden, weight, run = plain_head(memory_for(12))
     with Products() as products:
         run().backward()
     assert products.multiplications == 3 * hidden.numel() * weight.shape[0]
 
 
 def test_a_loss_goes_back_once():
-    _, _, run = plain_head(kilobytes(12))
+    _, _, run = plain_head(memory_for(12))
     loss = run()
     loss.backward(retain_graph=True)
     with pytest.raises(RuntimeError, match="was gone back from before"):
@@ -194,7 +190,7 @@ def test_nothing_of_a_group_is_left_when_the_next_begins():
             pass
 
     scorer = small.scorer(0)
-    scorer.head_memory_mb, scorer._room = kilobytes(12), OtherDevices()
+    scorer.head_memory_mb, scorer._room = memory_for(12), OtherDevices()
     alive = []
 
     def watched(stats, _pairs):
@@ -207,7 +203,7 @@ def test_nothing_of_a_group_is_left_when_the_next_begins():
 
 
 def test_without_gradient_there_is_the_loss_alone():
-    _, _, run = plain_head(kilobytes(12))
+    _, _, run = plain_head(memory_for(12))
     wanted = run()
     with torch.no_grad():
         found = run()
@@ -230,7 +226,7 @@ def test_pairs_without_gradient_leave_the_others_theirs():
 
 
 def test_what_comes_after_the_loss_reaches_the_gradient():
-    hidden, weight, run = plain_head(kilobytes(12))
+    hidden, weight, run = plain_head(memory_for(12))
     plain = torch.autograd.grad(run(), (hidden, weight))
     scaled = torch.autograd.grad(run() * -3, (hidden, weight))
     for one, other in zip(plain, scaled, strict=True):

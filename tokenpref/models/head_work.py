@@ -51,12 +51,15 @@ class HeadWork:
 
     Args:
         labels: ``[B, L]`` ids, -100 where no token is scored.
-        needs: statistics to compute beside the log-probabilities.
+        needs: statistics wanted beside the log-probabilities; held are those that are computed from hidden states.
         sides: blocks that the B rows consist of; the i-th rows of all blocks are a pair.
         ref_logps: ``[B, L-1]``, if the reference scored itself.
         ref_hidden: the reference's last hidden states ``[N, D']`` of the scored positions, row by row.
         ref_head_weight: its head ``[V, D']``.
         weights: token weights ``[B, L-1]``.
+
+    Raises:
+        ValueError: for wrong shapes, unknown names in ``needs``, or a reference that does not serve them.
     """
 
     labels: Tensor
@@ -67,26 +70,10 @@ class HeadWork:
     ref_head_weight: Tensor | None = None
     weights: Tensor | None = None
 
-    @classmethod
-    def of(
-        cls,
-        labels: Tensor,
-        needs: frozenset[str],
-        *,
-        ref_logps: Tensor | None = None,
-        ref_hidden: Tensor | None = None,
-        ref_head_weight: Tensor | None = None,
-        weights: Tensor | None = None,
-        sides: int = 1,
-    ) -> HeadWork:
-        """What ``needs`` leaves to compute from hidden states.
-
-        Raises:
-            ValueError: for wrong shapes, unknown names in ``needs``, or a reference that does not serve them.
-        """
-        check_shapes(labels, {}, {"weights": weights, "ref_logps": ref_logps})
-        from_hidden = needs_of_rows(needs, ref_hidden, ref_logps)
-        return cls(labels, from_hidden, sides, ref_logps, ref_hidden, ref_head_weight, weights)
+    def __post_init__(self) -> None:
+        given = {"weights": self.weights, "ref_logps": self.ref_logps}
+        check_shapes(self.labels, {}, given)
+        object.__setattr__(self, "needs", needs_of_rows(self.needs, self.ref_hidden, self.ref_logps))
 
     @cached_property
     def rows(self) -> AnswerRows:

@@ -224,7 +224,7 @@ class ScoringModel:
         Returns:
             Token statistics with ``T = L - 1`` columns; gradients flow to the model.
         """
-        work = HeadWork.of(
+        work = HeadWork(
             labels,
             needs,
             ref_logps=ref_logps,

@@ -25,7 +25,7 @@ from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, chec
 from tokenpref.ops.room import HeadRoom
 from tokenpref.stats import TokenStats
 
-__all__ = ["DEFAULT_MEMORY_MB", "linear_token_stats", "score_tokens"]
+__all__ = ["DEFAULT_MEMORY_MB", "fits", "linear_token_stats", "score_tokens", "sums_in_place"]
 
 DEFAULT_MEMORY_MB = 128.0
 

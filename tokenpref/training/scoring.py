@@ -80,7 +80,7 @@ def score_pairs(
         return loss(pair if apart is None else replace(pair, anchor=rows_of(apart, pairs)))
 
     with reference.outputs(rows, needs) as ref:
-        work = HeadWork.of(
+        work = HeadWork(
             rows.labels,
             needs,
             ref_logps=ref.logps,
