@@ -29,6 +29,7 @@ from benchmarks.cpu import report
 from benchmarks.cpu.floor import head_floor
 from benchmarks.cpu.process import busy_seconds, machine, save
 from benchmarks.cpu.work import COMPARED_WITH, MALLOC, OFFLINE, PAIRED_MODES, SMOLLM2, Task
+from tokenpref.ops.products import uses_onednn
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results" / "cpu.md"
@@ -211,6 +212,7 @@ def measure(
         "complete": False,
         "real_sizes": plan.rows == Plan.rows,
         "machine": machine(),
+        "onednn": uses_onednn(),
         "rates": {},
         "runs": [],
         "heads": [],

@@ -186,6 +186,11 @@ def _head(results: Results) -> str:
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"{', '.join(machine['instructions']) or 'no vector extensions named'}; {machine['system']}.",
     ]
+    if results.get("onednn"):
+        lines.append(
+            "Products of float32: ours are oneDNN's here, which takes this processor's AVX-512. Those of eager heads, Liger and "
+            "TRL are PyTorch's own, by MKL, which does not. Rates below, and floors, are oneDNN's."
+        )
     for side in ("ours", "peer"):
         found = [r["versions"] for r in results["runs"] if r["side"] == side]
         found += [h["versions"] for h in results["heads"] if "versions" in h and not found and side == "ours"]

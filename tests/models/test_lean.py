@@ -12,6 +12,7 @@ from torchtune.modules.peft import LoRALinear
 from tokenpref.models import lean
 from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.scoring import ScoringModel, logits_of
+from tokenpref.ops import products
 
 
 @pytest.fixture(autouse=True)
@@ -111,6 +112,64 @@ def test_gates_that_are_more_than_products_are_called(change):
     with torch.autocast("cpu", dtype=torch.bfloat16, enabled=change == "autocast"):
         found, expected = twin(x), FeedForward.forward(twin, x)
     assert torch.equal(found, expected) and calls == [1, 1] * (change == "hook")
+
+
+@pytest.fixture
+def onednn(monkeypatch):
+    """All products of float32 by oneDNN, whatever the processor."""
+    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
+        pytest.skip("this PyTorch comes without oneDNN")
+    monkeypatch.setattr(products, "uses_onednn", lambda: True)
+    monkeypatch.setattr(products, "_SMALLEST", 0)
+
+
+def test_gates_by_onednn(onednn):
+    plain, twin = two(gates())
+    x = torch.randn(5, 7, 32, requires_grad=True)
+    found = kept_by(twin, x)[1]
+    close(found, kept_by(plain, x)[1])
+    with torch.no_grad():
+        assert torch.equal(twin(x), found[0])  # equal models compute equal numbers
+
+
+def test_a_linear_layer_by_onednn(onednn):
+    plain, twin = two(lambda: nn.Linear(32, 48, bias=False))
+    x = torch.randn(5, 7, 32, requires_grad=True)
+    (before, expected), (after, found) = kept_by(plain, x), kept_by(twin, x)
+    assert before == after == 0
+    assert type(found[0].grad_fn.next_functions[0][0]).__name__ == "_LinearBackward"
+    close(found, expected)
+    with torch.no_grad():
+        assert torch.equal(twin(x), found[0])
+    towards = torch.linspace(-1, 1, found[0].numel()).view(found[0].shape)
+    (of_weight,) = torch.autograd.grad((twin(x.detach()) * towards).sum(), twin.weight)
+    twin.weight.requires_grad_(False)
+    (of_x,) = torch.autograd.grad((twin(x) * towards).sum(), x)
+    assert torch.equal(of_x, found[1]) and torch.equal(of_weight, found[2])
+
+
+def test_linear_layers_that_are_something_else_stay_torchs(onednn):
+    plain, twin = two(lambda: nn.Linear(32, 48))
+    assert "forward" not in vars(twin)  # with a bias
+    _, twin = two(lambda: nn.Linear(32, 48, bias=False))
+    x = torch.randn(40, 32)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert twin(x).dtype == torch.bfloat16
+    assert torch.equal(twin.double()(x.double()), nn.functional.linear(x.double(), twin.weight))
+    with pytest.raises(RuntimeError, match="dtype"):
+        twin(x)
+
+
+def test_a_decoder_by_onednn_and_its_head(onednn):
+    """The head's place is not taken by a linear layer's."""
+    model, twin = small.decoder(0, dtype=torch.float32), small.decoder(0, dtype=torch.float32)
+    tokens = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
+    scoring = ScoringModel(twin)
+    assert twin.layers[0].attn.q_proj.forward.__func__ is lean._linear
+    torch.testing.assert_close(logits_of(twin, tokens), logits_of(model, tokens), atol=1e-5, rtol=1e-4)
+    found = scoring.logps(tokens, tokens)
+    expected = torch.log_softmax(logits_of(model, tokens), -1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
+    torch.testing.assert_close(found, expected, atol=1e-5, rtol=1e-4)
 
 
 def test_gates_of_another_dtype_fail_as_torchtunes_do():

@@ -24,6 +24,7 @@ from tokenpref._torchtune import (
     RotaryPositionalEmbeddings,
     TransformerDecoder,
 )
+from tokenpref.ops.products import add_product, linear, product, takes_onednn
 
 __all__ = ["keep_layers_lean"]
 
@@ -49,10 +50,16 @@ def keep_layers_lean(model: TransformerDecoder, *, computes_on: str | None = Non
 
 
 def _is_known(module: nn.Module) -> bool:
+    if isinstance(module, nn.Linear):
+        return module.bias is None and ("forward" not in vars(module) or _has_our_forward(module))
     if not isinstance(module, FeedForward):
         return True
     activation = module.activation
     return module.w3 is not None and type(activation) is nn.SiLU and not activation.inplace
+
+
+def _has_our_forward(module: nn.Linear) -> bool:
+    return getattr(vars(module).get("forward"), "__func__", None) is _linear
 
 
 def _lean_on_cpu(module: nn.Module, x: Tensor, *dtypes: torch.dtype) -> bool:
@@ -85,7 +92,7 @@ def _is_plain(projection: nn.Module | None, dtype: torch.dtype) -> bool:
         type(projection) is nn.Linear
         and projection.bias is None
         and projection.weight.dtype == dtype
-        and "forward" not in vars(projection)
+        and ("forward" not in vars(projection) or _has_our_forward(projection))
         and not projection._forward_hooks
         and not projection._forward_pre_hooks
         and not projection._backward_hooks
@@ -105,9 +112,12 @@ def _swiglu(
     output = x.new_empty(x.shape[0], w2.shape[0])
     place = x.new_empty(min(_ROWS, x.shape[0]), w1.shape[0])
     for rows in _pieces(x.shape[0]):
-        gate, up = (x[rows] @ w1.T, x[rows] @ w3.T) if factors is None else (f[rows] for f in factors)
-        product = torch.ops.aten.silu.out(gate, out=place[: gate.shape[0]]).mul_(up)
-        torch.mm(product, w2.T, out=output[rows])
+        if factors is None:
+            gate, up = linear(x[rows], w1), linear(x[rows], w3)
+        else:
+            gate, up = (f[rows] for f in factors)
+        gated = torch.ops.aten.silu.out(gate, out=place[: gate.shape[0]]).mul_(up)
+        add_product(output[rows], gated, w2.T, begun=False)
     return output
 
 
@@ -116,7 +126,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        factors = (x @ w1.T, x @ w3.T)
+        factors = (linear(x, w1), linear(x, w3))
         ctx.save_for_backward(x, w1, w2, w3, *factors)
         return _swiglu(x, w1, w2, w3, factors)
 
@@ -131,24 +141,55 @@ class _SwiGLU(torch.autograd.Function):
         places = [x.new_empty(min(_ROWS, x.shape[0]), w1.shape[0]) for _ in range(3)]
         for rows in _pieces(x.shape[0]):
             of_x, of_gate, of_up, of_output = x[rows], gate[rows], up[rows], grad[rows]
-            of_product, silu, other = (place[: of_x.shape[0]] for place in places)
-            torch.mm(of_output, w2, out=of_product)
+            place, silu, other = (place[: of_x.shape[0]] for place in places)
+            of_product = product(of_output, w2, place)
             torch.ops.aten.silu.out(of_gate, out=silu)
-            _add_product(grad_weights[1], of_output, torch.mul(silu, of_up, out=other))
+            _add_weight(grad_weights[1], of_output, torch.mul(silu, of_up, out=other))
             grad_up = silu.mul_(of_product)
             of_silu = of_product.mul_(of_up)
             grad_gate = torch.ops.aten.silu_backward.grad_input(of_silu, of_gate, grad_input=other)
-            _add_product(grad_weights[0], grad_gate, of_x)
-            _add_product(grad_weights[2], grad_up, of_x)
+            _add_weight(grad_weights[0], grad_gate, of_x)
+            _add_weight(grad_weights[2], grad_up, of_x)
             if grad_x is not None:
-                grad_x[rows].addmm_(grad_gate, w1).addmm_(grad_up, w3)
+                add_product(add_product(grad_x[rows], grad_gate, w1), grad_up, w3)
         return grad_x, *grad_weights
 
 
-def _add_product(total: Tensor | None, left: Tensor, right: Tensor) -> None:
-    """``total += left^T right``, where a total is wanted."""
+def _add_weight(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
+    """``total += grad^T x``, where a total is wanted."""
     if total is not None:
-        total.addmm_(left.T, right)
+        add_product(total, grad.T, x)
+
+
+def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
+    """``W x`` of ``[..., D]``, by the library that is fast."""
+    weight = layer.weight
+    if not _lean_on_cpu(layer, x, torch.float32) or weight.dtype != x.dtype:
+        return nn.Linear.forward(layer, x)
+    rows = x.flatten(0, -2)
+    if not takes_onednn(rows, weight, rows.shape[0], weight.shape[0]):
+        return nn.Linear.forward(layer, x)
+    output: Tensor = _Linear.apply(rows, weight) if torch.is_grad_enabled() else linear(rows, weight)
+    return output.unflatten(0, x.shape[:-1])
+
+
+class _Linear(torch.autograd.Function):
+    """``x weight^T`` of rows ``[N, D]``."""
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
+        ctx.save_for_backward(x, weight)
+        return linear(x, weight)
+
+    @staticmethod
+    @once_differentiable
+    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, Tensor | None]:
+        x, weight = ctx.saved_tensors
+        want_x, want_weight = ctx.needs_input_grad
+        grad_weight = torch.empty_like(weight) if want_weight else None
+        if grad_weight is not None:
+            add_product(grad_weight, grad.T, x, begun=False)
+        return product(grad, weight) if want_x else None, grad_weight
 
 
 class _Gated(torch.autograd.Function):
@@ -217,6 +258,7 @@ def _rotate(
 
 
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
+    nn.Linear: _linear,
     FeedForward: _feed_forward,
     RMSNorm: _norm,
     RotaryPositionalEmbeddings: _rotate,

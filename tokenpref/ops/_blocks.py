@@ -29,6 +29,7 @@ import torch
 from torch import Tensor
 
 from tokenpref.ops._closed_form import KL_STATISTICS, RowStatistics, accumulation_dtype, logit_gradient
+from tokenpref.ops.products import add_product, linear, product
 
 __all__ = ["Blocks", "Found", "Heads", "Kept", "backward_blocks", "forward_blocks", "plan_blocks"]
 
@@ -187,16 +188,16 @@ class _Sums:
         self.own = torch.zeros_like(self.total)
         self.growth = torch.zeros_like(self.total)
 
-    def take(self, logits: Tensor, *, entropy: bool) -> Tensor:
-        """Turn a block of logits into ``exp(logits - shift)`` in place; returns the factor by which earlier sums shrank."""
+    def take(self, logits: Tensor, to: Tensor, *, entropy: bool) -> Tensor:
+        """Make ``exp(logits - shift)`` of a block of logits in ``to``; returns the factor by which earlier sums shrank."""
         shift = torch.maximum(self.shift, logits.amax(-1))
         moved = torch.where(self.shift.isinf(), 0.0, (self.shift - shift).double())
         shrink = moved.exp()
         self.shift = shift
-        logits.sub_(shift[:, None]).exp_()
+        torch.sub(logits, shift[:, None], out=to).exp_()
         if entropy:  # exp(z - m) (z - m), from the exponentials alone
-            self.own = shrink * (self.own + moved * self.total) + torch.xlogy(logits, logits).sum(-1)
-        self.total = shrink * self.total + logits.sum(-1)
+            self.own = shrink * (self.own + moved * self.total) + torch.xlogy(to, to).sum(-1)
+        self.total = shrink * self.total + to.sum(-1)
         self.gap, self.growth = shrink * self.gap, shrink * self.growth
         return shrink
 
@@ -222,14 +223,17 @@ class _Targets:
 class _Scratch:
     """Memory for a block's logits that every block uses again."""
 
-    def __init__(self, heads: Heads, blocks: Blocks, count: int) -> None:
-        self._rows = heads.hidden.shape[0]
-        dtype = accumulation_dtype(heads.hidden.dtype)
-        self._flat = [heads.hidden.new_empty(self._rows * blocks.columns, dtype=dtype) for _ in range(count)]
+    def __init__(self, heads: Heads, blocks: Blocks) -> None:
+        self._like, self._columns = heads.hidden, blocks.columns
+        self._flat: dict[int, Tensor] = {}
 
     def get(self, index: int, width: int) -> Tensor:
         """``[N, width]``."""
-        return self._flat[index][: self._rows * width].view(self._rows, width)
+        rows = self._like.shape[0]
+        if index not in self._flat:
+            dtype = accumulation_dtype(self._like.dtype)
+            self._flat[index] = self._like.new_empty(rows * self._columns, dtype=dtype)
+        return self._flat[index][: rows * width].view(rows, width)
 
 
 class Kept:
@@ -268,13 +272,13 @@ class Kept:
         return memory[rows * start : rows * (start + width)].view(rows, width)
 
 
-def _logits(hidden: Tensor, weight: Tensor, out: Tensor) -> Tensor:
-    """Logits in the accumulation dtype; in the model's own first, as its output layer would round them."""
-    if hidden.dtype == out.dtype:
-        return torch.mm(hidden, weight.T, out=out)
+def _logits(hidden: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+    """Logits in the accumulation dtype, in ``place`` or elsewhere; first rounded as the model's output layer would."""
+    if hidden.dtype == place.dtype:
+        return linear(hidden, weight, place)
     if _multiplies(hidden.dtype, hidden.device.type):
-        return out.copy_(hidden @ weight.T)
-    return out.copy_(torch.mm(hidden.to(out.dtype), weight.to(out.dtype).T, out=out).to(hidden.dtype))
+        return place.copy_(hidden @ weight.T)
+    return place.copy_(linear(hidden.to(place.dtype), weight.to(place.dtype), place).to(hidden.dtype))
 
 
 @cache
@@ -294,10 +298,10 @@ def _multiplies(dtype: torch.dtype, device: str) -> bool:
 def _product(left: Tensor, right: Tensor, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
     """``left @ right`` in ``dtype``, of half precision without rounding the product to it where the device can do that.
 
-    ``place``: at least as many rows, for the product of tensors that are of that dtype already.
+    ``place``: at least as many rows, for the product of tensors that are of that dtype already; it may be made elsewhere.
     """
     if place is not None:
-        return torch.mm(left, right, out=place[: left.shape[0]])
+        return product(left, right, place[: left.shape[0]])
     if left.dtype == dtype:
         return left @ right
     if left.is_cuda:
@@ -322,7 +326,7 @@ def forward_blocks(
     """
     pairs, hidden = heads.pairs, heads.hidden
     dtype = accumulation_dtype(hidden.dtype)
-    scratch = _Scratch(heads, blocks, len(pairs) + (2 if needs & KL_STATISTICS else 0))
+    scratch = _Scratch(heads, blocks)
     sums = [_Sums(hidden.shape[0], dtype, hidden.device) for _ in pairs]
     at = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in pairs]
     kept = Kept(memory, hidden.shape[0], blocks)
@@ -333,34 +337,42 @@ def forward_blocks(
     for number, part in enumerate(blocks):
         width = part.stop - part.start
         to_keep, ref_to_keep = kept.policy(part), kept.reference(part)
-        out = [scratch.get(index, width) for index in range(len(pairs))]
+        stay: dict[int, Tensor] = {}  # exponentials that are made where they are kept
         if to_keep is not None and hidden.dtype == dtype:
-            out[0] = to_keep  # made where it will stay
-        own = [_logits(states, weight[part], to) for (states, weight), to in zip(pairs, out, strict=True)]
+            stay[0] = to_keep
+        if ref_to_keep is not None and hidden.dtype == dtype and blocks.ref_kept == hidden.shape[0]:
+            stay[1] = ref_to_keep
+        places = [stay[i] if i in stay else scratch.get(i, width) for i in range(len(pairs))]
+        logits = [
+            _logits(states, weight[part], to) for (states, weight), to in zip(pairs, places, strict=True)
+        ]
         rows, columns = where.of(number, part)
-        for target_logits, logits in zip(at, own, strict=True):
-            target_logits[rows] = logits[rows, columns]
-        gap = torch.sub(own[0], own[1], out=scratch.get(2, width)) if needs & KL_STATISTICS else None
-        for index, (model, logits) in enumerate(zip(sums, own, strict=True)):
-            shrink = model.take(logits, entropy=index == 0 and "entropy" in needs)
+        for target_logits, own in zip(at, logits, strict=True):
+            target_logits[rows] = own[rows, columns]
+        gap = torch.sub(*logits, out=scratch.get(2, width)) if needs & KL_STATISTICS else None
+        exponentials = []
+        for index, (model, own) in enumerate(zip(sums, logits, strict=True)):
+            to = stay.get(index, own)
+            shrink = model.take(own, to, entropy=index == 0 and "entropy" in needs)
+            exponentials.append(to)
             if vectors:
-                product = _product(logits.to(hidden.dtype), heads.weight[part], dtype)
-                found.vectors[index].mul_(shrink[:, None]).add_(product)
+                vector = _product(to.to(hidden.dtype), heads.weight[part], dtype)
+                found.vectors[index].mul_(shrink[:, None]).add_(vector)
         if gap is not None:
             # A product and its sum: batched products of one row each, which need no place, take three times as long.
             place = scratch.get(3, width)
             if "kl_ref_policy" in needs:
-                sums[1].gap += torch.mul(own[1], gap, out=place).sum(-1)
+                sums[1].gap += torch.mul(exponentials[1], gap, out=place).sum(-1)
             if "kl_policy_ref" in needs:
-                sums[0].gap += torch.mul(own[0], gap, out=place).sum(-1)
-            sums[1].growth += gap.expm1_().mul_(own[1]).sum(-1)
+                sums[0].gap += torch.mul(exponentials[0], gap, out=place).sum(-1)
+            sums[1].growth += gap.expm1_().mul_(exponentials[1]).sum(-1)
         for index, model in enumerate(sums):
             if number >= len(blocks) - max(blocks.kept, 1):
                 found.shifts[index].append(model.shift)
-        if to_keep is not None and out[0] is not to_keep:
-            to_keep.copy_(own[0])
-        if ref_to_keep is not None:
-            ref_to_keep.copy_(own[1][last_rows])
+        if to_keep is not None and 0 not in stay:
+            to_keep.copy_(exponentials[0])
+        if ref_to_keep is not None and 1 not in stay:
+            ref_to_keep.copy_(exponentials[1][last_rows])
     for vector, model in zip(found.vectors, sums, strict=False):
         vector /= model.total[:, None]
     found.vectors = [vector.to(dtype) for vector in found.vectors]
@@ -435,15 +447,15 @@ def backward_blocks(
             narrow = block.to(heads.hidden.dtype)
             for rows in _pieces(narrow.shape[0], place):
                 if grad_hidden is not None:
-                    product = _product(narrow[rows], heads.weight[part], dtype, place)
-                    grad_hidden[step.rows][rows].addcmul_(factor[rows, None], product)
+                    states = _product(narrow[rows], heads.weight[part], dtype, place)
+                    grad_hidden[step.rows][rows].addcmul_(factor[rows, None], states)
                 if grad_weight is None:
                     continue
                 scaled = _scaled(step.hidden[rows], factor[rows], place)
                 if whole is None:
                     whole = _product(narrow[rows].T, scaled, dtype)
                 elif direct:
-                    whole.addmm_(narrow[rows].T, scaled, beta=int(begun))
+                    add_product(whole, narrow[rows].T, scaled, begun=begun)
                 else:
                     whole += _product(narrow[rows].T, scaled, dtype)
                 begun = True
@@ -545,7 +557,7 @@ class _Backward:
         self._simple = self._grads.keys() <= {"policy_logps"}
         self._closed = bool(self._grads.keys() & {"kl_policy_ref", "entropy"})
         self._pairs = self._heads.pairs[:1] if self._simple else self._heads.pairs
-        self._scratch = _Scratch(self._heads, blocks, len(self._pairs))
+        self._scratch = _Scratch(self._heads, blocks)
 
     @property
     def hidden(self) -> Tensor:

@@ -1,0 +1,153 @@
+"""Products by oneDNN are the same products, taken where a processor is faster with them and nowhere else."""
+
+from pathlib import Path
+
+import pytest
+import torch
+
+from tokenpref.ops import products, score_tokens
+from tokenpref.ops.products import add_product, linear, product, takes_onednn
+
+pytestmark = pytest.mark.skipif(
+    not hasattr(torch.ops.mkldnn, "_linear_pointwise"), reason="this PyTorch comes without oneDNN"
+)
+
+
+@pytest.fixture
+def calls(monkeypatch):
+    """Products of any size by oneDNN, whatever the processor; their shapes."""
+    made = []
+    by_onednn = products._by_onednn
+
+    def counted(x, weight):
+        made.append((tuple(x.shape), tuple(weight.shape)))
+        return by_onednn(x, weight)
+
+    monkeypatch.setattr(products, "_by_onednn", counted)
+    monkeypatch.setattr(products, "uses_onednn", lambda: True)
+    monkeypatch.setattr(products, "_SMALLEST", 0)
+    return made
+
+
+def normal(*shape):
+    return torch.randn(shape, generator=torch.Generator().manual_seed(sum(shape)))
+
+
+def layouts(*shape):
+    """A matrix, a transpose and a part of a wider one, of the same numbers."""
+    values = normal(*shape)
+    wider = torch.zeros(shape[0], shape[1] + 3)
+    wider[:, 1:-2] = values
+    return [values, values.T.contiguous().T, wider[:, 1:-2]]
+
+
+def test_products_of_all_layouts(calls):
+    for left in layouts(7, 5):
+        for right in layouts(5, 9):
+            wanted = left.double() @ right.double()
+            torch.testing.assert_close(product(left, right).double(), wanted, atol=1e-5, rtol=0)
+            torch.testing.assert_close(linear(left, right.T).double(), wanted, atol=1e-5, rtol=0)
+            for begun in (False, True):
+                # What a total that has not begun holds must not matter.
+                total = torch.ones(7, 9) if begun else torch.full((7, 9), torch.nan)
+                assert add_product(total, left, right, begun=begun) is total
+                torch.testing.assert_close(total.double(), wanted + begun, atol=1e-5, rtol=0)
+    assert len(calls) == 3 * 3 * 4
+
+
+def test_of_two_factors_to_copy_the_smaller_is_turned(calls):
+    add_product(torch.zeros(7, 9), normal(5, 7).T, normal(5, 9))
+    add_product(torch.zeros(9, 7), normal(5, 9).T, normal(5, 7))
+    add_product(torch.zeros(9, 7), normal(9, 5), normal(5, 7))
+    assert calls == [((7, 5), (9, 5)), ((7, 5), (9, 5)), ((9, 5), (7, 5))]
+
+
+def test_a_row_does_not_depend_on_the_rows_beside_it(calls):
+    x, weight = normal(600, 64), normal(96, 64)
+    whole = linear(x, weight)
+    for rows in (slice(0, 512), slice(512, 600), slice(3, 5), slice(100, 333)):
+        assert torch.equal(linear(x[rows], weight), whole[rows])
+    assert len(calls) == 5
+
+
+@pytest.mark.parametrize(
+    ("left", "right"),
+    [
+        (normal(1, 8), normal(9, 8)),  # one row alone
+        (normal(0, 8), normal(9, 8)),
+        (normal(4, 8).double(), normal(9, 8).double()),
+        (normal(4, 8).bfloat16(), normal(9, 8).bfloat16()),
+        (normal(4, 8).to("meta"), normal(9, 8).to("meta")),
+    ],
+)
+def test_what_oneDNN_is_not_asked(calls, left, right):
+    found = linear(left, right)
+    assert found.shape == (left.shape[0], 9) and not calls
+    if left.device.type == "cpu":
+        assert torch.equal(found, left @ right.T)
+        assert torch.equal(add_product(torch.zeros_like(found), left, right.T), left @ right.T)
+
+
+def test_a_place_is_taken_by_pytorchs_product():
+    place = torch.empty(4, 9)
+    assert linear(normal(4, 8), normal(9, 8), place) is place  # a small one
+
+
+def test_small_products_stay(monkeypatch):
+    monkeypatch.setattr(products, "uses_onednn", lambda: True)
+    assert not takes_onednn(normal(64, 64), normal(64, 64), 64, 64)
+    assert takes_onednn(normal(128, 128), normal(64, 128), 128, 64)
+    with torch.backends.mkldnn.flags(enabled=False):
+        assert not takes_onednn(normal(128, 128), normal(64, 128), 128, 64)
+
+
+@pytest.mark.parametrize(
+    ("vendor", "vectors", "faster"),
+    [
+        ("AuthenticAMD", "AVX512", True),
+        ("AuthenticAMD", "AVX2", False),
+        ("GenuineIntel", "AVX512", False),
+        ("", "AVX512", False),
+    ],
+)
+def test_which_processors(monkeypatch, vendor, vectors, faster):
+    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
+    monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
+    assert products.uses_onednn.__wrapped__() is faster
+
+
+def test_the_vendor_is_read_from_the_kernel():
+    about = Path("/proc/cpuinfo")
+    if not about.exists() or "vendor_id" not in about.read_text():
+        pytest.skip("the kernel names no vendor here")
+    assert products._vendor() in about.read_text()
+
+
+@pytest.mark.parametrize("memory_mb", [0.01, 100])
+@pytest.mark.parametrize(
+    "needs", [frozenset(), frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})]
+)
+@pytest.mark.parametrize("frozen", [False, True])
+def test_a_heads_statistics_and_gradients(calls, memory_mb, needs, frozen):
+    def scored(dtype):
+        hidden, weight = normal(40, 16).to(dtype).requires_grad_(), normal(90, 16).to(dtype)
+        weight.requires_grad_(not frozen)
+        values = score_tokens(
+            hidden,
+            weight,
+            torch.arange(40) * 2,
+            ref_hidden=normal(40, 17)[:, 1:].to(dtype),
+            ref_head_weight=normal(91, 16)[1:].to(dtype),
+            needs=needs,
+            memory_mb=memory_mb,
+        )
+        total = sum((value * torch.linspace(-1, 1, 40).to(dtype)).sum() for value in values.values())
+        return [*values.values(), *torch.autograd.grad(total, [hidden] if frozen else [hidden, weight])]
+
+    found = scored(torch.float32)
+    assert calls
+    made = len(calls)
+    for one, other in zip(found, scored(torch.float64), strict=True):
+        torch.testing.assert_close(one.double(), other, atol=2e-4, rtol=1e-4)
+    assert len(calls) == made
