@@ -55,6 +55,29 @@ def test_products_of_all_layouts(calls):
     assert len(calls) == 3 * 3 * 4
 
 
+def test_what_is_turned_is_made_of_some_rows_at_a_time(calls, monkeypatch):
+    monkeypatch.setattr(products, "_TURNED", 30)
+    left, right, total = normal(5, 17).T, normal(5, 9), torch.ones(17, 9)
+    add_product(total, left, right)
+    torch.testing.assert_close(total, 1 + left @ right, atol=1e-5, rtol=0)
+    assert [shapes[1] for shapes in calls] == [(3, 5)] * 5 + [(2, 5)]
+
+
+def test_a_weight_with_gaps_is_copied_first(monkeypatch):
+    """oneDNN reads it number by number: a product of 20 ms took minutes."""
+    taken, library = [], torch.ops.mkldnn._linear_pointwise
+
+    def watched(x, weight, *rest):
+        taken.append(weight.is_contiguous() or weight.T.is_contiguous())
+        return library(x, weight, *rest)
+
+    monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
+    for weight in (*layouts(9, 8), *(other.T for other in layouts(8, 9))):
+        found = products._by_onednn(normal(4, 8), weight)
+        torch.testing.assert_close(found, normal(4, 8) @ weight.T, atol=1e-5, rtol=0)
+    assert taken == [True] * 6
+
+
 def test_of_two_factors_to_copy_the_smaller_is_turned(calls):
     add_product(torch.zeros(7, 9), normal(5, 7).T, normal(5, 9))
     add_product(torch.zeros(9, 7), normal(5, 9).T, normal(5, 7))

@@ -21,6 +21,7 @@ gradient vectors of each row, and the backward needs no block at all.
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -36,8 +37,12 @@ __all__ = ["Blocks", "Found", "Heads", "Kept", "backward_blocks", "forward_block
 MIB = 1 << 20
 # Two ways to one number that differ by more than float32's rounding of logits: the first one has overflowed.
 _CLOSE = 1e-4
+# Powers of two are a quarter of the work of powers of e where PyTorch has these from MKL.
+_LOG2E = 1 / math.log(2)
 # On a CPU the passes over a block shall find it in the last-level cache; a GPU wants few and large kernels.
 _BLOCK_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
+# Nor shall it be wider on a CPU: a block's part of the head's gradient may be made before it is added.
+_WIDEST = 4096
 # Rows of logits that do not begin on a cache line's boundary cost a product on a CPU a third of its speed.
 _UNIT = 64
 _PLACE_BYTES = 2 * MIB  # for what the backward makes of some rows' hidden states at a time, on a CPU,
@@ -104,7 +109,8 @@ def plan_blocks(
     at_work = models + 2 * (keep - 1)
     column = max(rows, 1) * accumulation_dtype(dtype).itemsize * at_work
     target = min(_BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]), budget)
-    columns = min(max(target // column, 1), vocabulary)
+    widest = min(_WIDEST, vocabulary) if device.type == "cpu" else vocabulary
+    columns = min(max(target // column, 1), widest)
     unit = _UNIT if _UNIT <= columns < vocabulary else 1
     columns = columns // unit * unit
     # As equal as can be: the same number of blocks, the last one not much narrower.
@@ -194,7 +200,7 @@ class _Sums:
         moved = torch.where(self.shift.isinf(), 0.0, (self.shift - shift).double())
         shrink = moved.exp()
         self.shift = shift
-        torch.sub(logits, shift[:, None], out=to).exp_()
+        _exponentials(logits, shift, to)
         if entropy:  # exp(z - m) (z - m), from the exponentials alone
             self.own = shrink * (self.own + moved * self.total) + torch.xlogy(to, to).sum(-1)
         self.total = shrink * self.total + to.sum(-1)
@@ -204,6 +210,12 @@ class _Sums:
     @property
     def lse(self) -> Tensor:
         return self.shift.double() + self.total.log()
+
+
+def _exponentials(logits: Tensor, shift: Tensor, to: Tensor) -> Tensor:
+    """``exp(logits - shift)`` of a block, in ``to``, which may be the block."""
+    # The distance first: of the largest logit it is exactly 0.
+    return torch.sub(logits, shift[:, None], out=to).mul_(_LOG2E).exp2_()
 
 
 class _Targets:
@@ -373,6 +385,7 @@ def forward_blocks(
             to_keep.copy_(exponentials[0])
         if ref_to_keep is not None and 1 not in stay:
             ref_to_keep.copy_(exponentials[1][last_rows])
+        del logits, exponentials, own, to  # before the next block's are made, which may need new memory
     for vector, model in zip(found.vectors, sums, strict=False):
         vector /= model.total[:, None]
     found.vectors = [vector.to(dtype) for vector in found.vectors]
@@ -459,6 +472,7 @@ def backward_blocks(
                 else:
                     whole += _product(narrow[rows].T, scaled, dtype)
                 begun = True
+            del block, narrow  # before the next block is made, which may need new memory
         if where is not None and grad_weight is not None and whole is not None:
             hits, columns = where.of(number, part)
             grad_weight[part] = whole.index_add_(
@@ -589,7 +603,8 @@ class _Backward:
         if exponentials is None:
             # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
             # are not, models that agree shall have no gradient of their KL.
-            exponentials = self._logits(model, part).sub_(shift[:, None]).exp_()
+            logits = self._logits(model, part)
+            exponentials = _exponentials(logits, shift, logits)
         return exponentials, (shift - self._lse[model]).exp()
 
     def _shift(self, model: int, number: int) -> Tensor:

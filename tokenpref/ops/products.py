@@ -23,6 +23,9 @@ __all__ = ["add_product", "linear", "product", "takes_onednn", "uses_onednn"]
 _SMALLEST = 1 << 20
 """Multiplications below which the call costs more than the product: some 10 us."""
 
+_TURNED = 1 << 22
+"""Numbers at a time of a result that is made transposed: 16 MiB."""
+
 
 @cache
 def uses_onednn() -> bool:
@@ -62,7 +65,13 @@ def takes_onednn(left: Tensor, right: Tensor, rows: int, columns: int) -> bool:
 
 
 def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
-    """``x weight^T``; rows of ``x`` that do not follow each other in memory are copied first."""
+    """``x weight^T``; what oneDNN takes in no other way is copied first.
+
+    That are rows of ``x`` that do not follow each other in memory, and a ``weight`` with gaps, which it would read number by
+    number, a hundred times slower.
+    """
+    if not weight.is_contiguous() and not weight.T.is_contiguous():
+        weight = weight.contiguous()
     made: Tensor = torch.ops.mkldnn._linear_pointwise(x, weight, None, "none", [], "")
     return made
 
@@ -96,9 +105,20 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, begun: bool = Tru
     """
     if not takes_onednn(left, right, *total.shape):
         return total.addmm_(left, right, beta=int(begun))
-    # Of two factors that would have to be copied the smaller one: right^T left^T is the transpose of what is wanted.
-    turned = not left.is_contiguous() and right.numel() <= left.numel()
-    made = _by_onednn(right.T, left).T if turned else _by_onednn(left, right.T)
+    if left.is_contiguous() or right.numel() > left.numel():
+        _put(total, _by_onednn(left, right.T), begun)
+        return total
+    # Of two factors that would have to be copied the smaller one: right^T left^T is the transpose of what is wanted. It is made
+    # of some rows at a time, since a product makes its own memory.
+    turned = right.T.contiguous()
+    size = max(_TURNED // total.shape[1], 1)
+    for rows, part in zip(total.split(size), left.split(size), strict=True):
+        _put(rows, _by_onednn(turned, part).T, begun)
+    return total
+
+
+def _put(total: Tensor, made: Tensor, begun: bool) -> None:
     if begun:
-        return total.add_(made)
-    return torch.mul(made, 1.0, out=total)  # copying a transpose takes one thread and several times as long
+        total.add_(made)
+    else:
+        torch.mul(made, 1.0, out=total)  # copying a transpose takes one thread and several times as long
