@@ -114,6 +114,15 @@ def test_gates_that_are_more_than_products_are_called(change):
     assert torch.equal(found, expected) and calls == [1, 1] * (change == "hook")
 
 
+@pytest.mark.parametrize(
+    ("count", "sizes"), [(0, []), (1, [1]), (16, [16]), (17, [9, 8]), (33, [11] * 3), (49, [13, 13, 13, 10])]
+)
+def test_pieces_are_of_about_one_size(count, sizes):
+    pieces = list(lean._pieces(count))
+    assert [piece.stop - piece.start for piece in pieces] == sizes
+    assert [piece.start for piece in pieces] == [sum(sizes[:i]) for i in range(len(sizes))]
+
+
 @pytest.fixture
 def onednn(monkeypatch):
     """All products of float32 by oneDNN, whatever the processor."""

@@ -101,8 +101,10 @@ def _is_plain(projection: nn.Module | None, dtype: torch.dtype) -> bool:
 
 
 def _pieces(count: int) -> Iterator[slice]:
-    for start in range(0, count, _ROWS):
-        yield slice(start, min(start + _ROWS, count))
+    """As few as ``_ROWS`` allows, of about one size: products of a few rows alone may round otherwise than those of many."""
+    size = -(-count // max(-(-count // _ROWS), 1))
+    for start in range(0, count, max(size, 1)):
+        yield slice(start, min(start + size, count))
 
 
 def _swiglu(
@@ -167,7 +169,7 @@ def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     if not _lean_on_cpu(layer, x, torch.float32) or weight.dtype != x.dtype:
         return nn.Linear.forward(layer, x)
     rows = x.flatten(0, -2)
-    if not takes_onednn(rows, weight, rows.shape[0], weight.shape[0]):
+    if not takes_onednn(rows, weight):
         return nn.Linear.forward(layer, x)
     output: Tensor = _Linear.apply(rows, weight) if torch.is_grad_enabled() else linear(rows, weight)
     return output.unflatten(0, x.shape[:-1])

@@ -37,7 +37,7 @@ __all__ = ["Blocks", "Found", "Heads", "Kept", "backward_blocks", "forward_block
 MIB = 1 << 20
 # Two ways to one number that differ by more than float32's rounding of logits: the first one has overflowed.
 _CLOSE = 1e-4
-# Powers of two are a quarter of the work of powers of e where PyTorch has these from MKL.
+# On CPUs powers of two are a quarter of the work of powers of e where PyTorch has these from MKL.
 _LOG2E = 1 / math.log(2)
 # On a CPU the passes over a block shall find it in the last-level cache; a GPU wants few and large kernels.
 _BLOCK_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
@@ -215,7 +215,8 @@ class _Sums:
 def _exponentials(logits: Tensor, shift: Tensor, to: Tensor) -> Tensor:
     """``exp(logits - shift)`` of a block, in ``to``, which may be the block."""
     # The distance first: of the largest logit it is exactly 0.
-    return torch.sub(logits, shift[:, None], out=to).mul_(_LOG2E).exp2_()
+    torch.sub(logits, shift[:, None], out=to)
+    return to.exp_() if to.is_cuda else to.mul_(_LOG2E).exp2_()
 
 
 class _Targets:

@@ -20,8 +20,11 @@ from torch import Tensor
 
 __all__ = ["add_product", "linear", "product", "takes_onednn", "uses_onednn"]
 
-_SMALLEST = 1 << 20
-"""Multiplications below which the call costs more than the product: some 10 us."""
+_SMALLEST = 1 << 14
+"""Numbers of a second factor below which the call, some 10 us, may cost more than the product.
+
+The rows do not count: however many of them there are at a time, their numbers shall be the same.
+"""
 
 _TURNED = 1 << 22
 """Numbers at a time of a result that is made transposed: 16 MiB."""
@@ -49,16 +52,16 @@ def _vendor() -> str:
     return next((name for name in ("GenuineIntel", "AuthenticAMD") if name in platform.processor()), "")
 
 
-def takes_onednn(left: Tensor, right: Tensor, rows: int, columns: int) -> bool:
-    """Whether oneDNN makes the product ``[rows, columns]`` of two matrices, or of their transposes.
+def takes_onednn(left: Tensor, right: Tensor) -> bool:
+    """Whether oneDNN multiplies ``left [N, ...]`` with ``right``, or with its transpose.
 
-    One row alone would be summed in another order than many.
+    One row alone it would sum in another order than many.
     """
     return (
         left.dtype == right.dtype == torch.float32
         and left.device.type == right.device.type == "cpu"
-        and rows > 1
-        and left.numel() * columns >= _SMALLEST
+        and left.shape[0] > 1
+        and right.numel() >= _SMALLEST
         and bool(torch.backends.mkldnn.enabled)
         and uses_onednn()
     )
@@ -84,7 +87,7 @@ def linear(x: Tensor, weight: Tensor, place: Tensor | None = None) -> Tensor:
         weight: ``[V, D]``.
         place: memory for the result ``[N, V]``, which is not always taken: oneDNN makes its own.
     """
-    if takes_onednn(x, weight, x.shape[0], weight.shape[0]):
+    if takes_onednn(x, weight):
         return _by_onednn(x, weight)
     return torch.mm(x, weight.T) if place is None else torch.mm(x, weight.T, out=place)
 
@@ -103,7 +106,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, begun: bool = Tru
         right: ``[K, D]``.
         begun: whether ``total`` holds something already.
     """
-    if not takes_onednn(left, right, *total.shape):
+    if not takes_onednn(left, right):
         return total.addmm_(left, right, beta=int(begun))
     if left.is_contiguous() or right.numel() > left.numel():
         _put(total, _by_onednn(left, right.T), begun)
