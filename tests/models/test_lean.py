@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import small
+from support.onednn import needs_onednn
 from support.saved import saved_bytes
 from torch import nn
 from torchtune.models.llama3_1 import llama3_1
@@ -12,7 +13,6 @@ from torchtune.modules.peft import LoRALinear
 from tokenpref.models import lean
 from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.scoring import ScoringModel, logits_of
-from tokenpref.ops import products
 
 
 @pytest.fixture(autouse=True)
@@ -123,15 +123,7 @@ def test_pieces_are_of_about_one_size(count, sizes):
     assert [piece.start for piece in pieces] == [sum(sizes[:i]) for i in range(len(sizes))]
 
 
-@pytest.fixture
-def onednn(monkeypatch):
-    """All products of float32 by oneDNN, whatever the processor."""
-    if not hasattr(torch.ops.mkldnn, "_linear_pointwise"):
-        pytest.skip("this PyTorch comes without oneDNN")
-    monkeypatch.setattr(products, "uses_onednn", lambda: True)
-    monkeypatch.setattr(products, "_SMALLEST", 0)
-
-
+@needs_onednn
 def test_gates_by_onednn(onednn):
     plain, twin = two(gates())
     x = torch.randn(5, 7, 32, requires_grad=True)
@@ -141,6 +133,7 @@ def test_gates_by_onednn(onednn):
         assert torch.equal(twin(x), found[0])  # equal models compute equal numbers
 
 
+@needs_onednn
 def test_a_linear_layer_by_onednn(onednn):
     plain, twin = two(lambda: nn.Linear(32, 48, bias=False))
     x = torch.randn(5, 7, 32, requires_grad=True)
@@ -157,8 +150,9 @@ def test_a_linear_layer_by_onednn(onednn):
     assert torch.equal(of_x, found[1]) and torch.equal(of_weight, found[2])
 
 
+@needs_onednn
 def test_linear_layers_that_are_something_else_stay_torchs(onednn):
-    plain, twin = two(lambda: nn.Linear(32, 48))
+    _, twin = two(lambda: nn.Linear(32, 48))
     assert "forward" not in vars(twin)  # with a bias
     _, twin = two(lambda: nn.Linear(32, 48, bias=False))
     x = torch.randn(40, 32)
@@ -169,6 +163,7 @@ def test_linear_layers_that_are_something_else_stay_torchs(onednn):
         twin(x)
 
 
+@needs_onednn
 def test_a_decoder_by_onednn_and_its_head(onednn):
     """The head's place is not taken by a linear layer's."""
     model, twin = small.decoder(0, dtype=torch.float32), small.decoder(0, dtype=torch.float32)

@@ -87,16 +87,16 @@ def scored(build, *, padding_free, prepare=lambda model: None, sides=2):
     return stats, {name: parameter.grad for name, parameter in policy.named_parameters()}
 
 
-def assert_alike(found, wanted, atol=1e-6):
+def assert_alike(found, wanted, of_gradients=1e-6):
     (stats, grads), (wanted_stats, wanted_grads) = found, wanted
     for name in ("policy_logps", "ref_logps", "kl_ref_policy", "kl_policy_ref", "entropy"):
         value = getattr(stats, name)
         assert value[stats.mask].abs().min() > 0
         # torchtune normalises in float32, where a last bit in float64 may turn one in float32.
-        torch.testing.assert_close(value, getattr(wanted_stats, name), atol=atol, rtol=0)
+        torch.testing.assert_close(value, getattr(wanted_stats, name), atol=1e-6, rtol=0)
     assert grads.keys() == wanted_grads.keys()
     for name, grad in wanted_grads.items():
-        torch.testing.assert_close(grads[name], grad, atol=atol, rtol=1e-5)
+        torch.testing.assert_close(grads[name], grad, atol=of_gradients, rtol=1e-5)
 
 
 def test_positions_that_something_reads_by_hand():
@@ -155,8 +155,8 @@ def test_compiled_layers_compute_the_same():
 
     found, grads = scored(BUILDERS["llama3"], padding_free=True, prepare=compiled)
     grads = {key.replace("_orig_mod.", ""): grad for key, grad in grads.items()}
-    # A compiler orders the float32 sums of the norms as the CPU's vectors are wide.
-    assert_alike((found, grads), scored(BUILDERS["llama3"], padding_free=False), atol=1e-5)
+    # A compiler orders the float32 sums of the norms as the CPU's vectors are wide: with AVX-512 one gradient differs by 1.3e-6.
+    assert_alike((found, grads), scored(BUILDERS["llama3"], padding_free=False), of_gradients=2e-6)
 
 
 def test_only_the_positions_that_are_read_meet_a_layer():

@@ -213,9 +213,8 @@ def test_a_pair_is_built_in_bfloat16_in_one_process(tmp_path, monkeypatch):
 def test_a_world_of_one_computes_and_samples_in_another_dtype():
     plain = single_process_world()
     half, mixed = (small.decoder(0, dtype=torch.float32) for _ in range(2))
-    for (
-        parameter
-    ) in half.parameters():  # and no buffer: FSDP2 leaves the angles of rotary embeddings in float32
+    # No buffers: FSDP2 leaves the angles of rotary embeddings in float32.
+    for parameter in half.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     with pytest.raises(ValueError, match="compute_dtype is FSDP2's: it needs a world with a mesh"):
         shard(mixed, plain, compute_dtype=torch.bfloat16)

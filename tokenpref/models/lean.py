@@ -4,7 +4,8 @@ SwiGLU layers keep the two factors of ``silu(w1 x) * w3 x`` everywhere. On a CPU
 the C library's heap makes of tensors that come and go: torch asks for aligned memory, glibc before 2.38 aligns by looking for
 more than was asked, so that no tensor fits into the place of one of its size, and the smallest object in the gap between two
 keeps their places apart. A layer's temporaries then cost about as much as what it keeps. So SwiGLU works on some of its rows at a
-time, and norms and rotary embeddings make nothing but what they return.
+time, and norms and rotary embeddings make nothing but what they return. Linear layers keep what they always did; their products,
+and SwiGLU's, are those of :mod:`tokenpref.ops.products`.
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from tokenpref._torchtune import (
     RotaryPositionalEmbeddings,
     TransformerDecoder,
 )
-from tokenpref.ops.products import add_product, linear, product, takes_onednn
+from tokenpref.ops.products import add_product, product, takes_onednn
 
 __all__ = ["keep_layers_lean"]
 
@@ -33,7 +34,7 @@ _ROWS = 1024
 
 
 def keep_layers_lean(model: TransformerDecoder, *, computes_on: str | None = None) -> None:
-    """Give a decoder's SwiGLU layers, norms and rotary embeddings the forwards of this module (in place).
+    """Give a decoder's linear and SwiGLU layers, norms and rotary embeddings the forwards of this module (in place).
 
     The numbers are the same but for rounding. Modules of other kinds work as they are, and so do these with adapters, hooks,
     float8 weights or other dtypes, or under ``torch.compile``.
@@ -115,7 +116,7 @@ def _swiglu(
     place = x.new_empty(min(_ROWS, x.shape[0]), w1.shape[0])
     for rows in _pieces(x.shape[0]):
         if factors is None:
-            gate, up = linear(x[rows], w1), linear(x[rows], w3)
+            gate, up = product(x[rows], w1.T), product(x[rows], w3.T)
         else:
             gate, up = (f[rows] for f in factors)
         gated = torch.ops.aten.silu.out(gate, out=place[: gate.shape[0]]).mul_(up)
@@ -128,7 +129,7 @@ class _SwiGLU(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
-        factors = (linear(x, w1), linear(x, w3))
+        factors = (product(x, w1.T), product(x, w3.T))
         ctx.save_for_backward(x, w1, w2, w3, *factors)
         return _swiglu(x, w1, w2, w3, factors)
 
@@ -164,14 +165,14 @@ def _add_weight(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
 
 
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
-    """``W x`` of ``[..., D]``, by the library that is fast."""
+    """``x W^T`` of ``[..., D]``, by the library that is fast; see :mod:`tokenpref.ops.products`."""
     weight = layer.weight
     if not _lean_on_cpu(layer, x, torch.float32) or weight.dtype != x.dtype:
         return nn.Linear.forward(layer, x)
     rows = x.flatten(0, -2)
     if not takes_onednn(rows, weight):
         return nn.Linear.forward(layer, x)
-    output: Tensor = _Linear.apply(rows, weight) if torch.is_grad_enabled() else linear(rows, weight)
+    output: Tensor = _Linear.apply(rows, weight) if torch.is_grad_enabled() else product(rows, weight.T)
     return output.unflatten(0, x.shape[:-1])
 
 
@@ -181,7 +182,7 @@ class _Linear(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
         ctx.save_for_backward(x, weight)
-        return linear(x, weight)
+        return product(x, weight.T)
 
     @staticmethod
     @once_differentiable

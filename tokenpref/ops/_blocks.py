@@ -30,7 +30,7 @@ import torch
 from torch import Tensor
 
 from tokenpref.ops._closed_form import KL_STATISTICS, RowStatistics, accumulation_dtype, logit_gradient
-from tokenpref.ops.products import add_product, linear, product
+from tokenpref.ops.products import add_product, product
 
 __all__ = ["Blocks", "Found", "Heads", "Kept", "backward_blocks", "forward_blocks", "plan_blocks"]
 
@@ -288,10 +288,10 @@ class Kept:
 def _logits(hidden: Tensor, weight: Tensor, place: Tensor) -> Tensor:
     """Logits in the accumulation dtype, in ``place`` or elsewhere; first rounded as the model's output layer would."""
     if hidden.dtype == place.dtype:
-        return linear(hidden, weight, place)
+        return product(hidden, weight.T, place)
     if _multiplies(hidden.dtype, hidden.device.type):
         return place.copy_(hidden @ weight.T)
-    return place.copy_(linear(hidden.to(place.dtype), weight.to(place.dtype), place).to(hidden.dtype))
+    return place.copy_(product(hidden.to(place.dtype), weight.to(place.dtype).T, place).to(hidden.dtype))
 
 
 @cache
@@ -313,10 +313,8 @@ def _product(left: Tensor, right: Tensor, dtype: torch.dtype, place: Tensor | No
 
     ``place``: at least as many rows, for the product of tensors that are of that dtype already; it may be made elsewhere.
     """
-    if place is not None:
-        return product(left, right, place[: left.shape[0]])
     if left.dtype == dtype:
-        return left @ right
+        return product(left, right, None if place is None else place[: left.shape[0]])
     if left.is_cuda:
         return torch.mm(left, right, out_dtype=dtype)
     # A CPU's half-precision products come out rounded: a block of many, whose sum is float32's, or the weight's own dtype anyway.

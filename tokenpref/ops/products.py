@@ -11,14 +11,13 @@ has the reference's numbers, however many rows each of them multiplies at a time
 
 from __future__ import annotations
 
-import platform
 from functools import cache
 from pathlib import Path
 
 import torch
 from torch import Tensor
 
-__all__ = ["add_product", "linear", "product", "takes_onednn", "uses_onednn"]
+__all__ = ["add_product", "product", "takes_onednn", "uses_onednn"]
 
 _SMALLEST = 1 << 14
 """Numbers of a second factor below which the call, some 10 us, may cost more than the product.
@@ -42,14 +41,13 @@ def uses_onednn() -> bool:
     )
 
 
-def _vendor() -> str:
-    """The processor's maker in its own words; empty if nobody says."""
-    about = Path("/proc/cpuinfo")
+def _vendor(about: Path = Path("/proc/cpuinfo")) -> str:
+    """The processor's maker in the kernel's words; empty if it does not say, as on other systems than Linux."""
     if about.exists():
         for line in about.read_text(encoding="utf-8", errors="replace").splitlines():
             if line.startswith("vendor_id"):
                 return line.partition(":")[2].strip()
-    return next((name for name in ("GenuineIntel", "AuthenticAMD") if name in platform.processor()), "")
+    return ""
 
 
 def takes_onednn(left: Tensor, right: Tensor) -> bool:
@@ -79,22 +77,17 @@ def _by_onednn(x: Tensor, weight: Tensor) -> Tensor:
     return made
 
 
-def linear(x: Tensor, weight: Tensor, place: Tensor | None = None) -> Tensor:
-    """``x weight^T`` of ``[N, D]`` and ``[V, D]``, outside of autograd.
+def product(left: Tensor, right: Tensor, place: Tensor | None = None) -> Tensor:
+    """``left right`` of ``[N, K]`` and ``[K, D]``, outside of autograd.
 
     Args:
-        x: ``[N, D]``.
-        weight: ``[V, D]``.
-        place: memory for the result ``[N, V]``, which is not always taken: oneDNN makes its own.
+        left: ``[N, K]``.
+        right: ``[K, D]``.
+        place: memory for the result ``[N, D]``, which is not always taken: oneDNN makes its own.
     """
-    if takes_onednn(x, weight):
-        return _by_onednn(x, weight)
-    return torch.mm(x, weight.T) if place is None else torch.mm(x, weight.T, out=place)
-
-
-def product(left: Tensor, right: Tensor, place: Tensor | None = None) -> Tensor:
-    """``left right`` of ``[N, K]`` and ``[K, D]``; ``place`` as in :func:`linear`."""
-    return linear(left, right.T, place)
+    if takes_onednn(left, right):
+        return _by_onednn(left, right.T)
+    return torch.mm(left, right, out=place)
 
 
 def add_product(total: Tensor, left: Tensor, right: Tensor, *, begun: bool = True) -> Tensor:
