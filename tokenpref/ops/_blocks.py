@@ -40,9 +40,9 @@ _CLOSE = 1e-4
 # On CPUs powers of two are a quarter of the work of powers of e where PyTorch has these from MKL.
 _LOG2E = 1 / math.log(2)
 # On a CPU the passes over a block shall find it in the last-level cache; a GPU wants few and large kernels.
-_BLOCK_BYTES = {"cpu": 16 * MIB, "cuda": 256 * MIB}
-# Nor shall it be wider on a CPU: a block's part of the head's gradient may be made before it is added.
-_WIDEST = 4096
+_BLOCK_BYTES = {"cpu": 8 * MIB, "cuda": 256 * MIB}
+# Nor shall it be wider on a CPU: its products may need the block's weights once more, and their gradient beside the head's.
+_WIDEST = 2048
 # Rows of logits that do not begin on a cache line's boundary cost a product on a CPU a third of its speed.
 _UNIT = 64
 _PLACE_BYTES = 2 * MIB  # for what the backward makes of some rows' hidden states at a time, on a CPU,
@@ -234,19 +234,67 @@ class _Targets:
 
 
 class _Scratch:
-    """Memory for a block's logits that every block uses again."""
+    """Memory for what every block makes anew.
+
+    Taken and given back for each block it would cost a CPU as much again in page faults, wherever the allocator returns it.
+    """
 
     def __init__(self, heads: Heads, blocks: Blocks) -> None:
-        self._like, self._columns = heads.hidden, blocks.columns
-        self._flat: dict[int, Tensor] = {}
+        self._hidden, self._columns = heads.hidden, blocks.columns
+        self._dtype = accumulation_dtype(heads.hidden.dtype)
+        self._flat: dict[tuple[object, torch.dtype], Tensor] = {}
 
     def get(self, index: int, width: int) -> Tensor:
-        """``[N, width]``."""
-        rows = self._like.shape[0]
-        if index not in self._flat:
-            dtype = accumulation_dtype(self._like.dtype)
-            self._flat[index] = self._like.new_empty(rows * self._columns, dtype=dtype)
-        return self._flat[index][: rows * width].view(rows, width)
+        """A block ``[N, width]`` in the accumulation dtype."""
+        return self._block(index, width, self._dtype)
+
+    def narrow(self, block: Tensor) -> Tensor:
+        """A block in the hidden states' dtype; itself where it is of that dtype."""
+        if block.dtype == self._hidden.dtype:
+            return block
+        return self._block("narrow", block.shape[1], self._hidden.dtype).copy_(block)
+
+    def logits(self, hidden: Tensor, weight: Tensor, place: Tensor) -> Tensor:
+        """Logits in the accumulation dtype, in ``place`` or elsewhere; first rounded as the model's output layer would."""
+        if hidden.dtype == place.dtype:
+            return product(hidden, weight.T, place)
+        if hidden.is_cuda:
+            return place.copy_(hidden @ weight.T)
+        if _multiplies(hidden.dtype, hidden.device.type):
+            rounded = self._block("narrow", place.shape[1], hidden.dtype)
+            return place.copy_(torch.mm(hidden, weight.T, out=rounded))
+        return place.copy_(self.narrow(product(hidden.to(place.dtype), weight.to(place.dtype).T, place)))
+
+    def product(self, name: str, left: Tensor, right: Tensor, place: Tensor | None = None) -> Tensor:
+        """``left @ right`` in the accumulation dtype, of half precision without rounding where the device can do that.
+
+        Args:
+            name: of the result, which stays until the next one of that name.
+            left: a block, or columns of one.
+            right: of its dtype.
+            place: at least as many rows, for the product of tensors that are of the accumulation dtype; it may be made elsewhere.
+        """
+        dtype, shape = self._dtype, (left.shape[0], right.shape[1])
+        if left.dtype == dtype:
+            return product(left, right, None if place is None else place[: left.shape[0]])
+        if left.is_cuda:
+            return torch.mm(left, right, out_dtype=dtype)
+        # A CPU's half-precision products come out rounded: a block of many, whose sum is float32's, or the weight's dtype anyway.
+        if _multiplies(left.dtype, left.device.type):
+            rounded = torch.mm(left, right, out=self._view(name, shape, left.dtype))
+            return self._view(name, shape, dtype).copy_(rounded)
+        return left.to(dtype) @ right.to(dtype)
+
+    def _block(self, name: object, width: int, dtype: torch.dtype) -> Tensor:
+        rows = self._hidden.shape[0]
+        return self._view(name, (rows, width), dtype, of=rows * self._columns)
+
+    def _view(self, name: object, shape: tuple[int, int], dtype: torch.dtype, of: int = 0) -> Tensor:
+        size = shape[0] * shape[1]
+        flat = self._flat.get((name, dtype))
+        if flat is None or flat.numel() < size:
+            flat = self._flat[name, dtype] = self._hidden.new_empty(max(size, of), dtype=dtype)
+        return flat[:size].view(shape)
 
 
 class Kept:
@@ -285,15 +333,6 @@ class Kept:
         return memory[rows * start : rows * (start + width)].view(rows, width)
 
 
-def _logits(hidden: Tensor, weight: Tensor, place: Tensor) -> Tensor:
-    """Logits in the accumulation dtype, in ``place`` or elsewhere; first rounded as the model's output layer would."""
-    if hidden.dtype == place.dtype:
-        return product(hidden, weight.T, place)
-    if _multiplies(hidden.dtype, hidden.device.type):
-        return place.copy_(hidden @ weight.T)
-    return place.copy_(product(hidden.to(place.dtype), weight.to(place.dtype).T, place).to(hidden.dtype))
-
-
 @cache
 def _multiplies(dtype: torch.dtype, device: str) -> bool:
     """Whether a device multiplies half precision; without it PyTorch's products take ten to a hundred times float32's."""
@@ -306,21 +345,6 @@ def _multiplies(dtype: torch.dtype, device: str) -> bool:
         torch.float16: "_is_mkldnn_fp16_supported",
     }
     return bool(getattr(torch.ops.mkldnn, asked[dtype])())
-
-
-def _product(left: Tensor, right: Tensor, dtype: torch.dtype, place: Tensor | None = None) -> Tensor:
-    """``left @ right`` in ``dtype``, of half precision without rounding the product to it where the device can do that.
-
-    ``place``: at least as many rows, for the product of tensors that are of that dtype already; it may be made elsewhere.
-    """
-    if left.dtype == dtype:
-        return product(left, right, None if place is None else place[: left.shape[0]])
-    if left.is_cuda:
-        return torch.mm(left, right, out_dtype=dtype)
-    # A CPU's half-precision products come out rounded: a block of many, whose sum is float32's, or the weight's own dtype anyway.
-    if _multiplies(left.dtype, left.device.type):
-        return (left @ right).to(dtype)
-    return left.to(dtype) @ right.to(dtype)
 
 
 def forward_blocks(
@@ -355,7 +379,8 @@ def forward_blocks(
             stay[1] = ref_to_keep
         places = [stay[i] if i in stay else scratch.get(i, width) for i in range(len(pairs))]
         logits = [
-            _logits(states, weight[part], to) for (states, weight), to in zip(pairs, places, strict=True)
+            scratch.logits(states, weight[part], to)
+            for (states, weight), to in zip(pairs, places, strict=True)
         ]
         rows, columns = where.of(number, part)
         for target_logits, own in zip(at, logits, strict=True):
@@ -367,7 +392,7 @@ def forward_blocks(
             shrink = model.take(own, to, entropy=index == 0 and "entropy" in needs)
             exponentials.append(to)
             if vectors:
-                vector = _product(to.to(hidden.dtype), heads.weight[part], dtype)
+                vector = scratch.product("vector", scratch.narrow(to), heads.weight[part])
                 found.vectors[index].mul_(shrink[:, None]).add_(vector)
         if gap is not None:
             # A product and its sum: batched products of one row each, which need no place, take three times as long.
@@ -376,7 +401,8 @@ def forward_blocks(
                 sums[1].gap += torch.mul(exponentials[1], gap, out=place).sum(-1)
             if "kl_policy_ref" in needs:
                 sums[0].gap += torch.mul(exponentials[0], gap, out=place).sum(-1)
-            sums[1].growth += gap.expm1_().mul_(exponentials[1]).sum(-1)
+            if hidden.dtype == dtype:
+                sums[1].growth += gap.expm1_().mul_(exponentials[1]).sum(-1)
         for index, model in enumerate(sums):
             if number >= len(blocks) - max(blocks.kept, 1):
                 found.shifts[index].append(model.shift)
@@ -388,12 +414,13 @@ def forward_blocks(
     for vector, model in zip(found.vectors, sums, strict=False):
         vector /= model.total[:, None]
     found.vectors = [vector.to(dtype) for vector in found.vectors]
-    found.values = _values(sums, at, needs)
+    # Of rounded logits a difference of two log-sum-exps, to float32's rounding, says all that there is to know.
+    found.values = _values(sums, at, needs, close=hidden.dtype == dtype)
     found.lse = [model.lse.to(dtype) for model in sums]
     return found
 
 
-def _values(sums: list[_Sums], at: list[Tensor], needs: frozenset[str]) -> dict[str, Tensor]:
+def _values(sums: list[_Sums], at: list[Tensor], needs: frozenset[str], *, close: bool) -> dict[str, Tensor]:
     policy, dtype = sums[0], at[0].dtype
     found = {"policy_logps": at[0].double() - policy.lse}
     if "entropy" in needs:
@@ -402,7 +429,7 @@ def _values(sums: list[_Sums], at: list[Tensor], needs: frozenset[str]) -> dict[
         reference = sums[1]
         if "ref" in needs:
             found["ref_logps"] = at[1].double() - reference.lse
-        apart = _apart(policy, reference)
+        apart = _apart(policy, reference) if close else policy.lse - reference.lse
         # Rounding may leave a little less than nothing.
         if "kl_ref_policy" in needs:
             found["kl_ref_policy"] = (apart - reference.gap / reference.total).clamp(min=0)
@@ -456,20 +483,25 @@ def backward_blocks(
         begun = add_to is not None
         for step in steps:
             block, factor = step.block(number, part)
-            narrow = block.to(heads.hidden.dtype)
+            narrow = step.scratch.narrow(block)
             for rows in _pieces(narrow.shape[0], place):
                 if grad_hidden is not None:
-                    states = _product(narrow[rows], heads.weight[part], dtype, place)
-                    grad_hidden[step.rows][rows].addcmul_(factor[rows, None], states)
+                    states = step.scratch.product("states", narrow[rows], heads.weight[part], place)
+                    total = grad_hidden[step.rows][rows]
+                    if factor is None:
+                        total.add_(states)
+                    else:
+                        total.addcmul_(factor[rows, None], states)
                 if grad_weight is None:
                     continue
-                scaled = _scaled(step.hidden[rows], factor[rows], place)
-                if whole is None:
-                    whole = _product(narrow[rows].T, scaled, dtype)
-                elif direct:
+                scaled = step.hidden[rows]
+                if factor is not None:
+                    scaled = _scaled(scaled, factor[rows], place)
+                if direct and whole is not None:
                     add_product(whole, narrow[rows].T, scaled, begun=begun)
                 else:
-                    whole += _product(narrow[rows].T, scaled, dtype)
+                    own = step.scratch.product("whole", narrow[rows].T, scaled)
+                    whole = own if whole is None else whole.add_(own)
                 begun = True
             del block, narrow  # before the next block is made, which may need new memory
         if where is not None and grad_weight is not None and whole is not None:
@@ -570,18 +602,18 @@ class _Backward:
         self._simple = self._grads.keys() <= {"policy_logps"}
         self._closed = bool(self._grads.keys() & {"kl_policy_ref", "entropy"})
         self._pairs = self._heads.pairs[:1] if self._simple else self._heads.pairs
-        self._scratch = _Scratch(self._heads, blocks)
+        self.scratch = _Scratch(self._heads, blocks)
 
     @property
     def hidden(self) -> Tensor:
         """The policy's hidden states of these rows."""
         return self._heads.hidden
 
-    def block(self, number: int, part: slice) -> tuple[Tensor, Tensor]:
-        """A block and its factor ``[N]``."""
+    def block(self, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
+        """A block and its factor ``[N]``, None for ones."""
         width = part.stop - part.start
         if self._closed:
-            return self._closed_form(part), torch.ones_like(self._nothing)
+            return self._closed_form(part), None
         at_target = self._grads.get("policy_logps", self._nothing)
         p, of_p = self._exponentials(0, number, part)
         if self._simple:
@@ -591,9 +623,9 @@ class _Backward:
         # fused pass would leave the rounding of one of them.
         of_kl = self._grads["kl_ref_policy"]
         q, of_q = self._exponentials(1, number, part)
-        p = torch.mul(p, ((of_kl - at_target) * of_p)[:, None], out=self._scratch.get(0, width))
-        q = torch.mul(q, (of_kl * of_q)[:, None], out=self._scratch.get(1, width))
-        return p.sub_(q), torch.ones_like(self._nothing)
+        p = torch.mul(p, ((of_kl - at_target) * of_p)[:, None], out=self.scratch.get(0, width))
+        q = torch.mul(q, (of_kl * of_q)[:, None], out=self.scratch.get(1, width))
+        return p.sub_(q), None
 
     def _exponentials(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor]:
         """A model's exponentials of a block, and what makes probabilities of them ``[N]``."""
@@ -629,4 +661,4 @@ class _Backward:
 
     def _logits(self, model: int, part: slice) -> Tensor:
         states, weight = self._pairs[model]
-        return _logits(states, weight[part], self._scratch.get(model, part.stop - part.start))
+        return self.scratch.logits(states, weight[part], self.scratch.get(model, part.stop - part.start))
