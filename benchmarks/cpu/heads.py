@@ -14,12 +14,13 @@ import sys
 import time
 from collections.abc import Callable
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu.process import peak_mib, reset_peak, save, settled_mib, versions
 
-__all__ = ["HEADS", "NATIVE", "PEERS", "Inputs", "measure"]
+__all__ = ["COMPILED", "HEADS", "NATIVE", "PEERS", "Inputs", "measure"]
 
 PAIRS = 4  # that the rows are taken for where a head wants whole pairs
 
@@ -47,13 +48,13 @@ class Inputs:
 # loss is inside, returns that.
 
 
-def _ours(inputs: Inputs) -> Any:
+def _ours(inputs: Inputs, *, compiled: bool = False) -> Any:
     from tokenpref.ops.linear import score_tokens
 
-    return score_tokens(inputs.hidden, inputs.weight, inputs.targets)["policy_logps"].sum()
+    return score_tokens(inputs.hidden, inputs.weight, inputs.targets, compiled=compiled)["policy_logps"].sum()
 
 
-def _ours_kl(inputs: Inputs) -> Any:
+def _ours_kl(inputs: Inputs, *, compiled: bool = False) -> Any:
     from tokenpref.ops.linear import score_tokens
 
     values = score_tokens(
@@ -63,6 +64,7 @@ def _ours_kl(inputs: Inputs) -> Any:
         ref_hidden=inputs.ref_hidden,
         ref_head_weight=inputs.ref_weight,
         needs=frozenset({"ref", "kl_ref_policy"}),
+        compiled=compiled,
     )
     return values["policy_logps"].sum() + values["kl_ref_policy"].sum()
 
@@ -107,13 +109,18 @@ HEADS: dict[str, Callable[[Inputs], Any]] = {
     "liger": _liger,
     "trl": _trl,
     "ours": _ours,
+    "ours-compiled": partial(_ours, compiled=True),
     "eager-kl": _eager_kl,
     "ours-kl": _ours_kl,
+    "ours-compiled-kl": partial(_ours_kl, compiled=True),
 }
 """Heads by name; those that end in ``-kl`` compute the KL from a reference too."""
 
 NATIVE = ("eager", "eager-kl", "liger", "trl")
 """Heads that multiply in the dtype that they are given, whatever the machine makes of it."""
+
+COMPILED = ("ours-compiled", "ours-compiled-kl")
+"""Our heads with compiled passes."""
 
 PEERS = ("liger", "trl")
 """Heads that live in TRL's environment."""

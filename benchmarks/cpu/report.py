@@ -36,8 +36,10 @@ HEAD_TITLES = {
     "liger": "Liger, chunked DPO (a pair at a time)",
     "trl": "TRL, chunked log-probs",
     "ours": "tokenpref",
+    "ours-compiled": "tokenpref, compiled",
     "eager-kl": "eager, full logits, KL",
     "ours-kl": "tokenpref, KL",
+    "ours-compiled-kl": "tokenpref, KL, compiled",
 }
 
 
@@ -273,10 +275,12 @@ def _asked_of_heads(results: Results) -> Iterator[Asked]:
     for malloc in _mallocs(results, "heads"):
         for dtype in dict.fromkeys(h["dtype"] for h in results["heads"]):
             for more, gives in (("", "log-probs"), ("-kl", "log-probs and KL")):
-                names = ("eager" + more, "ours" + more)
+                # In half precision compiled passes measure faster, which is where they are asked for.
+                how = "-compiled" if dtype != "float32" else ""
+                names = ("eager" + more, "ours" + how + more)
                 eager, ours = (_head_of(results, n, HEAD_VOCABULARY, dtype, malloc) for n in names)
                 if eager and ours:
-                    where = f"head alone, {gives}, V = {HEAD_VOCABULARY:,}, {dtype}, malloc {malloc}"
+                    where = f"head alone, {gives}, V = {HEAD_VOCABULARY:,}, {dtype}{', compiled' if how else ''}, malloc {malloc}"
                     peak = _over(eager["above_mib"], ours["above_mib"])
                     yield Asked(f"eager's peak over ours: {where}", peak, HEAD_PEAK_WANTED)
                     ratio = ours["best_s"] / eager["best_s"]
@@ -467,7 +471,9 @@ def _heads_words(results: Results) -> str:
         f"Forward and backward of N = {plan['rows']:,} positions, D = {plan['width']:,}, to the gradients of hidden states and "
         f"head, best of {plan['repeats']}. Peak: highest resident memory above inputs, weights and these gradients. Eager takes "
         "the logits to float32 and a log-softmax; with the KL, as TDPO's own code does. Liger's loss has no reference here, so "
-        "that it does the same work. TRL's chunks are those of its trainers, with nothing beside the log-probabilities."
+        "that it does the same work. TRL's chunks are those of its trainers, with nothing beside the log-probabilities. "
+        "Compiled: the passes over our blocks of logits are kernels that torch.compile makes (`compile: true`), which in "
+        "bfloat16 is what was asked for above; compiling is not timed."
     )
 
 
@@ -516,7 +522,8 @@ def _growth_words(results: Results) -> str:
     return _wrapped(
         f"Our head, log-probs, D = {first['width']:,}, V = {first['vocab']:,}, {first['dtype']}, the library's own budget, "
         "which is less than the logits of the fewest positions: peak of one forward and backward above hidden states, weights "
-        "and their gradients, in MiB. Growth is that of the highest over the lowest, whichever is which."
+        f"and their gradients, in MiB, the middle one of {results['plan']['growth_starts']} processes. Growth is that of the "
+        "highest over the lowest, whichever is which."
     )
 
 

@@ -111,7 +111,15 @@ def test_both_references_train_alike(folder):
         assert losses[0][0] == pytest.approx(0.693147, abs=1e-6) and losses[0][1] != losses[0][0]
 
 
-@pytest.mark.parametrize(("one", "other"), [("ours", "eager"), ("ours-kl", "eager-kl")])
+@pytest.mark.parametrize(
+    ("one", "other"),
+    [
+        ("ours", "eager"),
+        ("ours-kl", "eager-kl"),
+        ("ours-compiled", "eager"),
+        ("ours-compiled-kl", "eager-kl"),
+    ],
+)
 def test_heads_give_the_same(one, other):
     values = [
         heads.measure(n, rows=32, width=8, vocab=50, threads=1, repeats=1)["value"] for n in (one, other)

@@ -1,35 +1,12 @@
 import pytest
 import torch
+from support.heads import LABELS, make, total
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from tokenpref.ops import HeadRoom, _blocks, linear_token_stats, score_tokens, token_stats_from_logits
 from tokenpref.ops._blocks import plan_blocks
 
 ALL = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
-LABELS = torch.tensor([[-100, -100, 3, 0, 4, 1, 6], [-100, 2, 2, 1, -100, -100, -100]])
-
-
-def make(dtype=torch.float64, vocab=7, width=4, ref_width=3):
-    generator = torch.Generator().manual_seed(0)
-
-    def normal(*shape):
-        return torch.randn(*shape, dtype=torch.float64, generator=generator).to(dtype)
-
-    hidden, weight = normal(2, 7, width).requires_grad_(), normal(vocab, width).requires_grad_()
-    return hidden, weight, normal(2, 7, ref_width), normal(vocab, ref_width)
-
-
-def total(stats):
-    """A scalar in which every statistic counts differently at every token."""
-    places = torch.arange(1, stats.mask.numel() + 1, device=stats.mask.device).view_as(stats.mask)
-    parts = {"policy_logps": 3, "kl_ref_policy": -2, "kl_policy_ref": 1, "entropy": 0.5}
-    return sum(
-        (places * factor * v).sum()
-        for name, factor in parts.items()
-        if (v := getattr(stats, name)) is not None
-    )
-
-
 BUDGETS = [1e-5, 1e-4, 5e-4, 1e-3, 1]  # MiB: a column at a time, several, some of them kept, all kept
 
 
@@ -307,6 +284,21 @@ class Watch(TorchDispatchMode):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
         return out
+
+
+def test_what_lives_from_block_to_block_is_one_piece_of_memory():
+    # Many small tensors would cut holes that a CPU allocator has for the next block's logits.
+    hidden, weight, ref_hidden, ref_weight = (x.detach().flatten(0, -2) for x in make(vocab=640))
+    heads = _blocks.Heads(hidden, weight, torch.arange(14), ref_hidden, ref_weight)
+    blocks = _blocks.Blocks(640, 64, kept=10, ref_kept=14)
+    memory = hidden.new_empty(_blocks.Kept.size(14, blocks))
+    found = _blocks.forward_blocks(heads, frozenset({"kl_ref_policy"}), blocks, memory)
+    assert [len(shifts) for shifts in found.shifts] == [10, 10]
+    assert len({shift.untyped_storage().data_ptr() for shifts in found.shifts for shift in shifts}) == 1
+    # The largest of all columns so far, each in its own place.
+    for shifts, (states, head) in zip(found.shifts, heads.pairs, strict=True):
+        for number, shift in enumerate(shifts, 1):
+            torch.testing.assert_close(shift, (states @ head[: 64 * number].T).amax(-1))
 
 
 @pytest.mark.parametrize("needs", [frozenset({"ref"}), frozenset({"ref", "kl_ref_policy"}), ALL])

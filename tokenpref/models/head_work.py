@@ -38,11 +38,13 @@ class Head:
         weight: ``[V, D]``.
         memory_mb: MiB for logits; see :func:`tokenpref.ops.linear_token_stats`.
         room: memory that stays from step to step.
+        compiled: whether the passes over its logits are compiled.
     """
 
     weight: Tensor
     memory_mb: float
     room: HeadRoom
+    compiled: bool = False
 
 
 @dataclass(frozen=True)
@@ -103,6 +105,7 @@ class HeadWork:
             memory_mb=head.memory_mb,
             room=head.room,
             add_to=add_to,
+            compiled=head.compiled,
         )
 
     def token_stats(self, values: Mapping[str, Tensor]) -> TokenStats:
@@ -147,7 +150,8 @@ class HeadWork:
         sizes = [sum(self._counts[pair :: self.pairs]) for pair in range(self.pairs)]
         groups, start = [], 0
         for pair in range(1, self.pairs):
-            if not fits(sum(sizes[start : pair + 1]), hidden, head.weight, self.needs, head.memory_mb):
+            rows = sum(sizes[start : pair + 1])
+            if not fits(rows, hidden, head.weight, self.needs, head.memory_mb, compiled=head.compiled):
                 groups.append(slice(start, pair))
                 start = pair
         return [*groups, slice(start, self.pairs)]

@@ -118,6 +118,7 @@ class ScoringModel:
         head_memory_mb: MiB for logits; see :func:`tokenpref.ops.linear_token_stats`.
         padding_free: score sequences one after another, so that nothing is computed for padding; see
             :mod:`tokenpref.models.padding_free`. False: padded batches, which any decoder takes.
+        compiled: compile the passes over the head's logits; see :func:`tokenpref.ops.linear_token_stats`.
 
     Raises:
         TypeError: for a model without a plain linear head, or with an attention that only takes padded batches.
@@ -129,11 +130,13 @@ class ScoringModel:
         *,
         head_memory_mb: float = DEFAULT_MEMORY_MB,
         padding_free: bool = True,
+        compiled: bool = False,
     ) -> None:
         self.model = model
         self.head = install_head(model)
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
+        self.compiled = compiled
         self._room = HeadRoom()
         keep_layers_lean(model)
         if padding_free:
@@ -271,7 +274,7 @@ class ScoringModel:
         return total
 
     def _head(self, weight: Tensor) -> Head:
-        return Head(weight, self.head_memory_mb, self._room)
+        return Head(weight, self.head_memory_mb, self._room, self.compiled)
 
     @torch.no_grad()
     def logps(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:

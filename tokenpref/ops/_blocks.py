@@ -21,7 +21,6 @@ gradient vectors of each row, and the backward needs no block at all.
 
 from __future__ import annotations
 
-import math
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, field, replace
 from functools import cache
@@ -29,17 +28,23 @@ from functools import cache
 import torch
 from torch import Tensor
 
-from tokenpref.ops._closed_form import KL_STATISTICS, RowStatistics, accumulation_dtype, logit_gradient
-from tokenpref.ops.products import add_product, product
+from tokenpref.ops._closed_form import RowStatistics, accumulation_dtype, logit_gradient
+from tokenpref.ops._passes import (
+    Sums,
+    add_block,
+    add_block_compiled,
+    difference,
+    exponentials,
+    write_exponentials,
+)
+from tokenpref.ops.products import add_product, product, takes_onednn
 
 __all__ = ["Blocks", "Found", "Heads", "Kept", "backward_blocks", "forward_blocks", "plan_blocks"]
 
 MIB = 1 << 20
 # Two ways to one number that differ by more than float32's rounding of logits: the first one has overflowed.
 _CLOSE = 1e-4
-# On CPUs powers of two are a quarter of the work of powers of e where PyTorch has these from MKL.
-_LOG2E = 1 / math.log(2)
-# On a CPU the passes over a block shall find it in the last-level cache; a GPU wants few and large kernels.
+# Of a model. On a CPU the passes over a block shall find it in the last-level cache; a GPU wants few and large kernels.
 _BLOCK_BYTES = {"cpu": 8 * MIB, "cuda": 256 * MIB}
 # Nor shall it be wider on a CPU: its products may need the block's weights once more, and their gradient beside the head's.
 _WIDEST = 2048
@@ -59,12 +64,14 @@ class Blocks:
         kept: of how many blocks, the last ones, the policy's exponentials are kept for the backward.
         ref_kept: of how many rows, the last ones, the reference's are kept, over the whole vocabulary; none before all of the
             policy's.
+        compiled: whether the passes over a block are compiled; see :mod:`tokenpref.ops._passes`.
     """
 
     vocabulary: int
     columns: int
     kept: int = 0
     ref_kept: int = 0
+    compiled: bool = False
 
     def __len__(self) -> int:
         return -(-self.vocabulary // self.columns)
@@ -93,6 +100,7 @@ def plan_blocks(
     dtype: torch.dtype,
     device: torch.device,
     budget: int,
+    compiled: bool = False,
 ) -> Blocks:
     """Blocks whose logits, with what is kept of them, take at most ``budget`` bytes (but at least one column does).
 
@@ -104,11 +112,16 @@ def plan_blocks(
         dtype: of the hidden states, in which exponentials are kept.
         device: where they are.
         budget: bytes.
+        compiled: whether the passes over a block are compiled.
     """
-    # A column at work: each model's logits, and two more for what a KL makes of both.
-    at_work = models + 2 * (keep - 1)
-    column = max(rows, 1) * accumulation_dtype(dtype).itemsize * at_work
-    target = min(_BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]), budget)
+    # A column at work: each model's logits, and two more for what a KL makes of both, all of them wide; compiled passes take the
+    # logits as they are, and of a KL make one more.
+    if compiled:
+        at_work = (models + keep - 1) * dtype.itemsize
+    else:
+        at_work = (models + 2 * (keep - 1)) * accumulation_dtype(dtype).itemsize
+    column = max(rows, 1) * at_work
+    target = min(keep * _BLOCK_BYTES.get(device.type, _BLOCK_BYTES["cuda"]), budget)
     widest = min(_WIDEST, vocabulary) if device.type == "cpu" else vocabulary
     columns = min(max(target // column, 1), widest)
     unit = _UNIT if _UNIT <= columns < vocabulary else 1
@@ -121,7 +134,7 @@ def plan_blocks(
     ref_kept = 0
     if keep > 1 and kept * columns >= vocabulary:
         ref_kept = min((left - kept * block) // (vocabulary * dtype.itemsize), rows)
-    return Blocks(vocabulary, columns, kept, ref_kept)
+    return Blocks(vocabulary, columns, kept, ref_kept, compiled)
 
 
 @dataclass(frozen=True)
@@ -176,49 +189,6 @@ class Found:
     vectors: list[Tensor] = field(default_factory=list)
 
 
-class _Sums:
-    """A model's running sums over blocks, ``[N]`` in float64.
-
-    Attributes:
-        shift: the largest logit so far, which the exponentials are relative to.
-        total: sum of exponentials.
-        gap: of exponentials times the distance of the models' logits.
-        growth: of exponentials times expm1 of that distance.
-        own: of exponentials times the model's own shifted logits.
-    """
-
-    def __init__(self, rows: int, dtype: torch.dtype, device: torch.device) -> None:
-        self.shift = torch.full((rows,), -torch.inf, dtype=dtype, device=device)
-        self.total = torch.zeros(rows, dtype=torch.float64, device=device)
-        self.gap = torch.zeros_like(self.total)
-        self.own = torch.zeros_like(self.total)
-        self.growth = torch.zeros_like(self.total)
-
-    def take(self, logits: Tensor, to: Tensor, *, entropy: bool) -> Tensor:
-        """Make ``exp(logits - shift)`` of a block of logits in ``to``; returns the factor by which earlier sums shrank."""
-        shift = torch.maximum(self.shift, logits.amax(-1))
-        moved = torch.where(self.shift.isinf(), 0.0, (self.shift - shift).double())
-        shrink = moved.exp()
-        self.shift = shift
-        _exponentials(logits, shift, to)
-        if entropy:  # exp(z - m) (z - m), from the exponentials alone
-            self.own = shrink * (self.own + moved * self.total) + torch.xlogy(to, to).sum(-1)
-        self.total = shrink * self.total + to.sum(-1)
-        self.gap, self.growth = shrink * self.gap, shrink * self.growth
-        return shrink
-
-    @property
-    def lse(self) -> Tensor:
-        return self.shift.double() + self.total.log()
-
-
-def _exponentials(logits: Tensor, shift: Tensor, to: Tensor) -> Tensor:
-    """``exp(logits - shift)`` of a block, in ``to``, which may be the block."""
-    # The distance first: of the largest logit it is exactly 0.
-    torch.sub(logits, shift[:, None], out=to)
-    return to.exp_() if to.is_cuda else to.mul_(_LOG2E).exp2_()
-
-
 class _Targets:
     """The rows whose target lies in a block, found without looking at all rows each time."""
 
@@ -240,30 +210,57 @@ class _Scratch:
     """
 
     def __init__(self, heads: Heads, blocks: Blocks) -> None:
-        self._hidden, self._columns = heads.hidden, blocks.columns
+        self._hidden, self._size = heads.hidden, heads.hidden.shape[0] * blocks.columns
         self._dtype = accumulation_dtype(heads.hidden.dtype)
         self._flat: dict[tuple[object, torch.dtype], Tensor] = {}
 
     def get(self, index: int, width: int) -> Tensor:
         """A block ``[N, width]`` in the accumulation dtype."""
-        return self._block(index, width, self._dtype)
+        return self._view(index, self._shape(width), self._dtype, of=self._size)
+
+    def block(self, name: object, width: int) -> Tensor:
+        """A block ``[N, width]`` in the hidden states' dtype."""
+        return self._view(name, self._shape(width), self._hidden.dtype, of=self._size)
 
     def narrow(self, block: Tensor) -> Tensor:
         """A block in the hidden states' dtype; itself where it is of that dtype."""
         if block.dtype == self._hidden.dtype:
             return block
-        return self._block("narrow", block.shape[1], self._hidden.dtype).copy_(block)
+        return self.block("narrow", block.shape[1]).copy_(block)
 
-    def logits(self, hidden: Tensor, weight: Tensor, place: Tensor) -> Tensor:
-        """Logits in the accumulation dtype, in ``place`` or elsewhere; first rounded as the model's output layer would."""
-        if hidden.dtype == place.dtype:
-            return product(hidden, weight.T, place)
+    def logits(self, index: int, hidden: Tensor, weight: Tensor, place: Tensor | None = None) -> Tensor:
+        """Logits in the accumulation dtype ``[N, width]``, first rounded as the model's output layer would.
+
+        Args:
+            index: of their memory.
+            hidden: all rows ``[N, D]``.
+            weight: a block's ``[width, D]``.
+            place: memory to take in place of that, if the product takes any.
+        """
+        if hidden.dtype != self._dtype:
+            to = self.get(index, weight.shape[0]) if place is None else place
+            return to.copy_(self._rounded_logits(hidden, weight, "narrow", to))
+        if takes_onednn(hidden, weight):  # makes its own
+            return product(hidden, weight.T)
+        return product(hidden, weight.T, self.get(index, weight.shape[0]) if place is None else place)
+
+    def own_logits(self, index: int, hidden: Tensor, weight: Tensor) -> Tensor:
+        """Logits in the dtype of the hidden states, as compiled passes take them."""
+        if hidden.dtype == self._dtype:
+            return self.logits(index, hidden, weight)
+        return self._rounded_logits(hidden, weight, index)
+
+    def _rounded_logits(
+        self, hidden: Tensor, weight: Tensor, name: object, wide: Tensor | None = None
+    ) -> Tensor:
+        width = weight.shape[0]
         if hidden.is_cuda:
-            return place.copy_(hidden @ weight.T)
+            return hidden @ weight.T
+        place = self.block(name, width)
         if _multiplies(hidden.dtype, hidden.device.type):
-            rounded = self._block("narrow", place.shape[1], hidden.dtype)
-            return place.copy_(torch.mm(hidden, weight.T, out=rounded))
-        return place.copy_(self.narrow(product(hidden.to(place.dtype), weight.to(place.dtype).T, place)))
+            return torch.mm(hidden, weight.T, out=place)
+        wide = self.get(0, width) if wide is None else wide
+        return place.copy_(product(hidden.to(self._dtype), weight.to(self._dtype).T, wide))
 
     def product(self, name: str, left: Tensor, right: Tensor, place: Tensor | None = None) -> Tensor:
         """``left @ right`` in the accumulation dtype, of half precision without rounding where the device can do that.
@@ -285,9 +282,8 @@ class _Scratch:
             return self._view(name, shape, dtype).copy_(rounded)
         return left.to(dtype) @ right.to(dtype)
 
-    def _block(self, name: object, width: int, dtype: torch.dtype) -> Tensor:
-        rows = self._hidden.shape[0]
-        return self._view(name, (rows, width), dtype, of=rows * self._columns)
+    def _shape(self, width: int) -> tuple[int, int]:
+        return self._hidden.shape[0], width
 
     def _view(self, name: object, shape: tuple[int, int], dtype: torch.dtype, of: int = 0) -> Tensor:
         size = shape[0] * shape[1]
@@ -347,6 +343,81 @@ def _multiplies(dtype: torch.dtype, device: str) -> bool:
     return bool(getattr(torch.ops.mkldnn, asked[dtype])())
 
 
+class _Forward:
+    """A block of the forward, op by op in memory that is there.
+
+    Args:
+        heads: the rows.
+        part: the block's columns.
+        scratch: memory of these rows.
+        kept: where exponentials stay for the backward.
+
+    Attributes:
+        logits: of each model ``[N, C]``, until they are added to the sums.
+    """
+
+    def __init__(self, heads: Heads, part: slice, scratch: _Scratch, kept: Kept) -> None:
+        width, pairs = part.stop - part.start, heads.pairs
+        self._scratch, self._width = scratch, width
+        self._to_keep = [kept.policy(part), kept.reference(part)]
+        dtype, rows = accumulation_dtype(heads.hidden.dtype), heads.hidden.shape[0]
+        # Exponentials are made where they are kept, if those of all rows are, and not rounded.
+        stay = [
+            to if to is not None and to.dtype == dtype and to.shape[0] == rows else None
+            for to in self._to_keep
+        ]
+        self.logits = [
+            scratch.logits(index, states, weight[part], to)
+            for index, ((states, weight), to) in enumerate(zip(pairs, stay, strict=False))
+        ]
+        self._exponentials = [own if to is None else to for own, to in zip(self.logits, stay, strict=False)]
+
+    def add_to(self, models: list[Sums], needs: frozenset[str], *, growth: bool) -> list[Tensor]:
+        """Add the block to the sums; returns how much each model's earlier ones shrank ``[N]``."""
+        return add_block(
+            self.logits,
+            models,
+            self._exponentials,
+            lambda index: self._scratch.get(2 + index, self._width),
+            needs,
+            growth=growth,
+        )
+
+    def narrow(self, index: int, _model: Sums) -> Tensor:
+        """A model's exponentials in the hidden states' dtype."""
+        return self._scratch.narrow(self._exponentials[index])
+
+    def keep(self, _models: list[Sums], last_rows: slice) -> None:
+        """Keep what is to be kept; of the reference the last rows alone."""
+        for to, own, rows in zip(self._to_keep, self._exponentials, (slice(None), last_rows), strict=False):
+            if to is not None and to is not own:
+                to.copy_(own[rows])
+
+
+class _CompiledForward:
+    """:class:`_Forward` with compiled passes, which leave the logits as they are."""
+
+    def __init__(self, heads: Heads, part: slice, scratch: _Scratch, kept: Kept) -> None:
+        self._scratch, self._to_keep = scratch, [kept.policy(part), kept.reference(part)]
+        self.logits = [
+            scratch.own_logits(index, states, weight[part])
+            for index, (states, weight) in enumerate(heads.pairs)
+        ]
+
+    def add_to(self, models: list[Sums], needs: frozenset[str], *, growth: bool) -> list[Tensor]:
+        return add_block_compiled(self.logits, models, needs, growth=growth)
+
+    def narrow(self, index: int, model: Sums) -> Tensor:
+        logits = self.logits[index]
+        return write_exponentials(logits, model.shift, self._scratch.block("narrow", logits.shape[1]))
+
+    def keep(self, models: list[Sums], last_rows: slice) -> None:
+        each = zip(self._to_keep, self.logits, models, (slice(None), last_rows), strict=False)
+        for to, logits, model, rows in each:
+            if to is not None:
+                write_exponentials(logits[rows], model.shift[rows], to)
+
+
 def forward_blocks(
     heads: Heads, needs: frozenset[str], blocks: Blocks, memory: Tensor, *, vectors: bool = False
 ) -> Found:
@@ -362,65 +433,39 @@ def forward_blocks(
     pairs, hidden = heads.pairs, heads.hidden
     dtype = accumulation_dtype(hidden.dtype)
     scratch = _Scratch(heads, blocks)
-    sums = [_Sums(hidden.shape[0], dtype, hidden.device) for _ in pairs]
+    sums = [Sums(hidden.shape[0], dtype, hidden.device) for _ in pairs]
     at = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in pairs]
     kept = Kept(memory, hidden.shape[0], blocks)
     found = Found({}, [], kept=kept)
+    shift_places = hidden.new_empty(len(pairs), max(blocks.kept, 1), hidden.shape[0], dtype=dtype)
     if vectors:
         found.vectors = [hidden.new_zeros(hidden.shape, dtype=torch.float64) for _ in pairs]
     where, last_rows = _Targets(heads.targets, blocks), slice(hidden.shape[0] - blocks.ref_kept, None)
+    # Of rounded logits a difference of two log-sum-exps, to float32's rounding, says all that there is to know.
+    precise = hidden.dtype == dtype
     for number, part in enumerate(blocks):
-        width = part.stop - part.start
-        to_keep, ref_to_keep = kept.policy(part), kept.reference(part)
-        stay: dict[int, Tensor] = {}  # exponentials that are made where they are kept
-        if to_keep is not None and hidden.dtype == dtype:
-            stay[0] = to_keep
-        if ref_to_keep is not None and hidden.dtype == dtype and blocks.ref_kept == hidden.shape[0]:
-            stay[1] = ref_to_keep
-        places = [stay[i] if i in stay else scratch.get(i, width) for i in range(len(pairs))]
-        logits = [
-            scratch.logits(states, weight[part], to)
-            for (states, weight), to in zip(pairs, places, strict=True)
-        ]
+        step = (_CompiledForward if blocks.compiled else _Forward)(heads, part, scratch, kept)
         rows, columns = where.of(number, part)
-        for target_logits, own in zip(at, logits, strict=True):
-            target_logits[rows] = own[rows, columns]
-        gap = torch.sub(*logits, out=scratch.get(2, width)) if needs & KL_STATISTICS else None
-        exponentials = []
-        for index, (model, own) in enumerate(zip(sums, logits, strict=True)):
-            to = stay.get(index, own)
-            shrink = model.take(own, to, entropy=index == 0 and "entropy" in needs)
-            exponentials.append(to)
-            if vectors:
-                vector = scratch.product("vector", scratch.narrow(to), heads.weight[part])
-                found.vectors[index].mul_(shrink[:, None]).add_(vector)
-        if gap is not None:
-            # A product and its sum: batched products of one row each, which need no place, take three times as long.
-            place = scratch.get(3, width)
-            if "kl_ref_policy" in needs:
-                sums[1].gap += torch.mul(exponentials[1], gap, out=place).sum(-1)
-            if "kl_policy_ref" in needs:
-                sums[0].gap += torch.mul(exponentials[0], gap, out=place).sum(-1)
-            if hidden.dtype == dtype:
-                sums[1].growth += gap.expm1_().mul_(exponentials[1]).sum(-1)
-        for index, model in enumerate(sums):
-            if number >= len(blocks) - max(blocks.kept, 1):
-                found.shifts[index].append(model.shift)
-        if to_keep is not None and 0 not in stay:
-            to_keep.copy_(exponentials[0])
-        if ref_to_keep is not None and 1 not in stay:
-            ref_to_keep.copy_(exponentials[1][last_rows])
-        del logits, exponentials, own, to  # before the next block's are made, which may need new memory
+        for target_logits, own in zip(at, step.logits, strict=True):
+            target_logits[rows] = own[rows, columns].to(dtype)
+        shrinks = step.add_to(sums, needs, growth=precise)
+        for index, (vector, shrink) in enumerate(zip(found.vectors, shrinks, strict=False)):
+            own = scratch.product("vector", step.narrow(index, sums[index]), heads.weight[part])
+            vector.mul_(shrink[:, None]).add_(own)
+        step.keep(sums, last_rows)
+        for shifts, places, model in zip(found.shifts, shift_places, sums, strict=False):
+            if number >= len(blocks) - len(places):
+                shifts.append(places[len(shifts)].copy_(model.shift))
+        del step, own, shrinks  # before the next block's are made, which may need new memory
     for vector, model in zip(found.vectors, sums, strict=False):
         vector /= model.total[:, None]
     found.vectors = [vector.to(dtype) for vector in found.vectors]
-    # Of rounded logits a difference of two log-sum-exps, to float32's rounding, says all that there is to know.
-    found.values = _values(sums, at, needs, close=hidden.dtype == dtype)
+    found.values = _values(sums, at, needs, close=precise)
     found.lse = [model.lse.to(dtype) for model in sums]
     return found
 
 
-def _values(sums: list[_Sums], at: list[Tensor], needs: frozenset[str], *, close: bool) -> dict[str, Tensor]:
+def _values(sums: list[Sums], at: list[Tensor], needs: frozenset[str], *, close: bool) -> dict[str, Tensor]:
     policy, dtype = sums[0], at[0].dtype
     found = {"policy_logps": at[0].double() - policy.lse}
     if "entropy" in needs:
@@ -438,11 +483,11 @@ def _values(sums: list[_Sums], at: list[Tensor], needs: frozenset[str], *, close
     return {name: value.to(dtype) for name, value in found.items()}
 
 
-def _apart(policy: _Sums, reference: _Sums) -> Tensor:
+def _apart(policy: Sums, reference: Sums) -> Tensor:
     """lse - lse', from the sum of expm1 unless that overflowed or lost what the reference gives no probability to."""
-    difference = policy.lse - reference.lse
+    rough = policy.lse - reference.lse
     close = (reference.growth / reference.total).log1p()
-    return torch.where((close - difference).abs() < _CLOSE, close, difference)
+    return torch.where((close - rough).abs() < _CLOSE, close, rough)
 
 
 def backward_blocks(
@@ -503,7 +548,7 @@ def backward_blocks(
                     own = step.scratch.product("whole", narrow[rows].T, scaled)
                     whole = own if whole is None else whole.add_(own)
                 begun = True
-            del block, narrow  # before the next block is made, which may need new memory
+            del block, narrow, factor  # before the next block is made, which may need new memory
         if where is not None and grad_weight is not None and whole is not None:
             hits, columns = where.of(number, part)
             grad_weight[part] = whole.index_add_(
@@ -615,6 +660,8 @@ class _Backward:
         if self._closed:
             return self._closed_form(part), None
         at_target = self._grads.get("policy_logps", self._nothing)
+        if self._blocks.compiled:
+            return self._compiled_block(number, part)
         p, of_p = self._exponentials(0, number, part)
         if self._simple:
             # Of the log-probability alone the block needs no arithmetic: -g p is the exponentials times one number a row.
@@ -630,13 +677,39 @@ class _Backward:
     def _exponentials(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor]:
         """A model's exponentials of a block, and what makes probabilities of them ``[N]``."""
         shift = self._shift(model, number)
-        exponentials = self._kept(model, part)
-        if exponentials is None:
+        found = self._kept(model, part)
+        if found is None:
             # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
             # are not, models that agree shall have no gradient of their KL.
             logits = self._logits(model, part)
-            exponentials = _exponentials(logits, shift, logits)
-        return exponentials, (shift - self._lse[model]).exp()
+            found = exponentials(logits, shift, logits)
+        return found, self._of(model, shift)
+
+    def _compiled_block(self, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
+        """:meth:`block` with compiled passes, in the hidden states' dtype."""
+        at_target, shifts = self._grads.get("policy_logps", self._nothing), self._shift(0, number)
+        p, shift = self._operand(0, number, part)
+        if self._simple:
+            return p if shift is None else write_exponentials(p, shift, p), -at_target * self._of(0, shifts)
+        of_kl = self._grads["kl_ref_policy"]
+        factors = [
+            (of_kl - at_target) * self._of(0, shifts),
+            of_kl * self._of(1, self._shift(1, number)),
+        ]
+        to = self.scratch.block("narrow", part.stop - part.start)
+        return difference((p, shift), self._operand(1, number, part), factors, to), None
+
+    def _operand(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
+        """A model's kept exponentials, or its logits and what makes exponentials of them ``[N]``."""
+        kept = self._kept(model, part)
+        if kept is not None:
+            return kept, None
+        states, weight = self._pairs[model]
+        return self.scratch.own_logits(model, states, weight[part]), self._shift(model, number)
+
+    def _of(self, model: int, shift: Tensor) -> Tensor:
+        """What makes probabilities of exponentials ``[N]``."""
+        return (shift - self._lse[model]).exp()
 
     def _shift(self, model: int, number: int) -> Tensor:
         """What to subtract from a block's logits ``[N]``: as the forward did where something is kept, else the last of all."""
@@ -661,4 +734,4 @@ class _Backward:
 
     def _logits(self, model: int, part: slice) -> Tensor:
         states, weight = self._pairs[model]
-        return self.scratch.logits(states, weight[part], self.scratch.get(model, part.stop - part.start))
+        return self.scratch.logits(model, states, weight[part])

@@ -43,6 +43,7 @@ def linear_token_stats(
     needs: frozenset[str] = frozenset({"ref"}),
     memory_mb: float = DEFAULT_MEMORY_MB,
     ref_logps: Tensor | None = None,
+    compiled: bool = False,
 ) -> TokenStats:
     """Token statistics from the last hidden states and the LM heads of both models.
 
@@ -65,6 +66,8 @@ def linear_token_stats(
         memory_mb: MiB for logits and what is kept of them until the backward, twice that with a KL, which is of two models;
             it changes time and memory, and numbers by rounding only.
         ref_logps: the reference's log-probabilities ``[B, T]`` in place of ``ref_hidden``, when no KL is needed.
+        compiled: make one kernel of the passes over a block of logits with ``torch.compile``: some ten seconds the first
+            time and, on a CPU, a C++ compiler. Numbers change by rounding only.
 
     Returns:
         Statistics ``[B, T]`` in nats, in float32, or in float64 for float64 hidden states.
@@ -86,6 +89,7 @@ def linear_token_stats(
         ref_head_weight=ref_head_weight,
         needs=from_hidden,
         memory_mb=memory_mb,
+        compiled=compiled,
     )
     return rows.token_stats(values, ref_logps, weights)
 
@@ -101,6 +105,7 @@ def score_tokens(
     memory_mb: float = DEFAULT_MEMORY_MB,
     room: HeadRoom | None = None,
     add_to: Tensor | None = None,
+    compiled: bool = False,
 ) -> dict[str, Tensor]:
     """Statistics of rows that are already selected; what :func:`linear_token_stats` scatters into ``[B, T]``.
 
@@ -115,6 +120,7 @@ def score_tokens(
         room: where what is kept for the backward stays between steps; None frees it with the graph.
         add_to: ``[V, D]``, to which the backward adds the head's gradient. Autograd then sees none of it, so that calls that
             share a head need one such tensor together.
+        compiled: as in :func:`linear_token_stats`.
 
     Returns:
         ``[N]`` tensors by the name of their :class:`~tokenpref.stats.TokenStats` field: "policy_logps" and what
@@ -144,6 +150,7 @@ def score_tokens(
         torch.is_grad_enabled(),
         room,
         add_to,
+        compiled,
     )
     return {name: value for name, value in zip(OUTPUTS, outputs, strict=True) if value is not None}
 
@@ -194,13 +201,28 @@ def sums_in_place(hidden: Tensor, head_weight: Tensor) -> bool:
     return hidden.dtype == head_weight.dtype == accumulation_dtype(hidden.dtype)
 
 
-def fits(rows: int, hidden: Tensor, head_weight: Tensor, needs: frozenset[str], memory_mb: float) -> bool:
+def fits(
+    rows: int,
+    hidden: Tensor,
+    head_weight: Tensor,
+    needs: frozenset[str],
+    memory_mb: float,
+    *,
+    compiled: bool = False,
+) -> bool:
     """Whether the backward of so many rows finds all in memory that it needs of the vocabulary."""
-    blocks = _plan(rows, hidden, head_weight, needs, memory_mb)
+    blocks = _plan(rows, hidden, head_weight, needs, memory_mb, compiled)
     return blocks.first_kept == 0 and (blocks.ref_kept == rows or not needs & KL_STATISTICS)
 
 
-def _plan(rows: int, hidden: Tensor, head_weight: Tensor, needs: frozenset[str], memory_mb: float) -> Blocks:
+def _plan(
+    rows: int,
+    hidden: Tensor,
+    head_weight: Tensor,
+    needs: frozenset[str],
+    memory_mb: float,
+    compiled: bool,
+) -> Blocks:
     keep = 2 if needs & KL_STATISTICS else 1
     return plan_blocks(
         rows,
@@ -210,6 +232,7 @@ def _plan(rows: int, hidden: Tensor, head_weight: Tensor, needs: frozenset[str],
         dtype=hidden.dtype,
         device=hidden.device,
         budget=keep * int(memory_mb * MIB),
+        compiled=compiled,
     )
 
 
@@ -246,11 +269,12 @@ class _LinearStatistics(torch.autograd.Function):
         with_grad: bool,
         room: HeadRoom | None,
         add_to: Tensor | None,
+        compiled: bool,
     ) -> tuple[Tensor | None, ...]:
         if not needs - {"entropy"}:
             ref_hidden = ref_head_weight = None
         heads = Heads(hidden, head_weight, targets, ref_hidden, ref_head_weight)
-        blocks = _plan(targets.shape[0], hidden, head_weight, needs, memory_mb)
+        blocks = _plan(targets.shape[0], hidden, head_weight, needs, memory_mb, compiled)
         want_hidden, want_weight = (with_grad and want for want in ctx.needs_input_grad[:2])
         want_weight |= with_grad and add_to is not None
         # A frozen head needs no gradient of its own: the rows' gradient vectors are all that the backward asks for.
@@ -299,4 +323,4 @@ class _LinearStatistics(torch.autograd.Function):
         )
         if ctx.loan is not None:
             ctx.room.take_back(ctx.loan)
-        return grad_hidden, grad_weight if want_weight else None, *[None] * 8
+        return grad_hidden, grad_weight if want_weight else None, *[None] * 9

@@ -51,7 +51,7 @@ class ScoringConfig:
     device: str = text("cpu")
     dtype: str = text("fp32", choices=("fp32", "bf16"), hint=FP16_HINT)
     compile: bool = flag(False)
-    """Compile every decoder layer."""
+    """Compile every decoder layer; on a CPU the passes over the head's logits too."""
     dry_run: bool = flag(False)
     """Check everything that can be checked without the weights, say it, and stop; nothing is written."""
     fsdp_reshard_after_forward: bool = flag(True)

@@ -155,7 +155,13 @@ def build_scorer(
     load_full_state_dict(decoder, state, world)
     validate_no_params_on_meta_device(decoder)
     try:
-        return ScoringModel(decoder, head_memory_mb=config.head_memory_mb, padding_free=config.padding_free)
+        return ScoringModel(
+            decoder,
+            head_memory_mb=config.head_memory_mb,
+            padding_free=config.padding_free,
+            # On GPUs nobody has measured it.
+            compiled=config.compile and world.device.type == "cpu",
+        )
     except TypeError as error:
         raise ConfigError(f"model ({model.path}): {error}") from error
 
