@@ -200,10 +200,13 @@ def _head(results: Results) -> str:
             lines.append(f"{SIDES[side]}: " + ", ".join(f"{k} {v}" for k, v in found[0].items()) + ".")
     measured = [r for kind in ("runs", "heads", "growth") for r in results[kind]]
     busy = [r["others"] for r in measured]
+    starts = len(results["load"]) // 2
     if busy:
         lines.append(
             f"While one of the {len(busy)} processes ran, others of the machine used {statistics.mean(busy):.2f} cores on "
-            f"average, {max(busy):.2f} at most. All took {results['seconds'] / 60:.0f} minutes."
+            f"average, {max(busy):.2f} at most. All took {results['seconds'] / 60:.0f} minutes"
+            # The load is read when a command begins and when it ends.
+            + (f", in {starts} commands of which the later ones added to the first." if starts > 1 else ".")
             + (" **The machine was not idle.**" if statistics.mean(busy) > BUSY else "")
         )
     if not results["complete"]:

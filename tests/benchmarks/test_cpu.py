@@ -172,6 +172,8 @@ def test_rounds_are_added_to_what_is_there(here, tmp_path, monkeypatch):
     assert report.rounds(first) == (1, 1)
     assert command.main(["--quick", "--add", "--output", str(tmp_path)]) == 0
     both = json.loads((tmp_path / "results.json").read_text(encoding="utf-8"))
+    said = [" ".join(report.page(results).split()) for results in (first, both)]
+    assert "commands" not in said[0] and "in 2 commands" in said[1]
     assert report.rounds(both) == (2, 2) and both["runs"][: len(first["runs"])] == first["runs"]
     assert len(both["heads"]) == len(first["heads"]) and both["seconds"] > first["seconds"]
     with pytest.raises(SystemExit, match="other settings of \\['threads', 'fused_adamw'\\]"):

@@ -91,9 +91,8 @@ def test_of_bfloat16_compiled_passes_round_no_more(needs):
                 assert ours.dtype == torch.float32
                 torch.testing.assert_close(ours, theirs, atol=2e-6, rtol=2e-6)
         for ours, theirs in zip(compiled[1], plain[1], strict=True):
-            assert (
-                ours - theirs
-            ).norm() < 0.01 * theirs.norm()  # each is rounded at the eighth bit, blocks too
+            # Each is rounded at the eighth bit, and so are blocks.
+            assert (ours - theirs).norm() < 0.01 * theirs.norm()
 
 
 @needs_compiler

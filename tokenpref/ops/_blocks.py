@@ -216,11 +216,11 @@ class _Scratch:
 
     def get(self, index: int, width: int) -> Tensor:
         """A block ``[N, width]`` in the accumulation dtype."""
-        return self._view(index, self._shape(width), self._dtype, of=self._size)
+        return self._block(index, width, self._dtype)
 
     def block(self, name: object, width: int) -> Tensor:
         """A block ``[N, width]`` in the hidden states' dtype."""
-        return self._view(name, self._shape(width), self._hidden.dtype, of=self._size)
+        return self._block(name, width, self._hidden.dtype)
 
     def narrow(self, block: Tensor) -> Tensor:
         """A block in the hidden states' dtype; itself where it is of that dtype."""
@@ -282,8 +282,8 @@ class _Scratch:
             return self._view(name, shape, dtype).copy_(rounded)
         return left.to(dtype) @ right.to(dtype)
 
-    def _shape(self, width: int) -> tuple[int, int]:
-        return self._hidden.shape[0], width
+    def _block(self, name: object, width: int, dtype: torch.dtype) -> Tensor:
+        return self._view(name, (self._hidden.shape[0], width), dtype, of=self._size)
 
     def _view(self, name: object, shape: tuple[int, int], dtype: torch.dtype, of: int = 0) -> Tensor:
         size = shape[0] * shape[1]

@@ -1,7 +1,7 @@
 """The passes over a block of logits: op by op in memory that is there already, or each one kernel that ``torch.compile`` makes.
 
 Both make the same sums and exponentials; see :mod:`tokenpref.ops._blocks` for what they are. Op by op, a log-probability takes
-five passes over a block and a KL fourteen, each of which writes it. Compiled, the sums are one kernel that writes nothing but
+five passes over a block and a KL sixteen, most of which write it. Compiled, the sums are one kernel that writes nothing but
 themselves, and exponentials are written only where the backward, or a product, wants them.
 """
 
@@ -21,7 +21,6 @@ __all__ = [
     "Sums",
     "add_block",
     "add_block_compiled",
-    "compiled",
     "difference",
     "exponentials",
     "write_exponentials",
@@ -125,10 +124,10 @@ def add_block_compiled(
 ) -> list[Tensor]:
     """:func:`add_block` in one compiled kernel; the logits, of any floating dtype, stay as they are."""
     if len(logits) == 1:
-        found = compiled(_sums)(logits[0], models[0].shift, entropy="entropy" in needs)
+        found = _compiled(_sums)(logits[0], models[0].shift, entropy="entropy" in needs)
         return [models[0].join(*found)]
     policy, reference = models
-    own, other, gaps = compiled(_sums_of_two)(
+    own, other, gaps = _compiled(_sums_of_two)(
         *logits,
         policy.shift,
         reference.shift,
@@ -146,7 +145,7 @@ def add_block_compiled(
 
 def write_exponentials(logits: Tensor, shift: Tensor, to: Tensor) -> Tensor:
     """:func:`exponentials` in one compiled kernel, rounded to the dtype of ``to``, which may be the logits."""
-    compiled(_write_exponentials)(logits, shift, to)
+    _compiled(_write_exponentials)(logits, shift, to)
     return to
 
 
@@ -162,14 +161,14 @@ def difference(
         left: logits ``[N, C]`` and the shift ``[N]`` that makes the exponentials p of them; or these, and None.
         right: the same for q.
         factors: a and b ``[N]``.
-        to: ``[N, C]``, which may be the left or right tensor.
+        to: memory for it ``[N, C]``.
     """
-    compiled(_write_difference)(*left, *right, *factors, to)
+    _compiled(_write_difference)(*left, *right, *factors, to)
     return to
 
 
 @cache
-def compiled(function: Callable[..., Any]) -> Callable[..., Any]:
+def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel for all sizes; made when it is first called."""
     made: Callable[..., Any] = torch.compile(function, dynamic=True)
     return made
