@@ -291,8 +291,8 @@ def test_what_lives_from_block_to_block_is_one_piece_of_memory():
     hidden, weight, ref_hidden, ref_weight = (x.detach().flatten(0, -2) for x in make(vocab=640))
     heads = _blocks.Heads(hidden, weight, torch.arange(14), ref_hidden, ref_weight)
     blocks = _blocks.Blocks(640, 64, kept=10, ref_kept=14)
-    memory = hidden.new_empty(_blocks.Kept.size(14, blocks))
-    found = _blocks.forward_blocks(heads, frozenset({"kl_ref_policy"}), blocks, memory)
+    kept = _blocks.Kept(hidden.new_empty(_blocks.Kept.size(14, blocks)), 14, blocks)
+    found = _blocks.forward_blocks(heads, frozenset({"kl_ref_policy"}), blocks, kept)
     assert [len(shifts) for shifts in found.shifts] == [10, 10]
     assert len({shift.untyped_storage().data_ptr() for shifts in found.shifts for shift in shifts}) == 1
     # The largest of all columns so far, each in its own place.
@@ -363,6 +363,80 @@ def test_plans_fill_the_budget(rows, vocabulary, models, keep, budget):
     whole = plan(1 << 20)
     assert (whole.kept, whole.ref_kept) == (len(whole), (keep - 1) * rows)
     assert len(blocks) == 1 or blocks.columns < 64 or blocks.columns % 64 == 0
+
+
+@pytest.mark.parametrize("vocabulary", [1, 64, 65, 130, 1000])
+@pytest.mark.parametrize("width", [1, 3, 8, 20, 64])
+@pytest.mark.parametrize("rows", [1, 2, 7, 8, 16, 40])
+def test_a_blocks_gradient_is_written_where_nothing_is_left_to_read(rows, width, vocabulary):
+    for budget in (rows * 4, rows * 20, rows * 512):
+        blocks, alone = (
+            plan_blocks(
+                rows,
+                vocabulary,
+                models=1,
+                keep=1,
+                dtype=torch.float32,
+                device=torch.device("cpu"),
+                budget=budget,
+                gradient=gradient,
+            )
+            for gradient in (width, 0)
+        )
+        assert list(blocks) == list(alone) and alone.lodged == 0
+        assert blocks.kept == min(alone.kept + blocks.lodged, len(blocks))
+        first = blocks.first_lodged_column
+        for part in list(blocks)[len(blocks) - blocks.lodged :]:
+            assert rows * (part.stop - first) <= part.start * width
+        if rows <= width and vocabulary % blocks.columns == 0:
+            assert blocks.lodged == len(blocks) - 1
+
+
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"ref", "kl_ref_policy"}), ALL])
+@pytest.mark.parametrize("width", [2, 9, 40])
+@pytest.mark.parametrize("dtype", [torch.float64, torch.bfloat16])
+def test_exponentials_lodge_in_the_heads_gradient_until_that_is_written(dtype, width, needs):
+    generator = torch.Generator().manual_seed(0)
+    hidden, weight, ref_hidden, ref_weight = (
+        torch.randn(size, width, generator=generator).to(dtype) for size in (9, 640, 9, 640)
+    )
+    targets = torch.arange(9)
+    rounding = 1e-12 if dtype == torch.float64 else 0.005  # kept exponentials have the hidden states' digits
+
+    def score(weight, **reference):
+        # A block's logits are all that the budget holds, so that nothing is kept but in the gradient.
+        at_work = (8 if dtype == torch.float64 else 4) * 9 * 64 * (4 if needs else 1)
+        with Watch() as watch:
+            values = score_tokens(
+                hidden.requires_grad_(),
+                weight.requires_grad_(),
+                targets,
+                needs=needs,
+                memory_mb=at_work / 2**20 / (2 if needs else 1),
+                **reference,
+            )
+            (node,) = {value.grad_fn for name, value in values.items() if name != "ref_logps"}
+            lent = node.gradient
+            total = values["policy_logps"].sum() + values.get("kl_ref_policy", torch.zeros(())).sum()
+            gradients = torch.autograd.grad(total, (hidden, weight), retain_graph=True)
+            products = len(watch.products)
+        assert node.gradient is None
+        kept = [gradient.clone() for gradient in gradients]
+        again = torch.autograd.grad(total, (hidden, weight))  # which finds nothing kept
+        for first, second, copy in zip(gradients, again, kept, strict=True):
+            assert (first - second).norm() <= rounding * second.norm()
+            assert torch.equal(first, copy) and first.data_ptr() != second.data_ptr()
+        return gradients, lent, products
+
+    reference = {"ref_hidden": ref_hidden, "ref_head_weight": ref_weight} if needs else {}
+    gradients, lent, products = score(weight, **reference)
+    assert lent is not None and gradients[1].data_ptr() == lent.data_ptr()  # no copy of it was made
+    # A head with gaps has no gradient of one piece, so all of it is computed again.
+    apart = torch.empty(640, 2 * width, dtype=dtype)[:, :width].copy_(weight.detach())
+    expected, none, more = score(apart, **reference)
+    assert none is None and products < more
+    for ours, theirs in zip(gradients, expected, strict=True):
+        assert (ours - theirs).norm() <= rounding * theirs.norm()
 
 
 def test_score_tokens_gives_rows():

@@ -17,6 +17,10 @@ What the forward leaves in memory follows a budget. As many blocks as fit keep t
 their products; the others are computed again. The reference's are needed only where a KL has a gradient, so what is left keeps
 those of the last rows: the rejected answers, which in TDPO2 are the ones. Where the head is frozen, the forward ends with the
 gradient vectors of each row, and the backward needs no block at all.
+
+The head's gradient is memory that the backward takes in any case, while all activations are still there. Taken by the forward
+it keeps blocks beside the budget's, until the backward writes it from its end to its start: D columns of it for N rows of
+exponentials, so all but one block where there are fewer rows than hidden units.
 """
 
 from __future__ import annotations
@@ -33,6 +37,7 @@ from tokenpref.ops._passes import (
     Sums,
     add_block,
     add_block_compiled,
+    add_scaled,
     difference,
     exponentials,
     write_exponentials,
@@ -62,6 +67,7 @@ class Blocks:
         vocabulary: columns in all.
         columns: of a block; the last one may be narrower.
         kept: of how many blocks, the last ones, the policy's exponentials are kept for the backward.
+        lodged: how many of these, again the last ones, are kept in the head's gradient.
         ref_kept: of how many rows, the last ones, the reference's are kept, over the whole vocabulary; none before all of the
             policy's.
         compiled: whether the passes over a block are compiled; see :mod:`tokenpref.ops._passes`.
@@ -70,6 +76,7 @@ class Blocks:
     vocabulary: int
     columns: int
     kept: int = 0
+    lodged: int = 0
     ref_kept: int = 0
     compiled: bool = False
 
@@ -90,6 +97,15 @@ class Blocks:
         """The first column of these blocks."""
         return min(self.first_kept * self.columns, self.vocabulary)
 
+    @property
+    def first_lodged_column(self) -> int:
+        """The first column of the blocks that are kept in the head's gradient."""
+        return min((len(self) - self.lodged) * self.columns, self.vocabulary)
+
+    def none_kept(self) -> Blocks:
+        """The same blocks, of which all are computed again."""
+        return replace(self, kept=0, lodged=0, ref_kept=0)
+
 
 def plan_blocks(
     rows: int,
@@ -100,6 +116,7 @@ def plan_blocks(
     dtype: torch.dtype,
     device: torch.device,
     budget: int,
+    gradient: int = 0,
     compiled: bool = False,
 ) -> Blocks:
     """Blocks whose logits, with what is kept of them, take at most ``budget`` bytes (but at least one column does).
@@ -112,6 +129,7 @@ def plan_blocks(
         dtype: of the hidden states, in which exponentials are kept.
         device: where they are.
         budget: bytes.
+        gradient: columns D of the head's gradient, of the same dtype, if that keeps blocks too; 0 if not.
         compiled: whether the passes over a block are compiled.
     """
     # A column at work: each model's logits, and two more for what a KL makes of both, all of them wide; compiled passes take the
@@ -130,11 +148,29 @@ def plan_blocks(
     columns = -(-vocabulary // -(-vocabulary // columns) // unit) * unit
     block = max(rows, 1) * columns * dtype.itemsize
     left = max(budget - columns * column, 0)
-    kept = min(left // block, -(-vocabulary // columns))
+    count = -(-vocabulary // columns)
+    lodged = _lodged(rows, vocabulary, columns, gradient)
+    kept = min(lodged + left // block, count)
     ref_kept = 0
-    if keep > 1 and kept * columns >= vocabulary:
-        ref_kept = min((left - kept * block) // (vocabulary * dtype.itemsize), rows)
-    return Blocks(vocabulary, columns, kept, ref_kept, compiled)
+    if keep > 1 and kept == count:
+        ref_kept = min((left - (kept - lodged) * block) // (vocabulary * dtype.itemsize), rows)
+    return Blocks(vocabulary, columns, kept, lodged, ref_kept, compiled)
+
+
+def _lodged(rows: int, vocabulary: int, columns: int, width: int) -> int:
+    """How many of the last blocks the head's gradient ``[V, D]`` can keep.
+
+    They lie in its first numbers, one after another, and the gradient of each is written where nothing is left to read, that of
+    the last one first: ``rows * (stop - first) <= start * width`` for a block from ``start`` to ``stop`` where the first of them
+    begins at ``first``. Both sides are linear in the block's number, were the last one as wide as the others, so what is true of
+    the first and the last is true of all.
+    """
+    if not rows or not width:
+        return 0
+    count = -(-vocabulary // columns)
+    of_first = -(-rows * columns // width)
+    of_last = count * columns - (count - 1) * columns * width // rows
+    return max(count - -(-max(of_first, of_last) // columns), 0)
 
 
 @dataclass(frozen=True)
@@ -262,7 +298,9 @@ class _Scratch:
         wide = self.get(0, width) if wide is None else wide
         return place.copy_(product(hidden.to(self._dtype), weight.to(self._dtype).T, wide))
 
-    def product(self, name: str, left: Tensor, right: Tensor, place: Tensor | None = None) -> Tensor:
+    def product(
+        self, name: str, left: Tensor, right: Tensor, place: Tensor | None = None, *, widen: bool = True
+    ) -> Tensor:
         """``left @ right`` in the accumulation dtype, of half precision without rounding where the device can do that.
 
         Args:
@@ -270,6 +308,7 @@ class _Scratch:
             left: a block, or columns of one.
             right: of its dtype.
             place: at least as many rows, for the product of tensors that are of the accumulation dtype; it may be made elsewhere.
+            widen: whether a product that was rounded shall be of the accumulation dtype nevertheless.
         """
         dtype, shape = self._dtype, (left.shape[0], right.shape[1])
         if left.dtype == dtype:
@@ -279,7 +318,7 @@ class _Scratch:
         # A CPU's half-precision products come out rounded: a block of many, whose sum is float32's, or the weight's dtype anyway.
         if _multiplies(left.dtype, left.device.type):
             rounded = torch.mm(left, right, out=self._view(name, shape, left.dtype))
-            return self._view(name, shape, dtype).copy_(rounded)
+            return self._view(name, shape, dtype).copy_(rounded) if widen else rounded
         return left.to(dtype) @ right.to(dtype)
 
     def _block(self, name: object, width: int, dtype: torch.dtype) -> Tensor:
@@ -294,7 +333,7 @@ class _Scratch:
 
 
 class Kept:
-    """Exponentials for the backward, in one piece of memory.
+    """Exponentials for the backward, in one piece of memory, and in the head's gradient.
 
     Many pieces, freed and taken again every step beside the head's gradient, would leave an allocator with holes that fit none.
 
@@ -302,22 +341,30 @@ class Kept:
         memory: at least :meth:`size` numbers.
         rows: rows that are scored.
         blocks: which of theirs are kept.
+        gradient: the head's ``[V, D]``, contiguous, where some of them lodge until a backward writes it.
     """
 
-    def __init__(self, memory: Tensor, rows: int, blocks: Blocks) -> None:
-        own = rows * (blocks.vocabulary - blocks.first_column)
+    def __init__(self, memory: Tensor, rows: int, blocks: Blocks, gradient: Tensor | None = None) -> None:
+        own = rows * (blocks.first_lodged_column - blocks.first_column)
         self._policy, self._reference = memory[:own], memory[own : self.size(rows, blocks)]
+        self._lodged = None if gradient is None else gradient.view(-1)
         self._rows, self._blocks = rows, blocks
 
     @staticmethod
     def size(rows: int, blocks: Blocks) -> int:
-        """Numbers that are kept."""
-        return rows * (blocks.vocabulary - blocks.first_column) + blocks.ref_kept * blocks.vocabulary
+        """Numbers that are kept outside of the gradient."""
+        columns = blocks.first_lodged_column - blocks.first_column
+        return rows * columns + blocks.ref_kept * blocks.vocabulary
 
     def policy(self, part: slice) -> Tensor | None:
         """The policy's of a block ``[N, columns]``, if it is kept."""
-        start = part.start - self._blocks.first_column
-        return self._part(self._policy, self._rows, start, part) if start >= 0 else None
+        blocks = self._blocks
+        if part.start < blocks.first_column:
+            return None
+        if part.start < blocks.first_lodged_column:
+            return self._part(self._policy, self._rows, part.start - blocks.first_column, part)
+        assert self._lodged is not None
+        return self._part(self._lodged, self._rows, part.start - blocks.first_lodged_column, part)
 
     def reference(self, part: slice) -> Tensor | None:
         """The reference's of a block ``[K, columns]``, of the last K rows, if any are kept."""
@@ -419,7 +466,7 @@ class _CompiledForward:
 
 
 def forward_blocks(
-    heads: Heads, needs: frozenset[str], blocks: Blocks, memory: Tensor, *, vectors: bool = False
+    heads: Heads, needs: frozenset[str], blocks: Blocks, kept: Kept, *, vectors: bool = False
 ) -> Found:
     """Statistics of rows.
 
@@ -427,7 +474,7 @@ def forward_blocks(
         heads: the rows; with a reference if ``needs`` asks for one.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
         blocks: how to cut the vocabulary.
-        memory: for what is kept, of :meth:`Kept.size`.
+        kept: where exponentials stay for the backward.
         vectors: form the gradient vectors of a frozen head, with blocks of which none is kept.
     """
     pairs, hidden = heads.pairs, heads.hidden
@@ -435,7 +482,6 @@ def forward_blocks(
     scratch = _Scratch(heads, blocks)
     sums = [Sums(hidden.shape[0], dtype, hidden.device) for _ in pairs]
     at = [hidden.new_empty(hidden.shape[0], dtype=dtype) for _ in pairs]
-    kept = Kept(memory, hidden.shape[0], blocks)
     found = Found({}, [], kept=kept)
     shift_places = hidden.new_empty(len(pairs), max(blocks.kept, 1), hidden.shape[0], dtype=dtype)
     if vectors:
@@ -499,6 +545,7 @@ def backward_blocks(
     want_hidden: bool,
     want_weight: bool,
     add_to: Tensor | None = None,
+    write_to: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the policy's hidden states and head.
 
@@ -510,19 +557,24 @@ def backward_blocks(
         want_hidden: whether the hidden states want a gradient.
         want_weight: whether the head wants one.
         add_to: a head's gradient that this one joins, of the accumulation dtype as all else.
+        write_to: memory for the head's gradient, where blocks may lodge; None for new one.
     """
     if found.vectors:
         return _from_vectors(heads, found.vectors, grads), None
     steps = [_Backward(heads, found, own, blocks, rows) for rows, own in _alike(heads, grads, blocks)]
     dtype = accumulation_dtype(heads.hidden.dtype)
     grad_hidden = torch.zeros_like(heads.hidden, dtype=dtype) if want_hidden else None
-    grad_weight = (torch.empty_like(heads.weight) if add_to is None else add_to) if want_weight else None
+    grad_weight = None
+    if want_weight:
+        grad_weight = next((own for own in (add_to, write_to) if own is not None), None)
+        grad_weight = torch.empty_like(heads.weight) if grad_weight is None else grad_weight
     at_target = grads.get("policy_logps", torch.zeros_like(found.lse[0]))
     # Where nothing has to be rounded on the way, products go straight to their place, and all targets at once.
     direct = heads.hidden.dtype == heads.weight.dtype == dtype
     where = None if direct else _Targets(heads.targets, blocks)
     place = _place_of_rows(heads.hidden, direct)
-    # The last blocks of the forward are the ones that the cache still holds, and those that were kept.
+    # The last blocks of the forward are the ones that the cache still holds, and those that were kept; and where these lodge in
+    # the gradient, the end of that is free.
     for number, part in reversed(list(enumerate(blocks))):
         whole = grad_weight[part] if grad_weight is not None and direct else None
         begun = add_to is not None
@@ -531,17 +583,14 @@ def backward_blocks(
             narrow = step.scratch.narrow(block)
             for rows in _pieces(narrow.shape[0], place):
                 if grad_hidden is not None:
-                    states = step.scratch.product("states", narrow[rows], heads.weight[part], place)
-                    total = grad_hidden[step.rows][rows]
-                    if factor is None:
-                        total.add_(states)
-                    else:
-                        total.addcmul_(factor[rows, None], states)
+                    states = step.scratch.product(
+                        "states", narrow[rows], heads.weight[part], place, widen=not blocks.compiled
+                    )
+                    own = None if factor is None else factor[rows]
+                    add_scaled(grad_hidden[step.rows][rows], own, states, compiled=blocks.compiled)
                 if grad_weight is None:
                     continue
-                scaled = step.hidden[rows]
-                if factor is not None:
-                    scaled = _scaled(scaled, factor[rows], place)
+                scaled = step.scaled(factor, rows, place)
                 if direct and whole is not None:
                     add_product(whole, narrow[rows].T, scaled, begun=begun)
                 else:
@@ -648,56 +697,62 @@ class _Backward:
         self._closed = bool(self._grads.keys() & {"kl_policy_ref", "entropy"})
         self._pairs = self._heads.pairs[:1] if self._simple else self._heads.pairs
         self.scratch = _Scratch(self._heads, blocks)
+        self._factor: tuple[int, Tensor] | None = None
+        self._scaled: tuple[Tensor, Tensor] | None = None
 
-    @property
-    def hidden(self) -> Tensor:
-        """The policy's hidden states of these rows."""
-        return self._heads.hidden
+    def scaled(self, factor: Tensor | None, rows: slice, place: Tensor | None) -> Tensor:
+        """The policy's hidden states of some of these rows, times a block's factor.
+
+        Args:
+            factor: as :meth:`block` gave it; those of all rows stay until there is another one.
+            rows: which.
+            place: memory for them; None where they are all rows.
+        """
+        hidden = self._heads.hidden[rows]
+        if factor is None:
+            return hidden
+        if place is not None:
+            return _scaled(hidden, factor[rows], place)
+        if self._scaled is None or self._scaled[0] is not factor:
+            self._scaled = factor, _scaled(hidden, factor, None)
+        return self._scaled[1]
 
     def block(self, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
         """A block and its factor ``[N]``, None for ones."""
         width = part.stop - part.start
         if self._closed:
             return self._closed_form(part), None
-        at_target = self._grads.get("policy_logps", self._nothing)
         if self._blocks.compiled:
             return self._compiled_block(number, part)
-        p, of_p = self._exponentials(0, number, part)
+        p = self._exponentials(0, number, part)
         if self._simple:
             # Of the log-probability alone the block needs no arithmetic: -g p is the exponentials times one number a row.
-            return p, -at_target * of_p
+            return p, self._factor_of_logps(number)
         # (g' - g) p - g' q. Each product is rounded before they meet, so that a KL alone leaves exactly nothing at p = q: one
         # fused pass would leave the rounding of one of them.
-        of_kl = self._grads["kl_ref_policy"]
-        q, of_q = self._exponentials(1, number, part)
-        p = torch.mul(p, ((of_kl - at_target) * of_p)[:, None], out=self.scratch.get(0, width))
-        q = torch.mul(q, (of_kl * of_q)[:, None], out=self.scratch.get(1, width))
+        of_p, of_q = self._factors_of_kl(number)
+        q = self._exponentials(1, number, part)
+        p = torch.mul(p, of_p[:, None], out=self.scratch.get(0, width))
+        q = torch.mul(q, of_q[:, None], out=self.scratch.get(1, width))
         return p.sub_(q), None
 
-    def _exponentials(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor]:
-        """A model's exponentials of a block, and what makes probabilities of them ``[N]``."""
-        shift = self._shift(model, number)
+    def _exponentials(self, model: int, number: int, part: slice) -> Tensor:
+        """A model's exponentials of a block."""
         found = self._kept(model, part)
         if found is None:
             # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
             # are not, models that agree shall have no gradient of their KL.
             logits = self._logits(model, part)
-            found = exponentials(logits, shift, logits)
-        return found, self._of(model, shift)
+            found = exponentials(logits, self._shift(model, number), logits)
+        return found
 
     def _compiled_block(self, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
         """:meth:`block` with compiled passes, in the hidden states' dtype."""
-        at_target, shifts = self._grads.get("policy_logps", self._nothing), self._shift(0, number)
         p, shift = self._operand(0, number, part)
         if self._simple:
-            return p if shift is None else write_exponentials(p, shift, p), -at_target * self._of(0, shifts)
-        of_kl = self._grads["kl_ref_policy"]
-        factors = [
-            (of_kl - at_target) * self._of(0, shifts),
-            of_kl * self._of(1, self._shift(1, number)),
-        ]
+            return p if shift is None else write_exponentials(p, shift, p), self._factor_of_logps(number)
         to = self.scratch.block("narrow", part.stop - part.start)
-        return difference((p, shift), self._operand(1, number, part), factors, to), None
+        return difference((p, shift), self._operand(1, number, part), self._factors_of_kl(number), to), None
 
     def _operand(self, model: int, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
         """A model's kept exponentials, or its logits and what makes exponentials of them ``[N]``."""
@@ -707,15 +762,34 @@ class _Backward:
         states, weight = self._pairs[model]
         return self.scratch.own_logits(model, states, weight[part]), self._shift(model, number)
 
-    def _of(self, model: int, shift: Tensor) -> Tensor:
-        """What makes probabilities of exponentials ``[N]``."""
-        return (shift - self._lse[model]).exp()
+    def _factor_of_logps(self, number: int) -> Tensor:
+        """-g of what makes a block's exponentials probabilities ``[N]``; one tensor for all blocks that share a shift."""
+        shift = self._shift_number(0, number)
+        if self._factor is None or self._factor[0] != shift:
+            at_target = self._grads.get("policy_logps", self._nothing)
+            self._factor = shift, -at_target * self._to_probabilities(0, number)
+        return self._factor[1]
+
+    def _factors_of_kl(self, number: int) -> tuple[Tensor, Tensor]:
+        """g' - g and g' of what makes the models' exponentials of a block probabilities ``[N]``."""
+        of_kl, at_target = self._grads["kl_ref_policy"], self._grads.get("policy_logps", self._nothing)
+        return (
+            (of_kl - at_target) * self._to_probabilities(0, number),
+            of_kl * self._to_probabilities(1, number),
+        )
+
+    def _to_probabilities(self, model: int, number: int) -> Tensor:
+        """What makes probabilities of a block's exponentials ``[N]``."""
+        return (self._shift(model, number) - self._lse[model]).exp()
 
     def _shift(self, model: int, number: int) -> Tensor:
         """What to subtract from a block's logits ``[N]``: as the forward did where something is kept, else the last of all."""
-        shifts = self._found.shifts[model]
-        kept = number - (len(self._blocks) - len(shifts))
-        return shifts[max(kept, -1)][self.rows]
+        return self._found.shifts[model][self._shift_number(model, number)][self.rows]
+
+    def _shift_number(self, model: int, number: int) -> int:
+        count = len(self._found.shifts[model])
+        kept = number - (len(self._blocks) - count)
+        return kept if kept >= 0 else count - 1
 
     def _kept(self, model: int, part: slice) -> Tensor | None:
         """A model's exponentials, if they are kept for this block and these rows."""

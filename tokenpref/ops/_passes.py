@@ -21,6 +21,7 @@ __all__ = [
     "Sums",
     "add_block",
     "add_block_compiled",
+    "add_scaled",
     "difference",
     "exponentials",
     "write_exponentials",
@@ -167,6 +168,23 @@ def difference(
     return to
 
 
+def add_scaled(total: Tensor, factor: Tensor | None, rows: Tensor, *, compiled: bool) -> None:
+    """``total += factor * rows``, of ``[N, D]``.
+
+    Args:
+        total: in the accumulation dtype.
+        factor: ``[N]``, None for ones.
+        rows: of the same dtype; in one compiled kernel, and with a factor, of any.
+        compiled: whether to take that.
+    """
+    if factor is None:
+        total.add_(rows)
+    elif compiled:
+        _compiled(_add_scaled)(total, factor, rows)
+    else:
+        total.addcmul_(factor[:, None], rows)
+
+
 @cache
 def _compiled(function: Callable[..., Any]) -> Callable[..., Any]:
     """A kernel for all sizes; made when it is first called."""
@@ -216,6 +234,10 @@ def _sums_of_two(
 
 def _write_exponentials(logits: Tensor, shift: Tensor, to: Tensor) -> None:
     to.copy_(_power(_wide(logits), shift))
+
+
+def _add_scaled(total: Tensor, factor: Tensor, rows: Tensor) -> None:
+    total.add_(_wide(rows) * factor[:, None])
 
 
 def _write_difference(

@@ -222,6 +222,8 @@ def _plan(
     needs: frozenset[str],
     memory_mb: float,
     compiled: bool,
+    *,
+    gradient: bool = False,
 ) -> Blocks:
     keep = 2 if needs & KL_STATISTICS else 1
     return plan_blocks(
@@ -232,6 +234,7 @@ def _plan(
         dtype=hidden.dtype,
         device=hidden.device,
         budget=keep * int(memory_mb * MIB),
+        gradient=head_weight.shape[1] if gradient else 0,
         compiled=compiled,
     )
 
@@ -274,25 +277,28 @@ class _LinearStatistics(torch.autograd.Function):
         if not needs - {"entropy"}:
             ref_hidden = ref_head_weight = None
         heads = Heads(hidden, head_weight, targets, ref_hidden, ref_head_weight)
-        blocks = _plan(targets.shape[0], hidden, head_weight, needs, memory_mb, compiled)
         want_hidden, want_weight = (with_grad and want for want in ctx.needs_input_grad[:2])
+        lodges = want_weight and hidden.dtype == head_weight.dtype and head_weight.is_contiguous()
         want_weight |= with_grad and add_to is not None
+        blocks = _plan(targets.shape[0], hidden, head_weight, needs, memory_mb, compiled, gradient=lodges)
         # A frozen head needs no gradient of its own: the rows' gradient vectors are all that the backward asks for.
         vectors = want_hidden and not want_weight and not needs & {"kl_policy_ref", "entropy"}
         if vectors or not (want_hidden or want_weight):
-            blocks = replace(blocks, kept=0, ref_kept=0)
+            blocks = blocks.none_kept()
         size = Kept.size(targets.shape[0], blocks)
         loan = room.lend(size, hidden) if room is not None and size else None
         memory = hidden.new_empty(size) if loan is None else loan.memory
         assert memory is not None
-        found = forward_blocks(heads, needs, blocks, memory, vectors=vectors)
+        gradient = torch.empty_like(head_weight) if blocks.lodged else None
+        kept = Kept(memory, targets.shape[0], blocks, gradient)
+        found = forward_blocks(heads, needs, blocks, kept, vectors=vectors)
         if not needs & KL_STATISTICS:
             heads = replace(heads, ref_hidden=None, ref_weight=None)  # the backward does not need them
             found.lse, found.shifts = found.lse[:1], (found.shifts[0], [])
         ctx.layout, tensors = _flattened(heads, found)
         # A room's memory is not autograd's to free, nor to pack away.
         ctx.save_for_backward(*tensors, memory if loan is None else None)
-        ctx.blocks, ctx.room, ctx.loan, ctx.add_to = blocks, room, loan, add_to
+        ctx.blocks, ctx.room, ctx.loan, ctx.add_to, ctx.gradient = blocks, room, loan, add_to, gradient
         ctx.set_materialize_grads(False)
         if "ref_logps" in found.values:
             ctx.mark_non_differentiable(found.values["ref_logps"])
@@ -306,10 +312,12 @@ class _LinearStatistics(torch.autograd.Function):
         blocks = ctx.blocks
         if ctx.loan is not None:
             memory = ctx.loan.memory
-        if memory is None:  # asked again, when a later forward has it: everything is computed again
-            blocks = replace(blocks, kept=0, ref_kept=0)
+        gradient, ctx.gradient = ctx.gradient, None  # it is the caller's from here on
+        # Asked again, when a later forward has the memory or the gradient is given away: everything is computed again.
+        if memory is None or (blocks.lodged and gradient is None):
+            blocks = blocks.none_kept()
         else:
-            found.kept = Kept(memory, heads.targets.shape[0], blocks)
+            found.kept = Kept(memory, heads.targets.shape[0], blocks, gradient)
         grads = {name: grad for name, grad in zip(OUTPUTS, output_grads, strict=True) if grad is not None}
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         grad_hidden, grad_weight = backward_blocks(
@@ -320,6 +328,7 @@ class _LinearStatistics(torch.autograd.Function):
             want_hidden=want_hidden,
             want_weight=want_weight or ctx.add_to is not None,
             add_to=ctx.add_to,
+            write_to=gradient,
         )
         if ctx.loan is not None:
             ctx.room.take_back(ctx.loan)
