@@ -1,3 +1,5 @@
+import sys
+
 import pytest
 import torch
 from support import workers
@@ -5,6 +7,7 @@ from support import workers
 from tokenpref.distributed import init_world, single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError
+from tokenpref.losses import DPOLoss
 
 
 def test_one_process_needs_no_group():
@@ -29,6 +32,13 @@ def test_collectives_on_two_ranks():
     # rank 1 divides by zero; rank 0 learns of it instead of waiting
     assert second["together"] == "own error"
     assert first["together"].startswith("rank 1 failed: ZeroDivisionError")
+
+
+@pytest.mark.skipif(sys.platform != "linux", reason="counts threads in /proc")
+def test_no_thread_of_a_process_group_outlives_the_run():
+    # One that frees a tensor while the interpreter is torn down would end the process with an abort.
+    for running, left in run_distributed(workers.threads_of_groups, DPOLoss()):
+        assert running > 0 and left == 0
 
 
 def test_unknown_device_is_refused():

@@ -21,6 +21,7 @@ from tokenpref.distributed import (
     sharded_state,
     write_sharded,
 )
+from tokenpref.distributed.world import end_threads
 from tokenpref.errors import TokenprefError
 from tokenpref.models.float8 import Float8, convert_to_float8
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
@@ -162,6 +163,23 @@ def collectives(world: World) -> dict[str, Any]:
     except TokenprefError as error:
         values["together"] = str(error)
     return values
+
+
+def threads_of_groups(world: World, loss: Any) -> tuple[int, int]:
+    """How many threads process groups have after a step, and after the run has left them."""
+
+    def count() -> int:
+        names = (file.read_text().strip() for file in Path("/proc/self/task").glob("*/comm"))
+        return sum("gloo" in name for name in names)
+
+    one_step(world, loss, [[[0]], [[1]]], tied=True)
+    other = world.aside()
+    assert other.gather_objects(world.rank) == [0, 1]
+    running = count()
+    del other
+    world.close()
+    end_threads()
+    return running, count()
 
 
 def nan_on_one_rank(world: World, loss: Any) -> str:

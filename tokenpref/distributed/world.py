@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import atexit
 import ctypes
+import gc
 import os
 import signal
 import sys
@@ -133,6 +135,8 @@ class World:
         """Leave the process group."""
         if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
+            # DTensor's caches hold the mesh for good, and the mesh its groups.
+            getattr(self.mesh, "_pg_registry", {}).clear()
 
 
 def launched_by_torchrun() -> bool:
@@ -179,6 +183,7 @@ def init_world(device: str = "cpu", timeout_s: float = 1800.0, *, process_group:
     _stop_with_the_launcher()
     if not dist.is_initialized():
         dist.init_process_group(_BACKENDS[kind], timeout=timedelta(seconds=timeout_s))
+        atexit.register(end_threads)
     size = dist.get_world_size()
     return World(rank=dist.get_rank(), size=size, device=here, mesh=init_device_mesh(kind, (size,)))
 
@@ -189,7 +194,19 @@ def _world_of_one(device: torch.device) -> World:
         torch.cuda.init()  # a mesh chooses a GPU by itself for a process that has not begun to use one
     if not dist.is_initialized():
         dist.init_process_group(_BACKENDS[device.type], store=dist.HashStore(), rank=0, world_size=1)
+        atexit.register(end_threads)
     return World(rank=0, size=1, device=device, mesh=init_device_mesh(device.type, (1,)))
+
+
+def end_threads() -> None:
+    """Let go of closed process groups, whose threads end with them, while the interpreter is still whole.
+
+    gloo's threads free the tensors of a collective after it is done. One that comes to it when the interpreter is being torn
+    down ends the process with an abort ("terminate called without an active exception"), and so a training that had ended
+    well with an error. ``destroy_process_group`` leaves them running as long as anything holds the group: FSDP2's modules
+    do, in cycles.
+    """
+    gc.collect()
 
 
 def _stop_with_the_launcher() -> None:
