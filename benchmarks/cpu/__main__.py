@@ -17,6 +17,7 @@ import importlib.metadata
 import json
 import os
 import resource
+import statistics
 import subprocess
 import sys
 import time
@@ -232,10 +233,13 @@ def measure(
         if kind == "rates":
             _merge_rates(results["rates"], record)
         else:
-            if kind != "runs":  # of a head the later reading counts
-                results[kind] = [r for r in results[kind] if _work(r) != _work(record)]
-            results[kind].append(record)
             print(report.line(kind, record), flush=True)
+            if kind != "runs":
+                earlier = [r for r in results[kind] if _work(r) == _work(record)]
+                results[kind] = [r for r in results[kind] if r not in earlier]
+                if kind == "heads":  # of the growth the later reading counts
+                    record = _together([*earlier, record])
+            results[kind].append(record)
         results["seconds"] = time.perf_counter() - start
         save(output / "results.json", results)
     whole = json.loads(json.dumps(asdict(Plan())))  # as the file has it
@@ -279,11 +283,7 @@ def _records(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, 
                 }
                 # Once: what an allocator's heap makes of the second time is not the head's.
                 once = replace(plan, repeats=1)
-                found = [
-                    record
-                    for _ in range(plan.growth_starts)
-                    for _, record in _head(once, processes, "growth", settings, malloc)
-                ]
+                found = [_head(once, processes, settings, malloc) for _ in range(plan.growth_starts)]
                 # What else lies in a heap is another thing every time; a mean would carry the odd one.
                 yield "growth", sorted(found, key=lambda record: record["above_mib"])[len(found) // 2]
 
@@ -321,7 +321,7 @@ def _steps(
 
 
 def _heads(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, Any]]]:
-    """All heads at one size after another."""
+    """All heads at one size after another, by turns."""
     from benchmarks.cpu.heads import COMPILED, HEADS, NATIVE, PEERS
 
     products = {str(vocab): (plan.rows, plan.width, vocab) for vocab in plan.vocabularies}
@@ -330,7 +330,8 @@ def _heads(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, An
     for vocab in plan.vocabularies:
         for dtype in plan.dtypes:
             for malloc in plan.mallocs:
-                for name in HEADS:
+                found: dict[str, list[dict[str, Any]]] = {}
+                for name in list(HEADS) * plan.rounds:
                     if (name in PEERS and not plan.peer) or (name in COMPILED and not plan.compiled):
                         continue
                     settings: dict[str, Any] = {
@@ -346,18 +347,38 @@ def _heads(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, An
                     if needed > LONGEST_HEAD_S and name in NATIVE:
                         failed = f"its products in {dtype} alone take {needed:.0f} s here"
                         more = {"malloc": malloc, "others": 0.0, "failed": failed}
-                        yield "heads", {**settings, "width": plan.width} | more
-                        continue
-                    yield from _head(plan, processes, "heads", settings, malloc, peer=name in PEERS)
+                        record = {**settings, "width": plan.width} | more
+                    else:
+                        record = _head(plan, processes, settings, malloc, peer=name in PEERS)
+                    found.setdefault(name, []).append(record)
+                for records in found.values():
+                    yield "heads", _together(records)
 
 
 def _head(
-    plan: Plan, processes: Processes, kind: str, settings: dict[str, Any], malloc: str, peer: bool = False
-) -> Iterator[tuple[str, dict[str, Any]]]:
+    plan: Plan, processes: Processes, settings: dict[str, Any], malloc: str, peer: bool = False
+) -> dict[str, Any]:
     settings = {**settings, "width": plan.width}
     more = {"threads": plan.threads, "repeats": plan.repeats}
     found = processes.run("benchmarks.cpu.heads", settings | more, malloc, peer=peer)
-    yield kind, {**settings, "malloc": malloc, "others": found["others"]} | found["value"]
+    record: dict[str, Any] = {**settings, "malloc": malloc, "others": found["others"]}
+    return record | found["value"]
+
+
+def _together(records: list[dict[str, Any]]) -> dict[str, Any]:
+    """A head's processes as one record: its best time, and the middle of its peaks."""
+    for record in records:
+        if "failed" in record:
+            return record
+    times = [seconds for record in records for seconds in record["times_s"]]
+    peaks = [peak for record in records for peak in record.get("peaks_mib", [record["above_mib"]])]
+    return records[0] | {
+        "times_s": times,
+        "best_s": min(times),
+        "peaks_mib": peaks,
+        "above_mib": statistics.median(peaks),
+        "others": statistics.mean(record["others"] for record in records),
+    }
 
 
 def _rates(

@@ -174,9 +174,15 @@ def page(results: Results) -> str:
 
 
 def rounds(results: Results) -> tuple[int, int]:
-    """How often the processes of the steps ran, at least and at most."""
-    counts = Counter((r["side"], r["task"], r["mode"], r["malloc"]) for r in results["runs"]).values()
+    """How often the processes of steps and heads ran, at least and at most."""
+    of_steps = Counter((r["side"], r["task"], r["mode"], r["malloc"]) for r in results["runs"])
+    counts = [*of_steps.values(), *_starts(results)]
     return (min(counts), max(counts)) if counts else (0, 0)
+
+
+def _starts(results: Results) -> list[int]:
+    """How often the processes of each head ran."""
+    return [len(h.get("peaks_mib", [None])) for h in results["heads"] if "failed" not in h]
 
 
 def _head(results: Results) -> str:
@@ -469,10 +475,12 @@ def _head_of(results: Results, name: str, vocab: int, dtype: str, malloc: str) -
 
 
 def _heads_words(results: Results) -> str:
-    plan = results["plan"]
+    plan, fewest, most = results["plan"], min(_starts(results)), max(_starts(results))
+    each = str(fewest) if fewest == most else f"{fewest} to {most}"
     return _wrapped(
         f"Forward and backward of N = {plan['rows']:,} positions, D = {plan['width']:,}, to the gradients of hidden states and "
-        f"head, best of {plan['repeats']}. Peak: highest resident memory above inputs, weights and these gradients. Eager takes "
+        f"head: best of {plan['repeats']} in each of {each} processes. Peak: highest resident memory above inputs, weights and "
+        "these gradients, the middle one of them. Eager takes "
         "the logits to float32 and a log-softmax; with the KL, as TDPO's own code does. Liger's loss has no reference here, so "
         "that it does the same work. TRL's chunks are those of its trainers, with nothing beside the log-probabilities. "
         "Compiled: the passes over our blocks of logits are kernels that torch.compile makes (`compile: true`), which in "
