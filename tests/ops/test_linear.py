@@ -384,12 +384,13 @@ def test_a_blocks_gradient_is_written_where_nothing_is_left_to_read(rows, width,
             for gradient in (width, 0)
         )
         assert list(blocks) == list(alone) and alone.lodged == 0
-        assert blocks.kept == min(alone.kept + blocks.lodged, len(blocks))
+        # What the budget holds comes first, so that a head takes as much with few rows as with many.
+        assert blocks.kept == alone.kept + blocks.lodged <= len(blocks)
         first = blocks.first_lodged_column
         for part in list(blocks)[len(blocks) - blocks.lodged :]:
             assert rows * (part.stop - first) <= part.start * width
         if rows <= width and vocabulary % blocks.columns == 0:
-            assert blocks.lodged == len(blocks) - 1
+            assert blocks.kept >= len(blocks) - 1
 
 
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({"ref", "kl_ref_policy"}), ALL])

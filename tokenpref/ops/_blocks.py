@@ -149,12 +149,16 @@ def plan_blocks(
     block = max(rows, 1) * columns * dtype.itemsize
     left = max(budget - columns * column, 0)
     count = -(-vocabulary // columns)
-    lodged = _lodged(rows, vocabulary, columns, gradient)
-    kept = min(lodged + left // block, count)
+    own, lodged = min(left // block, count), _lodged(rows, vocabulary, columns, gradient)
+    if keep > 1:
+        own = min(own, count - lodged)  # what the gradient keeps leaves room for the reference's
+    else:
+        # The budget comes first, though the gradient may hold all of few rows: what a head takes shall not grow with the rows.
+        lodged = min(lodged, count - own)
     ref_kept = 0
-    if keep > 1 and kept == count:
-        ref_kept = min((left - (kept - lodged) * block) // (vocabulary * dtype.itemsize), rows)
-    return Blocks(vocabulary, columns, kept, lodged, ref_kept, compiled)
+    if keep > 1 and own + lodged == count:
+        ref_kept = min((left - own * block) // (vocabulary * dtype.itemsize), rows)
+    return Blocks(vocabulary, columns, own + lodged, lodged, ref_kept, compiled)
 
 
 def _lodged(rows: int, vocabulary: int, columns: int, width: int) -> int:
