@@ -476,10 +476,14 @@ def _head_of(results: Results, name: str, vocab: int, dtype: str, malloc: str) -
 
 def _heads_words(results: Results) -> str:
     plan, fewest, most = results["plan"], min(_starts(results)), max(_starts(results))
-    each = str(fewest) if fewest == most else f"{fewest} to {most}"
+    each = (
+        f"each of {fewest if fewest == most else f'{fewest} to {most}'} processes"
+        if most > 1
+        else "one process"
+    )
     return _wrapped(
         f"Forward and backward of N = {plan['rows']:,} positions, D = {plan['width']:,}, to the gradients of hidden states and "
-        f"head: best of {plan['repeats']} in each of {each} processes. Peak: highest resident memory above inputs, weights and "
+        f"head: best of {plan['repeats']} in {each}. Peak: highest resident memory above inputs, weights and "
         "these gradients, the middle one of them. Eager takes "
         "the logits to float32 and a log-softmax; with the KL, as TDPO's own code does. Liger's loss has no reference here, so "
         "that it does the same work. TRL's chunks are those of its trainers, with nothing beside the log-probabilities. "

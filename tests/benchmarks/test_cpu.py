@@ -181,7 +181,7 @@ def test_rounds_are_added_to_what_is_there(here, tmp_path, monkeypatch):
         assert two["times_s"][: len(one["times_s"])] == one["times_s"] and len(two["times_s"]) == 4
         assert two["best_s"] == min(two["times_s"])
         assert two["peaks_mib"][0] == one["above_mib"] and two["above_mib"] == sum(two["peaks_mib"]) / 2
-    assert "best of 2 in each of 1 processes" in said[0] and "best of 2 in each of 2 processes" in said[1]
+    assert "best of 2 in one process" in said[0] and "best of 2 in each of 2 processes" in said[1]
     with pytest.raises(SystemExit, match="other settings of \\['threads', 'fused_adamw'\\]"):
         command.main(["--quick", "--add", "--threads", "2", "--no-fused-adamw", "--output", str(tmp_path)])
     both["machine"]["cores"] += 1

@@ -440,6 +440,13 @@ def test_exponentials_lodge_in_the_heads_gradient_until_that_is_written(dtype, w
         assert (ours - theirs).norm() <= rounding * theirs.norm()
 
 
+def test_targets_of_one_word_are_rounded_together():
+    # In bfloat16 neighbours of 256 are 2 apart: 0.75 alone is lost, 1.5 is more than half of the way.
+    total = torch.tensor([[1.0], [256.0], [256.0]], dtype=torch.bfloat16)
+    _blocks._add_rounded(total, torch.tensor([1, 1, 2]), torch.full((3, 1), 0.75))
+    assert total.flatten().tolist() == [1.0, 258.0, 256.0]
+
+
 def test_score_tokens_gives_rows():
     hidden, weight, ref_hidden, ref_weight = make()
     targets = torch.tensor([3, 0, 6])

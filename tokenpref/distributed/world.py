@@ -181,9 +181,7 @@ def init_world(device: str = "cpu", timeout_s: float = 1800.0, *, process_group:
     else:
         here = torch.device("cpu")
     _stop_with_the_launcher()
-    if not dist.is_initialized():
-        dist.init_process_group(_BACKENDS[kind], timeout=timedelta(seconds=timeout_s))
-        atexit.register(end_threads)
+    _join_group(kind, timeout=timedelta(seconds=timeout_s))
     size = dist.get_world_size()
     return World(rank=dist.get_rank(), size=size, device=here, mesh=init_device_mesh(kind, (size,)))
 
@@ -192,10 +190,14 @@ def _world_of_one(device: torch.device) -> World:
     """This process with a process group and a mesh of its own."""
     if device.type == "cuda":
         torch.cuda.init()  # a mesh chooses a GPU by itself for a process that has not begun to use one
-    if not dist.is_initialized():
-        dist.init_process_group(_BACKENDS[device.type], store=dist.HashStore(), rank=0, world_size=1)
-        atexit.register(end_threads)
+    _join_group(device.type, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank=0, size=1, device=device, mesh=init_device_mesh(device.type, (1,)))
+
+
+def _join_group(device: str, **settings: Any) -> None:
+    if not dist.is_initialized():
+        dist.init_process_group(_BACKENDS[device], **settings)
+        atexit.register(end_threads)
 
 
 def end_threads() -> None:

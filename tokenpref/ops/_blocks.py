@@ -311,7 +311,8 @@ class _Scratch:
             name: of the result, which stays until the next one of that name.
             left: a block, or columns of one.
             right: of its dtype.
-            place: at least as many rows, for the product of tensors that are of the accumulation dtype; it may be made elsewhere.
+            place: at least as many rows, for the product of tensors that are of the accumulation dtype, which may be made
+                elsewhere; or of half precision, for one that is rounded and not widened.
             widen: whether a product that was rounded shall be of the accumulation dtype nevertheless.
         """
         dtype, shape = self._dtype, (left.shape[0], right.shape[1])
@@ -321,7 +322,9 @@ class _Scratch:
             return torch.mm(left, right, out_dtype=dtype)
         # A CPU's half-precision products come out rounded: a block of many, whose sum is float32's, or the weight's dtype anyway.
         if _multiplies(left.dtype, left.device.type):
-            rounded = torch.mm(left, right, out=self._view(name, shape, left.dtype))
+            rounded = torch.mm(
+                left, right, out=self._view(name, shape, left.dtype) if place is None else place
+            )
             return self._view(name, shape, dtype).copy_(rounded) if widen else rounded
         return left.to(dtype) @ right.to(dtype)
 
@@ -548,8 +551,8 @@ def backward_blocks(
     *,
     want_hidden: bool,
     want_weight: bool,
-    add_to: Tensor | None = None,
     write_to: Tensor | None = None,
+    add: bool = False,
 ) -> tuple[Tensor | None, Tensor | None]:
     """Gradients of the policy's hidden states and head.
 
@@ -560,8 +563,8 @@ def backward_blocks(
         blocks: the forward's.
         want_hidden: whether the hidden states want a gradient.
         want_weight: whether the head wants one.
-        add_to: a head's gradient that this one joins, of the accumulation dtype as all else.
         write_to: memory for the head's gradient, where blocks may lodge; None for new one.
+        add: whether it joins the gradient that is there, of the accumulation dtype as all else.
     """
     if found.vectors:
         return _from_vectors(heads, found.vectors, grads), None
@@ -570,18 +573,19 @@ def backward_blocks(
     grad_hidden = torch.zeros_like(heads.hidden, dtype=dtype) if want_hidden else None
     grad_weight = None
     if want_weight:
-        grad_weight = next((own for own in (add_to, write_to) if own is not None), None)
-        grad_weight = torch.empty_like(heads.weight) if grad_weight is None else grad_weight
+        grad_weight = torch.empty_like(heads.weight) if write_to is None else write_to
     at_target = grads.get("policy_logps", torch.zeros_like(found.lse[0]))
     # Where nothing has to be rounded on the way, products go straight to their place, and all targets at once.
     direct = heads.hidden.dtype == heads.weight.dtype == dtype
+    # So does the one rounded product of a block of the head, but for its targets; several are added before they are rounded.
+    alone = len(steps) == 1 and heads.hidden.dtype == heads.weight.dtype
     where = None if direct else _Targets(heads.targets, blocks)
     place = _place_of_rows(heads.hidden, direct)
     # The last blocks of the forward are the ones that the cache still holds, and those that were kept; and where these lodge in
     # the gradient, the end of that is free.
     for number, part in reversed(list(enumerate(blocks))):
         whole = grad_weight[part] if grad_weight is not None and direct else None
-        begun = add_to is not None
+        begun = add
         for step in steps:
             block, factor = step.block(number, part)
             narrow = step.scratch.narrow(block)
@@ -598,15 +602,18 @@ def backward_blocks(
                 if direct and whole is not None:
                     add_product(whole, narrow[rows].T, scaled, begun=begun)
                 else:
-                    own = step.scratch.product("whole", narrow[rows].T, scaled)
+                    to = grad_weight[part] if alone else None
+                    own = step.scratch.product("whole", narrow[rows].T, scaled, to, widen=not alone)
                     whole = own if whole is None else whole.add_(own)
                 begun = True
             del block, narrow, factor  # before the next block is made, which may need new memory
         if where is not None and grad_weight is not None and whole is not None:
             hits, columns = where.of(number, part)
-            grad_weight[part] = whole.index_add_(
-                0, columns, heads.hidden[hits].to(dtype) * at_target[hits, None]
-            )
+            at_words = heads.hidden[hits].to(dtype) * at_target[hits, None]
+            if whole.dtype == dtype:
+                grad_weight[part] = whole.index_add_(0, columns, at_words)
+            else:
+                _add_rounded(whole, columns, at_words)
     for rows in _pieces(heads.hidden.shape[0], place):
         own, targets = at_target[rows], heads.targets[rows]
         if grad_weight is not None and direct:
@@ -614,6 +621,12 @@ def backward_blocks(
         if grad_hidden is not None:
             grad_hidden[rows].addcmul_(own[:, None], heads.weight[targets].to(dtype))
     return None if grad_hidden is None else grad_hidden.to(heads.hidden.dtype), grad_weight
+
+
+def _add_rounded(total: Tensor, columns: Tensor, rows: Tensor) -> None:
+    """``total[columns] += rows`` in place, of sorted columns that may occur more than once; each sum is rounded once."""
+    words, which = columns.unique_consecutive(return_inverse=True)
+    total[words] = total[words].to(rows.dtype).index_add_(0, which, rows).to(total.dtype)
 
 
 def _place_of_rows(hidden: Tensor, direct: bool) -> Tensor | None:

@@ -327,8 +327,8 @@ class _LinearStatistics(torch.autograd.Function):
             blocks,
             want_hidden=want_hidden,
             want_weight=want_weight or ctx.add_to is not None,
-            add_to=ctx.add_to,
-            write_to=gradient,
+            write_to=gradient if ctx.add_to is None else ctx.add_to,
+            add=ctx.add_to is not None,
         )
         if ctx.loan is not None:
             ctx.room.take_back(ctx.loan)
