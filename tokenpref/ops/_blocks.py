@@ -55,7 +55,7 @@ _BLOCK_BYTES = {"cpu": 8 * MIB, "cuda": 256 * MIB}
 _WIDEST = 2048
 # Rows of logits that do not begin on a cache line's boundary cost a product on a CPU a third of its speed.
 _UNIT = 64
-_PLACE_BYTES = 2 * MIB  # for what the backward makes of some rows' hidden states at a time, on a CPU,
+_PLACE_BYTES = 2 * MIB  # for what the backward makes of some rows at a time, on a CPU,
 _FEWEST_ROWS = 256  # but for at least so many, since products of fewer are slow
 
 
@@ -596,6 +596,7 @@ def backward_blocks(
                     )
                     own = None if factor is None else factor[rows]
                     add_scaled(grad_hidden[step.rows][rows], own, states, compiled=blocks.compiled)
+                    del states  # before the next product makes its own memory
                 if grad_weight is None:
                     continue
                 scaled = step.scaled(factor, rows, place)
@@ -638,8 +639,11 @@ def _place_of_rows(hidden: Tensor, direct: bool) -> Tensor | None:
     if not direct or hidden.is_cuda:
         return None
     width = hidden.shape[1]
-    rows = max(_PLACE_BYTES // (width * hidden.element_size()), _FEWEST_ROWS)
-    return hidden.new_empty(min(rows, hidden.shape[0]), width)
+    return hidden.new_empty(min(_rows_of_place(width, hidden.element_size()), hidden.shape[0]), width)
+
+
+def _rows_of_place(width: int, itemsize: int) -> int:
+    return max(_PLACE_BYTES // (width * itemsize), _FEWEST_ROWS)
 
 
 def _pieces(count: int, place: Tensor | None) -> Iterator[slice]:
@@ -756,12 +760,24 @@ class _Backward:
     def _exponentials(self, model: int, number: int, part: slice) -> Tensor:
         """A model's exponentials of a block."""
         found = self._kept(model, part)
-        if found is None:
-            # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
-            # are not, models that agree shall have no gradient of their KL.
+        if found is not None:
+            return found
+        # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
+        # are not, models that agree shall have no gradient of their KL.
+        shift, (states, weight) = self._shift(model, number), self._pairs[model]
+        if not takes_onednn(states, weight[part]):
             logits = self._logits(model, part)
-            found = exponentials(logits, self._shift(model, number), logits)
-        return found
+            return exponentials(logits, shift, logits)
+        # A product that makes its own memory makes it of some rows: among the other products' results a whole block's would
+        # find another place every time, and the heap would grow by blocks. Never of one row, which is summed in another order.
+        to = self.scratch.get(model, part.stop - part.start)
+        count = -(-to.shape[0] // _rows_of_place(to.shape[1], to.element_size()))
+        pieces = zip(
+            states.tensor_split(count), shift.tensor_split(count), to.tensor_split(count), strict=True
+        )
+        for own, own_shift, place in pieces:
+            exponentials(product(own, weight[part].T), own_shift, place)
+        return to
 
     def _compiled_block(self, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
         """:meth:`block` with compiled passes, in the hidden states' dtype."""
