@@ -441,34 +441,34 @@ def test_exponentials_lodge_in_the_heads_gradient_until_that_is_written(dtype, w
 
 
 @pytest.mark.parametrize("needs", [frozenset(), frozenset({"ref", "kl_ref_policy"})])
-def test_what_is_computed_again_by_onednn_is_made_some_rows_at_a_time(monkeypatch, needs):
+def test_logits_of_onednn_are_made_some_rows_at_a_time(monkeypatch, needs):
     # Its products make their own memory: blocks of it would lie elsewhere in the heap every time, which would grow by them.
-    monkeypatch.setattr(_blocks, "takes_onednn", lambda left, right: True)
-    monkeypatch.setattr(_blocks, "_PLACE_BYTES", 1)
-    monkeypatch.setattr(_blocks, "_FEWEST_ROWS", 4)
     generator = torch.Generator().manual_seed(0)
     hidden, weight, ref_hidden, ref_weight = (
         torch.randn(size, 3, generator=generator) for size in (9, 640, 9, 640)
     )
     reference = {"ref_hidden": ref_hidden, "ref_head_weight": ref_weight} if needs else {}
 
+    rows = []
+
+    def by_rows(left, right, place=None):
+        if right.shape[1] != 3:
+            rows.append(left.shape[0])
+        return left @ right
+
     def score(memory_mb):
         own = hidden.clone().requires_grad_(), weight.clone().requires_grad_()
         values = score_tokens(*own, torch.arange(9), needs=needs, memory_mb=memory_mb, **reference)
         total = values["policy_logps"].sum() + values.get("kl_ref_policy", torch.zeros(())).sum()
-        shapes = []
+        return torch.autograd.grad(total, own)
 
-        def product(left, right, place=None):
-            shapes.append((left.shape[0], right.shape[1]))
-            return left @ right
-
-        with monkeypatch.context() as patch:
-            patch.setattr(_blocks, "product", product)
-            return torch.autograd.grad(total, own), [rows for rows, width in shapes if width != 3]
-
-    expected, none = score(64.0)
-    gradients, rows = score(0.02)
-    assert not none and rows and set(rows) == {3}  # nine rows in pieces of at most four, as equal as can be
+    expected = score(64.0)
+    monkeypatch.setattr(_blocks, "takes_onednn", lambda left, right: True)
+    monkeypatch.setattr(_blocks, "_PLACE_BYTES", 1)
+    monkeypatch.setattr(_blocks, "_FEWEST_ROWS", 4)
+    monkeypatch.setattr(_blocks, "product", by_rows)
+    gradients = score(0.02)
+    assert rows and set(rows) == {3}  # nine rows in pieces of at most four, as equal as can be
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
 

@@ -275,14 +275,19 @@ class _Scratch:
             index: of their memory.
             hidden: all rows ``[N, D]``.
             weight: a block's ``[width, D]``.
-            place: memory to take in place of that, if the product takes any.
+            place: memory to take in place of that.
         """
+        to = self.get(index, weight.shape[0]) if place is None else place
         if hidden.dtype != self._dtype:
-            to = self.get(index, weight.shape[0]) if place is None else place
             return to.copy_(self._rounded_logits(hidden, weight, "narrow", to))
-        if takes_onednn(hidden, weight):  # makes its own
-            return product(hidden, weight.T)
-        return product(hidden, weight.T, self.get(index, weight.shape[0]) if place is None else place)
+        if not takes_onednn(hidden, weight):
+            return product(hidden, weight.T, to)
+        # It makes its own memory: of some rows at a time, for among other products and small tensors a heap would have room for a
+        # whole block again, or not. Never of one row, which is summed in another order.
+        count = -(-to.shape[0] // _rows_of_place(to.shape[1], to.element_size()))
+        for own, part in zip(hidden.tensor_split(count), to.tensor_split(count), strict=True):
+            part.copy_(product(own, weight.T))
+        return to
 
     def own_logits(self, index: int, hidden: Tensor, weight: Tensor) -> Tensor:
         """Logits in the dtype of the hidden states, as compiled passes take them."""
@@ -760,24 +765,12 @@ class _Backward:
     def _exponentials(self, model: int, number: int, part: slice) -> Tensor:
         """A model's exponentials of a block."""
         found = self._kept(model, part)
-        if found is not None:
-            return found
-        # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
-        # are not, models that agree shall have no gradient of their KL.
-        shift, (states, weight) = self._shift(model, number), self._pairs[model]
-        if not takes_onednn(states, weight[part]):
+        if found is None:
+            # Shifted as the forward's, not turned into probabilities at once: where one model's are kept and the other's
+            # are not, models that agree shall have no gradient of their KL.
             logits = self._logits(model, part)
-            return exponentials(logits, shift, logits)
-        # A product that makes its own memory makes it of some rows: among the other products' results a whole block's would
-        # find another place every time, and the heap would grow by blocks. Never of one row, which is summed in another order.
-        to = self.scratch.get(model, part.stop - part.start)
-        count = -(-to.shape[0] // _rows_of_place(to.shape[1], to.element_size()))
-        pieces = zip(
-            states.tensor_split(count), shift.tensor_split(count), to.tensor_split(count), strict=True
-        )
-        for own, own_shift, place in pieces:
-            exponentials(product(own, weight[part].T), own_shift, place)
-        return to
+            found = exponentials(logits, self._shift(model, number), logits)
+        return found
 
     def _compiled_block(self, number: int, part: slice) -> tuple[Tensor, Tensor | None]:
         """:meth:`block` with compiled passes, in the hidden states' dtype."""
