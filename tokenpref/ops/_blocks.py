@@ -55,7 +55,7 @@ _BLOCK_BYTES = {"cpu": 8 * MIB, "cuda": 256 * MIB}
 _WIDEST = 2048
 # Rows of logits that do not begin on a cache line's boundary cost a product on a CPU a third of its speed.
 _UNIT = 64
-_PLACE_BYTES = 2 * MIB  # for what the backward makes of some rows at a time, on a CPU,
+_PLACE_BYTES = 2 * MIB  # for what is made of some rows at a time, on a CPU,
 _FEWEST_ROWS = 256  # but for at least so many, since products of fewer are slow
 
 
