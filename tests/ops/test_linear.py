@@ -448,7 +448,6 @@ def test_logits_of_onednn_are_made_some_rows_at_a_time(monkeypatch, needs):
         torch.randn(size, 3, generator=generator) for size in (9, 640, 9, 640)
     )
     reference = {"ref_hidden": ref_hidden, "ref_head_weight": ref_weight} if needs else {}
-
     rows = []
 
     def by_rows(left, right, place=None):

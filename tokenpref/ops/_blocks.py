@@ -412,7 +412,7 @@ class _Forward:
         kept: where exponentials stay for the backward.
 
     Attributes:
-        logits: of each model ``[N, C]``, until they are added to the sums.
+        logits: of each model ``[N, C]``; their exponentials once they are added to the sums.
     """
 
     def __init__(self, heads: Heads, part: slice, scratch: _Scratch, kept: Kept) -> None:
@@ -429,14 +429,13 @@ class _Forward:
             scratch.logits(index, states, weight[part], to)
             for index, ((states, weight), to) in enumerate(zip(pairs, stay, strict=False))
         ]
-        self._exponentials = [own if to is None else to for own, to in zip(self.logits, stay, strict=False)]
 
     def add_to(self, models: list[Sums], needs: frozenset[str], *, growth: bool) -> list[Tensor]:
         """Add the block to the sums; returns how much each model's earlier ones shrank ``[N]``."""
         return add_block(
             self.logits,
             models,
-            self._exponentials,
+            self.logits,
             lambda index: self._scratch.get(2 + index, self._width),
             needs,
             growth=growth,
@@ -444,11 +443,11 @@ class _Forward:
 
     def narrow(self, index: int, _model: Sums) -> Tensor:
         """A model's exponentials in the hidden states' dtype."""
-        return self._scratch.narrow(self._exponentials[index])
+        return self._scratch.narrow(self.logits[index])
 
     def keep(self, _models: list[Sums], last_rows: slice) -> None:
         """Keep what is to be kept; of the reference the last rows alone."""
-        for to, own, rows in zip(self._to_keep, self._exponentials, (slice(None), last_rows), strict=False):
+        for to, own, rows in zip(self._to_keep, self.logits, (slice(None), last_rows), strict=False):
             if to is not None and to is not own:
                 to.copy_(own[rows])
 
