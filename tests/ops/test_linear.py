@@ -3,8 +3,11 @@ import torch
 from support.heads import LABELS, make, total
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenpref.ops import HeadRoom, _blocks, linear_token_stats, score_tokens, token_stats_from_logits
-from tokenpref.ops._blocks import plan_blocks
+from tokenpref.ops import HeadRoom, _scratch, linear_token_stats, score_tokens, token_stats_from_logits
+from tokenpref.ops._backward import _add_rounded
+from tokenpref.ops._blocks import Blocks, Heads, plan_blocks
+from tokenpref.ops._forward import forward_blocks
+from tokenpref.ops._scratch import Kept
 
 ALL = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
 BUDGETS = [1e-5, 1e-4, 5e-4, 1e-3, 1]  # MiB: a column at a time, several, some of them kept, all kept
@@ -253,7 +256,7 @@ def test_head_gradient_in_bfloat16_accumulates_in_float32(memory_mb):
 
 @pytest.mark.parametrize("multiplies", [True, False], ids=["has bfloat16 products", "has none"])
 def test_half_precision_is_close_to_float32(multiplies, monkeypatch):
-    monkeypatch.setattr(_blocks, "_multiplies", lambda dtype, device: multiplies)
+    monkeypatch.setattr(_scratch, "_multiplies", lambda dtype, device: multiplies)
     low = make(torch.bfloat16)
     high = [x.detach().float().requires_grad_(x.requires_grad) for x in low]
     gradients = []
@@ -289,10 +292,10 @@ class Watch(TorchDispatchMode):
 def test_what_lives_from_block_to_block_is_one_piece_of_memory():
     # Many small tensors would cut holes that a CPU allocator has for the next block's logits.
     hidden, weight, ref_hidden, ref_weight = (x.detach().flatten(0, -2) for x in make(vocab=640))
-    heads = _blocks.Heads(hidden, weight, torch.arange(14), ref_hidden, ref_weight)
-    blocks = _blocks.Blocks(640, 64, kept=10, ref_kept=14)
-    kept = _blocks.Kept(hidden.new_empty(_blocks.Kept.size(14, blocks)), 14, blocks)
-    found = _blocks.forward_blocks(heads, frozenset({"kl_ref_policy"}), blocks, kept)
+    heads = Heads(hidden, weight, torch.arange(14), ref_hidden, ref_weight)
+    blocks = Blocks(640, 64, kept=10, ref_kept=14)
+    kept = Kept(hidden.new_empty(Kept.size(14, blocks)), 14, blocks)
+    found = forward_blocks(heads, frozenset({"kl_ref_policy"}), blocks, kept)
     assert [len(shifts) for shifts in found.shifts] == [10, 10]
     assert len({shift.untyped_storage().data_ptr() for shifts in found.shifts for shift in shifts}) == 1
     # The largest of all columns so far, each in its own place.
@@ -462,10 +465,10 @@ def test_logits_of_onednn_are_made_some_rows_at_a_time(monkeypatch, needs):
         return torch.autograd.grad(total, own)
 
     expected = score(64.0)
-    monkeypatch.setattr(_blocks, "takes_onednn", lambda left, right: True)
-    monkeypatch.setattr(_blocks, "_PLACE_BYTES", 1)
-    monkeypatch.setattr(_blocks, "_FEWEST_ROWS", 4)
-    monkeypatch.setattr(_blocks, "product", by_rows)
+    monkeypatch.setattr(_scratch, "takes_onednn", lambda left, right: True)
+    monkeypatch.setattr(_scratch, "_PLACE_BYTES", 1)
+    monkeypatch.setattr(_scratch, "_FEWEST_ROWS", 4)
+    monkeypatch.setattr(_scratch, "product", by_rows)
     gradients = score(0.02)
     assert rows and set(rows) == {3}  # nine rows in pieces of at most four, as equal as can be
     for ours, theirs in zip(gradients, expected, strict=True):
@@ -475,7 +478,7 @@ def test_logits_of_onednn_are_made_some_rows_at_a_time(monkeypatch, needs):
 def test_targets_of_one_word_are_rounded_together():
     # In bfloat16 neighbours of 256 are 2 apart: 0.75 alone is lost, 1.5 is more than half of the way.
     total = torch.tensor([[1.0], [256.0], [256.0]], dtype=torch.bfloat16)
-    _blocks._add_rounded(total, torch.tensor([1, 1, 2]), torch.full((3, 1), 0.75))
+    _add_rounded(total, torch.tensor([1, 1, 2]), torch.full((3, 1), 0.75))
     assert total.flatten().tolist() == [1.0, 258.0, 256.0]
 
 
@@ -582,6 +585,6 @@ def test_rows_in_pieces_have_the_gradients_of_all_at_once(needs, monkeypatch):
         return torch.autograd.grad(total, (hidden, weight))
 
     expected = gradients()
-    monkeypatch.setattr(_blocks, "_PLACE_BYTES", 8 * 6 * 4)
-    monkeypatch.setattr(_blocks, "_FEWEST_ROWS", 2)
+    monkeypatch.setattr(_scratch, "_PLACE_BYTES", 8 * 6 * 4)
+    monkeypatch.setattr(_scratch, "_FEWEST_ROWS", 2)
     assert_same(gradients(), expected)

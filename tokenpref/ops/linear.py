@@ -10,17 +10,11 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenpref.ops._blocks import (
-    MIB,
-    Blocks,
-    Found,
-    Heads,
-    Kept,
-    backward_blocks,
-    forward_blocks,
-    plan_blocks,
-)
+from tokenpref.ops._backward import backward_blocks
+from tokenpref.ops._blocks import MIB, Blocks, Heads, plan_blocks
 from tokenpref.ops._closed_form import KL_STATISTICS, OUTPUTS, accumulation_dtype
+from tokenpref.ops._forward import Found, forward_blocks
+from tokenpref.ops._scratch import Kept
 from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, check_shapes, needs_of_rows
 from tokenpref.ops.room import HeadRoom
 from tokenpref.stats import TokenStats
