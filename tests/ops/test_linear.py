@@ -3,7 +3,14 @@ import torch
 from support.heads import LABELS, make, total
 from torch.utils._python_dispatch import TorchDispatchMode
 
-from tokenpref.ops import HeadRoom, _scratch, linear_token_stats, score_tokens, token_stats_from_logits
+from tokenpref.ops import (
+    HeadRoom,
+    _blocks,
+    _scratch,
+    linear_token_stats,
+    score_tokens,
+    token_stats_from_logits,
+)
 from tokenpref.ops._backward import _add_rounded
 from tokenpref.ops._blocks import Blocks, Heads, plan_blocks
 from tokenpref.ops._forward import forward_blocks
@@ -211,15 +218,15 @@ def test_steps_share_the_memory_of_what_is_kept():
         backward = rows_of(seed, room)
         assert room._spare is None, "the forward has it"
         assert_same(backward(), rows_of(seed)())
-        places.add(room._spare.memory.data_ptr())
+        places.add(room._spare.data_ptr())
     assert len(places) == 1
     with torch.no_grad():
         score_tokens(torch.randn(3, 4), torch.randn(5, 4), torch.arange(3), room=room)
-    assert room._spare.memory.data_ptr() in places, "a forward without a backward keeps nothing"
-    small = room._spare.memory.numel()
+    assert room._spare.data_ptr() in places, "a forward without a backward keeps nothing"
+    small = room._spare.numel()
     assert_same(rows_of(3, room, count=5)(), rows_of(3, count=5)())
     assert_same(rows_of(4, room, count=9)(), rows_of(4, count=9)())
-    assert room._spare.memory.numel() != small, "another size is taken anew"
+    assert room._spare.numel() != small, "another size is taken anew"
 
 
 def test_a_room_serves_forwards_in_any_order():
@@ -270,19 +277,22 @@ def test_half_precision_is_close_to_float32(multiplies, monkeypatch):
 
 
 class Watch(TorchDispatchMode):
-    """Largest tensor that any operation returns, the operations that were run, and the shapes of products."""
+    """Largest tensor that any operation returns, operations that were run, shapes of products, sizes of new memory."""
 
     def __init__(self):
         super().__init__()
         self.largest = 0
         self.operations = []
         self.products = []
+        self.taken = []
 
     def __torch_dispatch__(self, func, types, args=(), kwargs=None):
         out = func(*args, **(kwargs or {}))
         self.operations.append(func.overloadpacket.__name__)
         if self.operations[-1] == "mm":
             self.products.append([tuple(factor.shape) for factor in args])
+        if self.operations[-1] in ("new_empty", "empty"):
+            self.taken.append(out.numel())
         for tensor in out if isinstance(out, (tuple, list)) else (out,):
             if isinstance(tensor, torch.Tensor):
                 self.largest = max(self.largest, tensor.numel())
@@ -473,6 +483,42 @@ def test_logits_of_onednn_are_made_some_rows_at_a_time(monkeypatch, needs):
     assert rows and set(rows) == {3}  # nine rows in pieces of at most four, as equal as can be
     for ours, theirs in zip(gradients, expected, strict=True):
         torch.testing.assert_close(ours, theirs, rtol=1e-5, atol=1e-6)
+
+
+@pytest.mark.parametrize("needs", [frozenset(), frozenset({"ref", "kl_ref_policy"}), ALL])
+def test_blocks_that_are_not_kept_are_made_where_others_are(needs, monkeypatch):
+    # Before those in the forward, after them in the backward: a heap need not hold one more block, at two places.
+    monkeypatch.setattr(_blocks, "_WIDEST", 64)
+    hidden, weight, ref_hidden, ref_weight = (x.flatten(0, -2) for x in make(vocab=640))
+    reference = {"ref_hidden": ref_hidden, "ref_head_weight": ref_weight} if needs else {}
+    towards = torch.arange(14) - 4.0
+
+    def score(blocks):
+        """Gradients with a budget of so many blocks of 64 columns, and the blocks that were taken from the allocator."""
+        models = 2 if needs else 1
+        with Watch() as watch:
+            values = score_tokens(
+                hidden,
+                weight,
+                torch.arange(14),
+                needs=needs,
+                memory_mb=blocks * 14 * 64 * 8 / 2**20 / models,
+                **reference,
+            )
+            wanted = sum((value * towards).sum() for value in values.values() if value.requires_grad)
+            gradients = torch.autograd.grad(wanted, (hidden, weight), retain_graph=True)
+        assert_same(torch.autograd.grad(wanted, (hidden, weight)), gradients)
+        return gradients, watch.taken.count(14 * 64)
+
+    expected, _ = score(100)
+    at_work = 4 if needs else 1
+    without, most = score(at_work)
+    assert_same(without, expected)
+    for kept in (2, 5):
+        gradients, taken = score(at_work + kept)
+        assert_same(gradients, expected)
+        # The forward's and the backward's; with a KL the latter wants one for the kept blocks too.
+        assert most - taken == (1 if needs else 2)
 
 
 def test_targets_of_one_word_are_rounded_together():

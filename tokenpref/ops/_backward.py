@@ -374,4 +374,7 @@ class _Step:
 
     def _logits(self, model: int, part: slice) -> Tensor:
         states, weight = self._pairs[model]
-        return self._scratch.logits(model, states, weight[part])
+        kept, place = self._found.kept, None
+        if model == 0 and kept is not None and states.dtype == self._nothing.dtype:
+            place = kept.spare(part)
+        return self._scratch.logits(model, states, weight[part], None if place is None else place[self._rows])

@@ -54,16 +54,16 @@ class _Forward:
     def __init__(self, heads: Heads, part: slice, scratch: Scratch, kept: Kept) -> None:
         width, pairs = part.stop - part.start, heads.pairs
         self._scratch, self._width = scratch, width
-        self._to_keep = [kept.policy(part), kept.reference(part)]
+        own, other = self._to_keep = [kept.policy(part), kept.reference(part)]
         dtype, rows = accumulation_dtype(heads.hidden.dtype), heads.hidden.shape[0]
         # Exponentials are made where they are kept, if those of all rows are, and not rounded.
-        stay = [
+        places = [
             to if to is not None and to.dtype == dtype and to.shape[0] == rows else None
-            for to in self._to_keep
+            for to in (kept.spare(part) if own is None else own, other)
         ]
         self.logits = [
             scratch.logits(index, states, weight[part], to)
-            for index, ((states, weight), to) in enumerate(zip(pairs, stay, strict=False))
+            for index, ((states, weight), to) in enumerate(zip(pairs, places, strict=False))
         ]
 
     def add_to(self, models: list[Sums], needs: frozenset[str], *, growth: bool) -> list[Tensor]:

@@ -152,6 +152,16 @@ class Kept:
         assert self._lodged is not None
         return self._part(self._lodged, self._rows, part.start - blocks.first_lodged_column, part)
 
+    def spare(self, part: slice) -> Tensor | None:
+        """Memory for a block ``[N, columns]`` of the policy that is not kept: that of one that is, if there is any.
+
+        The forward makes those that are not kept before the others, the backward after them.
+        """
+        size = self._rows * (part.stop - part.start)
+        if part.start >= self._blocks.first_column or size > self._policy.numel():
+            return None
+        return self._part(self._policy, self._rows, 0, slice(0, part.stop - part.start))
+
     def reference(self, part: slice) -> Tensor | None:
         """The reference's of a block ``[K, columns]``, of the last K rows, if any are kept."""
         count = self._blocks.ref_kept

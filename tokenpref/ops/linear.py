@@ -280,9 +280,7 @@ class _LinearStatistics(torch.autograd.Function):
         if vectors or not (want_hidden or want_weight):
             blocks = blocks.none_kept()
         size = Kept.size(targets.shape[0], blocks)
-        loan = room.lend(size, hidden) if room is not None and size else None
-        memory = hidden.new_empty(size) if loan is None else loan.memory
-        assert memory is not None
+        memory = hidden.new_empty(size) if room is None or not size else room.lend(size, hidden)
         gradient = torch.empty_like(head_weight) if blocks.lodged else None
         kept = Kept(memory, targets.shape[0], blocks, gradient)
         found = forward_blocks(heads, needs, blocks, kept, vectors=vectors)
@@ -290,9 +288,10 @@ class _LinearStatistics(torch.autograd.Function):
             heads = replace(heads, ref_hidden=None, ref_weight=None)  # the backward does not need them
             found.lse, found.shifts = found.lse[:1], (found.shifts[0], [])
         ctx.layout, tensors = _flattened(heads, found)
-        # A room's memory is not autograd's to free, nor to pack away.
-        ctx.save_for_backward(*tensors, memory if loan is None else None)
-        ctx.blocks, ctx.room, ctx.loan, ctx.add_to, ctx.gradient = blocks, room, loan, add_to, gradient
+        ctx.save_for_backward(*tensors)
+        # Not autograd's to pack away, and the backward writes in both.
+        ctx.memory, ctx.gradient = memory, gradient
+        ctx.blocks, ctx.room, ctx.add_to = blocks, room, add_to
         ctx.set_materialize_grads(False)
         if "ref_logps" in found.values:
             ctx.mark_non_differentiable(found.values["ref_logps"])
@@ -301,14 +300,14 @@ class _LinearStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        *tensors, memory = ctx.saved_tensors
-        heads, found = _restored(ctx.layout, tensors)
+        heads, found = _restored(ctx.layout, ctx.saved_tensors)
         blocks = ctx.blocks
-        if ctx.loan is not None:
-            memory = ctx.loan.memory
-        gradient, ctx.gradient = ctx.gradient, None  # it is the caller's from here on
-        # Asked again, when a later forward has the memory or the gradient is given away: everything is computed again.
-        if memory is None or (blocks.lodged and gradient is None):
+        memory, ctx.memory = (
+            ctx.memory,
+            None,
+        )  # the next forward's from here on, and the gradient the caller's
+        gradient, ctx.gradient = ctx.gradient, None
+        if memory is None:  # asked again: everything is computed again
             blocks = blocks.none_kept()
         else:
             found.kept = Kept(memory, heads.targets.shape[0], blocks, gradient)
@@ -324,6 +323,6 @@ class _LinearStatistics(torch.autograd.Function):
             write_to=gradient if ctx.add_to is None else ctx.add_to,
             add=ctx.add_to is not None,
         )
-        if ctx.loan is not None:
-            ctx.room.take_back(ctx.loan)
+        if ctx.room is not None and memory is not None and memory.numel():
+            ctx.room.take_back(memory)
         return grad_hidden, grad_weight if want_weight else None, *[None] * 9

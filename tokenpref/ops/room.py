@@ -2,22 +2,9 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-
 from torch import Tensor
 
-__all__ = ["HeadRoom", "Loan"]
-
-
-@dataclass(eq=False)
-class Loan:
-    """Memory for a forward and its backward.
-
-    Args:
-        memory: at least as many numbers as were asked for; None once another forward has it.
-    """
-
-    memory: Tensor | None
+__all__ = ["HeadRoom"]
 
 
 class HeadRoom:
@@ -29,16 +16,14 @@ class HeadRoom:
     """
 
     def __init__(self) -> None:
-        self._spare: Loan | None = None
+        self._spare: Tensor | None = None
 
-    def lend(self, size: int, like: Tensor) -> Loan:
-        """Memory for ``size`` numbers of the dtype and the device of ``like``, without contents.
+    def lend(self, size: int, like: Tensor) -> Tensor:
+        """Memory for at least ``size`` numbers of the dtype and the device of ``like``, without contents.
 
-        It is the last loan's that came back, if it is large enough; that one loses it.
+        It is what came back, if that is large enough.
         """
-        memory = None
-        if self._spare is not None:
-            memory, self._spare.memory, self._spare = self._spare.memory, None, None
+        memory, self._spare = self._spare, None
         if (
             memory is None
             or memory.numel() < size
@@ -46,13 +31,9 @@ class HeadRoom:
         ):
             memory = None  # let go first: both at once may be more than there is
             memory = like.new_empty(size)
-        return Loan(memory)
+        return memory
 
-    def take_back(self, loan: Loan) -> None:
-        """Keep the memory for the next loan; until then ``loan`` has it too."""
-        memory = loan.memory
-        if memory is None or memory.device.type != "cpu":
-            return
-        spare = self._spare.memory if self._spare is not None else None
-        if spare is None or spare.numel() <= memory.numel():
-            self._spare = loan
+    def take_back(self, memory: Tensor) -> None:
+        """Keep the memory for the next forward."""
+        if memory.device.type == "cpu" and (self._spare is None or self._spare.numel() <= memory.numel()):
+            self._spare = memory
