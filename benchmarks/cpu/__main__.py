@@ -86,7 +86,7 @@ class Plan:
     dtypes: tuple[str, ...] = ("float32", "bfloat16")
     compiled: bool = True
     growth: tuple[int, ...] = (512, 2048, 8192)
-    growth_starts: int = 3
+    growth_starts: int = 5
     repeats: int = 4
     rate_seconds: float = 1.0
 
@@ -227,6 +227,7 @@ def measure(
         "load": [],
         "seconds": 0.0,
     }
+    results["plan"]["growth_starts"] = plan.growth_starts
     results["load"].append(os.getloadavg()[0])
     start = time.perf_counter() - results["seconds"]
     for kind, record in _records(plan, processes):
@@ -285,7 +286,9 @@ def _records(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, 
                 once = replace(plan, repeats=1)
                 found = [_head(once, processes, settings, malloc) for _ in range(plan.growth_starts)]
                 # What else lies in a heap is another thing every time; a mean would carry the odd one.
-                yield "growth", sorted(found, key=lambda record: record["above_mib"])[len(found) // 2]
+                found.sort(key=lambda record: record["above_mib"])
+                starts = [record["above_mib"] for record in found]
+                yield "growth", {**found[len(found) // 2], "starts_mib": starts}
 
 
 def _steps(

@@ -5,7 +5,7 @@ from __future__ import annotations
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -537,8 +537,8 @@ def _growth_words(results: Results) -> str:
     return _wrapped(
         f"Our head, log-probs, D = {first['width']:,}, V = {first['vocab']:,}, {first['dtype']}, the library's own budget, "
         "which is less than the logits of the fewest positions: peak of one forward and backward above hidden states, weights "
-        f"and their gradients, in MiB, the middle one of {results['plan']['growth_starts']} processes. Growth is that of the "
-        "highest over the lowest, whichever is which."
+        f"and their gradients, in MiB, the middle one of {results['plan']['growth_starts']} processes (in brackets the lowest "
+        "and the highest). Growth is that of the highest over the lowest middle one, whichever is which."
     )
 
 
@@ -546,9 +546,14 @@ def _growth_table(results: Results) -> str:
     counts = list(dict.fromkeys(g["rows"] for g in results["growth"]))
     rows = []
     for malloc in _mallocs(results, "growth"):
-        peaks = {g["rows"]: g["above_mib"] for g in results["growth"] if g["malloc"] == malloc}
-        rows.append([malloc, *(f"{peaks[n]:.0f}" if n in peaks else "-" for n in counts)])
+        found = {g["rows"]: g for g in results["growth"] if g["malloc"] == malloc}
+        rows.append([malloc, *(_peak_of_starts(found[n]) if n in found else "-" for n in counts)])
     return tables.markdown(["malloc", *(f"{n:,} positions" for n in counts)], rows)
+
+
+def _peak_of_starts(record: Mapping[str, Any]) -> str:
+    starts = record["starts_mib"]
+    return f"{record['above_mib']:.0f} ({starts[0]:.0f}, {starts[-1]:.0f})"
 
 
 def _rates_table(results: Results) -> str:

@@ -202,3 +202,18 @@ def test_heads_whose_own_products_take_too_long_are_named_not_run(folders, here,
 def test_the_page_wants_real_sizes():
     with pytest.raises(SystemExit):
         command.main(["--quick", "--write-docs"])
+
+
+def test_of_the_growth_the_middle_start_counts_and_the_others_are_shown(here, monkeypatch, tmp_path):
+    peaks = iter([5.0, 9.0, 4.0, 6.0, 5.4, 5.5])
+
+    def measure(**settings):
+        return {"above_mib": next(peaks), "inputs_mib": 0.0, "best_s": 1.0, "times_s": [1.0], "versions": {}}
+
+    monkeypatch.setattr(heads, "measure", measure)
+    plan = replace(command.QUICK, parts=("growth",), growth_starts=3)
+    results = command.measure(plan, tmp_path, command.Processes(tmp_path, None))
+    assert [g["starts_mib"] for g in results["growth"]] == [[4.0, 5.0, 9.0], [5.4, 5.5, 6.0]]
+    page = report.page(results)
+    assert "| keep   | 5 (4, 9)     | 6 (5, 6)     |" in page
+    assert "malloc keep | 0.10" in page  # 5.5 over 5
