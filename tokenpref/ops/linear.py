@@ -302,10 +302,8 @@ class _LinearStatistics(torch.autograd.Function):
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
         heads, found = _restored(ctx.layout, ctx.saved_tensors)
         blocks = ctx.blocks
-        memory, ctx.memory = (
-            ctx.memory,
-            None,
-        )  # the next forward's from here on, and the gradient the caller's
+        # The memory is the next forward's from here on, the gradient the caller's.
+        memory, ctx.memory = ctx.memory, None
         gradient, ctx.gradient = ctx.gradient, None
         if memory is None:  # asked again: everything is computed again
             blocks = blocks.none_kept()
