@@ -227,7 +227,8 @@ def measure(
         "load": [],
         "seconds": 0.0,
     }
-    results["plan"]["growth_starts"] = plan.growth_starts
+    if "growth" in plan.parts:
+        results["plan"]["growth_starts"] = plan.growth_starts
     results["load"].append(os.getloadavg()[0])
     start = time.perf_counter() - results["seconds"]
     for kind, record in _records(plan, processes):
