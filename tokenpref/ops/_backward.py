@@ -104,7 +104,7 @@ class _HeadGradient:
         """End the block."""
 
     def finish(self, place: Tensor | None) -> None:
-        """End the gradient."""
+        """Add what the targets get, after the last block; ``place`` is memory for some rows at a time, None for all at once."""
         hidden, targets = self._heads.hidden, self._heads.targets
         for rows in _pieces(hidden.shape[0], place):
             self.total.index_add_(0, targets[rows], _scaled(hidden[rows], self._at_target[rows], place))

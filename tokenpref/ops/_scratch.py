@@ -173,7 +173,7 @@ class Kept:
 
 
 def rows_of_place(width: int, itemsize: int) -> int:
-    """How many rows are made at a time, of so many numbers each, where all of them would not be one block."""
+    """How many rows to make at a time, of ``width`` numbers of ``itemsize`` bytes each, where all would take too much memory."""
     return max(_PLACE_BYTES // (width * itemsize), _FEWEST_ROWS)
 
 
