@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import struct
 
 import datasets
@@ -148,6 +149,30 @@ def test_a_template_without_an_end_gets_eos(make_tokenizer_folder, write_jsonl, 
     pair = preference_dataset(tokenizer, write_jsonl([CHAT]))[0]
     assert pair.rejected_ids[pair.rejected_start :] == [*ids_of(vocab, "no ;"), 1]
     assert pair.rejected_offsets == [(0, 2), (2, 2), (2, 2)]
+
+
+TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}]
+
+
+def test_tools_reach_the_template_in_training_and_generation(make_tokenizer_folder, write_jsonl):
+    from tokenpref.data import tokenizer_json
+
+    template = "{% for t in tools or [] %}[{{ t.function.name }}]{% endfor %}"
+    template += "{% for m in messages %}{{ m.content }};{% endfor %}"
+    tokenizer = tokenizer_json(make_tokenizer_folder(), chat_template=template)
+    rows = [{**CHAT, "tools": TOOLS}, {**CHAT, "tools": None}]
+    data = preference_dataset(tokenizer, write_jsonl(rows))
+    assert [data.text(i).prompt for i in (0, 1)] == ["[add]hello;", "hello;"]
+    assert data.prompt_ids(0) == data[0].chosen_ids[: data[0].chosen_start]
+    as_text = preference_dataset(tokenizer, write_jsonl([{**CHAT, "tools": json.dumps(TOOLS)}]))
+    assert as_text.fingerprint() == preference_dataset(tokenizer, write_jsonl(rows[:1])).fingerprint()
+
+
+def test_a_tokenizer_that_takes_no_tools_refuses_them(tiktoken_file, write_jsonl):
+    from torchtune.models.llama3 import llama3_tokenizer
+
+    with pytest.raises(DataError, match="has tools, but TorchtuneTokenizer cannot put tools into a prompt"):
+        preference_dataset(llama3_tokenizer(tiktoken_file), write_jsonl([{**CHAT, "tools": TOOLS}]))
 
 
 def test_torchtune_conversations(tiktoken_file, write_jsonl):

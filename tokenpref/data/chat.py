@@ -122,19 +122,29 @@ class ChatTemplate:
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat_template: line {error.lineno}: {error.message}") from error
 
-    def render(self, messages: Sequence[Mapping[str, Any]], add_generation_prompt: bool) -> str:
+    def render(
+        self,
+        messages: Sequence[Mapping[str, Any]],
+        add_generation_prompt: bool,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+    ) -> str:
         """The conversation as one text.
 
         Args:
             messages: dictionaries with role and content.
             add_generation_prompt: end with the header after which the assistant writes.
+            tools: JSON schemas of the functions that the assistant may call.
 
         Raises:
             TemplateError: if the template raises on this conversation, or writes what is no text.
         """
         try:
             text = self._template.render(
-                messages=list(messages), add_generation_prompt=add_generation_prompt, **self.special_tokens
+                messages=list(messages),
+                tools=list(tools) if tools is not None else None,
+                documents=None,
+                add_generation_prompt=add_generation_prompt,
+                **self.special_tokens,
             )
         except jinja2.TemplateError as error:
             raise TemplateError(str(error)) from error

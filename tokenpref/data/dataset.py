@@ -303,7 +303,8 @@ class PreferenceDataset:
 
     def prompt_ids(self, index: int) -> list[int]:
         """The prompt tokenised alone, for generation; cut to ``max_prompt_len`` like the training prompts."""
-        ids = encode_prompt(self.tokenizer, self._pair(index).prompt, self._settings.add_bos)
+        pair = self._pair(index)
+        ids = encode_prompt(self.tokenizer, pair.prompt, self._settings.add_bos, pair.tools)
         num_special = 1 if self.tokenizer.bos_id is not None and ids[:1] == [self.tokenizer.bos_id] else 0
         return cut_prompt(ids, num_special, self._settings.max_prompt_len)
 
@@ -357,12 +358,13 @@ class PreferenceDataset:
             if side == "chosen"
             else (example.rejected_ids, example.rejected_start)
         )
-        own = self._pair(index).prompt
+        pair = self._pair(index)
+        own = pair.prompt
         if isinstance(own, str):
             bos = ids[:1] if self.tokenizer.bos_id is not None and ids[0] == self.tokenizer.bos_id else []
             before = [*bos, *self.tokenizer.encode_with_offsets(prompt, False)[0], *ids[len(bos) : start]]
         else:
-            before = encode_prompt(self.tokenizer, _with_system(own, prompt))
+            before = encode_prompt(self.tokenizer, _with_system(own, prompt), tools=pair.tools)
         return [*before, *ids[start:]], len(before)
 
     def settings(self) -> dict[str, Any]:
@@ -507,7 +509,13 @@ def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], settings: _Se
     pair = parse_row(row, columns, settings.layout)
     if not settings.swap:
         return pair
-    return PairRow(pair.prompt, pair.rejected, pair.chosen, pair.rejected_complete, pair.chosen_complete)
+    return dataclasses.replace(
+        pair,
+        chosen=pair.rejected,
+        rejected=pair.chosen,
+        chosen_complete=pair.rejected_complete,
+        rejected_complete=pair.chosen_complete,
+    )
 
 
 def _encode_pair(
@@ -569,7 +577,8 @@ def _encode_side(
     if isinstance(answer, str):
         text = str(pair.prompt)  # a text answer comes with a text prompt
         return encode_text_answer(tokenizer, text, answer, add_bos=add_bos, append_eos=append_eos)
-    return encode_chat_answer(tokenizer, list(pair.prompt), answer, append_eos=append_eos)  # type: ignore[arg-type]
+    messages: list[dict[str, Any]] = list(pair.prompt)  # type: ignore[arg-type]
+    return encode_chat_answer(tokenizer, messages, answer, append_eos=append_eos, tools=pair.tools)
 
 
 _TOO_LONG = "too long"

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
@@ -26,7 +27,7 @@ FORMATS = ("explicit", "implicit", "conversational", "hh")
 
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _MARKS = ("complete", "chosen_complete", "rejected_complete")
-_FIELDS = ("prompt", "chosen", "rejected", *_MARKS)
+_FIELDS = ("prompt", "chosen", "rejected", "tools", *_MARKS)
 
 Messages = list[dict[str, Any]]
 
@@ -57,6 +58,7 @@ class PairRow:
         rejected: text, or the assistant's message.
         chosen_complete: True or False when the row says so, None when it says nothing.
         rejected_complete: likewise.
+        tools: JSON schemas of the functions that the assistant may call; conversations only.
     """
 
     prompt: str | Messages
@@ -64,6 +66,7 @@ class PairRow:
     rejected: str | dict[str, Any]
     chosen_complete: bool | None = None
     rejected_complete: bool | None = None
+    tools: list[dict[str, Any]] | None = None
 
 
 def mapped_columns(
@@ -73,7 +76,7 @@ def mapped_columns(
 
     Args:
         available: the data's columns.
-        column_map: field (prompt, chosen, rejected, complete, chosen_complete, rejected_complete) to column.
+        column_map: field (prompt, chosen, rejected, tools, complete, chosen_complete, rejected_complete) to column.
         source: the data's name, for messages.
 
     Returns:
@@ -159,7 +162,9 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
         chosen, rejected = answers
     both = _mark(row, columns, "complete")
     marks = [_mark(row, columns, f"{side}_complete") for side in ("chosen", "rejected")]
-    return PairRow(prompt, chosen, rejected, *(both if mark is None else mark for mark in marks))
+    chosen_complete, rejected_complete = (both if mark is None else mark for mark in marks)
+    tools = _tools(row, columns) if layout == "conversational" else None
+    return PairRow(prompt, chosen, rejected, chosen_complete, rejected_complete, tools)
 
 
 def further_answer(
@@ -224,6 +229,24 @@ def _mark(row: Mapping[str, Any], columns: Mapping[str, str], field: str) -> boo
     if value is not None and not isinstance(value, bool):
         raise RowFault("wrong type", columns[field], f"must be true or false, found {value!r}")
     return value
+
+
+def _tools(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
+    """The row's tools: a list of JSON schemas, or JSON text of one."""
+    value = row[columns["tools"]] if "tools" in columns else None
+    if value is None:
+        return None
+    column = columns["tools"]
+    if isinstance(value, str):
+        try:
+            value = json.loads(value)
+        except ValueError as error:
+            raise RowFault("wrong type", column, f"holds text that is not JSON ({error})") from error
+    if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
+        raise RowFault(
+            "wrong type", column, "must be a list of JSON schemas of functions, or JSON text of one"
+        )
+    return [dict(tool) for tool in value]
 
 
 def _not_empty(answer: str, column: str) -> None:

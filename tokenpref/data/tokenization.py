@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import inspect
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -97,7 +98,12 @@ def _within(span: Span, offset: int, size: int) -> Span:
 
 
 def encode_chat_answer(
-    tokenizer: Tokenizer, prompt: list[dict[str, Any]], answer: Mapping[str, Any], *, append_eos: bool
+    tokenizer: Tokenizer,
+    prompt: list[dict[str, Any]],
+    answer: Mapping[str, Any],
+    *,
+    append_eos: bool,
+    tools: list[dict[str, Any]] | None = None,
 ) -> EncodedAnswer:
     """Tokenise a conversation and the assistant's answer to it.
 
@@ -110,19 +116,22 @@ def encode_chat_answer(
         prompt: messages before the answer.
         answer: the assistant's message.
         append_eos: end with the template's end of turn, or EOS where it writes none; False ends with the answer's text.
+        tools: JSON schemas of the functions that the assistant may call.
 
     Raises:
-        ValueError: if the template renders the prompt differently when an answer follows.
+        ValueError: if the template renders the prompt differently when an answer follows, or there are tools and the
+            tokenizer takes none.
     """
     if hasattr(tokenizer, "encode_chat"):
+        _check_tools(tokenizer, tools)
         chat = tokenizer.encode_chat(prompt, answer, append_eos)
         num_special = 1 if chat.ids[:1] == [tokenizer.bos_id] else 0
         prompt_text = tokenizer.render_chat(prompt, add_generation_prompt=True)
         return EncodedAnswer(
             chat.ids, chat.start, chat.spans, chat.has_eos, False, num_special, prompt_text, chat.text
         )
-    prompt_text = tokenizer.render_chat(prompt, add_generation_prompt=True)
-    whole = tokenizer.render_chat([*prompt, dict(answer)], add_generation_prompt=False)
+    prompt_text = _render(tokenizer, prompt, True, tools)
+    whole = _render(tokenizer, [*prompt, dict(answer)], False, tools)
     if not whole.startswith(prompt_text):
         raise ValueError(
             "the chat template renders the prompt differently when an answer follows, so the answer's beginning is not "
@@ -137,6 +146,34 @@ def encode_chat_answer(
     )
     spans = [_within(span, content_at, len(text)) for span in encoded.spans]
     return dataclasses.replace(encoded, spans=spans, text=text)
+
+
+def _render(
+    tokenizer: Tokenizer,
+    messages: list[dict[str, Any]],
+    add_generation_prompt: bool,
+    tools: list[dict[str, Any]] | None,
+) -> str:
+    if tools is None:  # a tokenizer of the user's own need not know of tools
+        return tokenizer.render_chat(messages, add_generation_prompt)
+    _check_tools(tokenizer, tools)
+    return tokenizer.render_chat(messages, add_generation_prompt, tools=tools)
+
+
+def _check_tools(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> None:
+    """Refuse tools that the tokenizer would not show to the model.
+
+    Raises:
+        ValueError: if there are tools and the tokenizer takes none.
+    """
+    if not tools:
+        return
+    takes_tools = "tools" in inspect.signature(tokenizer.render_chat).parameters
+    if hasattr(tokenizer, "encode_chat") or not takes_tools:
+        raise ValueError(
+            f"the row has tools, but {type(tokenizer).__name__} cannot put tools into a prompt; use "
+            "tokenpref.data.tokenizer_json with a chat template that reads them, or remove the tools"
+        )
 
 
 def _find_content(tail: str, content: str) -> tuple[int, str]:
@@ -155,7 +192,10 @@ def _through_end(tokenizer: Tokenizer, tail: str) -> str:
 
 
 def encode_prompt(
-    tokenizer: Tokenizer, prompt: str | list[dict[str, Any]], add_bos: bool | None = None
+    tokenizer: Tokenizer,
+    prompt: str | list[dict[str, Any]],
+    add_bos: bool | None = None,
+    tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
     """Ids of a prompt alone, as a model is given it to generate an answer.
 
@@ -163,13 +203,18 @@ def encode_prompt(
         tokenizer: the tokenizer.
         prompt: text, or the messages before the answer.
         add_bos: for text, as in :func:`encode_text_answer`.
+        tools: JSON schemas of the functions that the assistant may call; for conversations only.
+
+    Raises:
+        ValueError: if there are tools and the tokenizer takes none.
     """
     if isinstance(prompt, str):
         return tokenizer.encode_with_offsets(prompt, add_bos)[0]
     if hasattr(tokenizer, "encode_chat"):
+        _check_tools(tokenizer, tools)
         encoded = tokenizer.encode_chat(prompt, {"role": "assistant", "content": ""}, append_eos=False)
         return encoded.ids[: encoded.start]
-    return tokenizer.encode_with_offsets(tokenizer.render_chat(prompt, add_generation_prompt=True), False)[0]
+    return tokenizer.encode_with_offsets(_render(tokenizer, prompt, True, tools), False)[0]
 
 
 def cut_prompt(ids: list[int], num_special: int, limit: int | None) -> list[int]:

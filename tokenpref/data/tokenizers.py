@@ -59,8 +59,10 @@ class Tokenizer(Protocol):
         """How a special token is written, such as ``</s>``."""
         ...
 
-    def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        """A conversation as one text, special tokens included."""
+    def render_chat(
+        self, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None = None
+    ) -> str:
+        """A conversation as one text, special tokens included; ``tools`` are JSON schemas of functions it may call."""
         ...
 
     def fingerprint(self) -> str:
@@ -184,7 +186,9 @@ class JsonTokenizer:
         """See :class:`Tokenizer`."""
         return self._tokenizer.id_to_token(token_id) or ""
 
-    def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
+    def render_chat(
+        self, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None = None
+    ) -> str:
         """See :class:`Tokenizer`.
 
         Raises:
@@ -196,7 +200,7 @@ class JsonTokenizer:
                 "the data holds conversations, but the tokenizer has no chat template: put chat_template.jinja or a "
                 "tokenizer_config.json with chat_template beside tokenizer.json, or set tokenizer.chat_template"
             )
-        return self._template.render(messages, add_generation_prompt)
+        return self._template.render(messages, add_generation_prompt, tools)
 
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
