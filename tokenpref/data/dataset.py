@@ -6,69 +6,34 @@ import dataclasses
 import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any
 
 import datasets
 import numpy as np
 
 from tokenpref.data.chat import TemplateError
-from tokenpref.data.formats import (
-    PairRow,
-    RowFault,
-    detect_format,
-    further_answer,
-    mapped_columns,
-    parse_row,
+from tokenpref.data.encoding import (
+    TOO_LONG,
+    PairSettings,
+    encode_pair,
+    encode_side,
+    fitted_side,
+    read_pair,
+    wants_eos,
 )
+from tokenpref.data.formats import PairRow, RowFault, detect_format, further_answer, mapped_columns
+from tokenpref.data.packed import PackedPairs, PairExample, pair_key
+from tokenpref.data.report import DataReport, RowFaults
 from tokenpref.data.sources import Rows, load_rows
-from tokenpref.data.tokenization import (
-    EncodedAnswer,
-    cut_prompt,
-    cut_to_length,
-    encode_chat_answer,
-    encode_prompt,
-    encode_text_answer,
-)
-from tokenpref.data.tokenizers import Span, Tokenizer, adapt_tokenizer
+from tokenpref.data.tokenization import cut_prompt, encode_prompt
+from tokenpref.data.tokenizers import Tokenizer, adapt_tokenizer
 from tokenpref.errors import ConfigError, DataError
 
 __all__ = ["DataReport", "PairExample", "PairText", "PreferenceDataset", "WholeAnswer", "preference_dataset"]
 
 TRUNCATIONS = ("keep_prompt_end", "drop", "error")
 ON_FAULT = ("error", "drop")
-
-_LISTED_FAULTS = 5
-
-
-@dataclass(frozen=True)
-class PairExample:
-    """One tokenised pair.
-
-    Attributes:
-        row: row in the source, counted from 0.
-        chosen_ids: prompt and chosen answer.
-        chosen_start: index of the first token of the chosen answer; the prompt is ``chosen_ids[:chosen_start]``.
-        rejected_ids: prompt and rejected answer.
-        rejected_start: likewise.
-        chosen_offsets: for each token of the answer, the characters that it covers in the answer's own text
-            (:meth:`PreferenceDataset.text`); EOS has an empty span at its end.
-        rejected_offsets: likewise.
-        chosen_has_eos: whether the answer ends with EOS or the end of a turn.
-        rejected_has_eos: likewise.
-        key: sha256 (hex) of the token ids and starts of both sides: what a stored weight belongs to.
-    """
-
-    row: int
-    chosen_ids: list[int]
-    chosen_start: int
-    rejected_ids: list[int]
-    rejected_start: int
-    chosen_offsets: list[Span]
-    rejected_offsets: list[Span]
-    chosen_has_eos: bool
-    rejected_has_eos: bool
-    key: str
 
 
 @dataclass(frozen=True)
@@ -103,73 +68,6 @@ class WholeAnswer:
     written: str
 
 
-@dataclass(frozen=True)
-class DataReport:
-    """What was read, cut and left out.
-
-    Attributes:
-        source: the data's name.
-        layout: format of the rows, found or declared.
-        rows: pairs in the data set.
-        prompts_cut: pairs whose prompt lost its beginning.
-        answers_cut: answers (of 2 * rows) that lost their end, and with it their EOS.
-        equal_after_cut: pairs whose sides became equal by cutting; they train nothing.
-        straddling_rows: pairs with a token over the boundary of prompt and answer.
-        answers_with_eos: answers (of 2 * rows) that end with EOS.
-        dropped: rows left out, by reason.
-        swapped: whether chosen and rejected were exchanged.
-        prompt_tokens: mean and largest number of tokens of a prompt.
-        chosen_tokens: the same of a chosen answer.
-        rejected_tokens: the same of a rejected answer.
-    """
-
-    source: str
-    layout: str
-    rows: int
-    prompts_cut: int
-    answers_cut: int
-    equal_after_cut: int
-    straddling_rows: int
-    answers_with_eos: int
-    dropped: dict[str, int]
-    swapped: bool
-    prompt_tokens: tuple[float, int]
-    chosen_tokens: tuple[float, int]
-    rejected_tokens: tuple[float, int]
-
-    def summary(self) -> str:
-        """One short paragraph."""
-        lengths = ", ".join(
-            f"{name} {mean:.1f} (longest {largest})"
-            for name, (mean, largest) in (
-                ("prompt", self.prompt_tokens),
-                ("chosen", self.chosen_tokens),
-                ("rejected", self.rejected_tokens),
-            )
-        )
-        text = f"{self.source}: {self.rows} pairs, format {self.layout}{', sides swapped' if self.swapped else ''}; "
-        text += f"mean tokens: {lengths}. EOS ends {self.answers_with_eos} of {2 * self.rows} answers; "
-        text += f"cut: {self.prompts_cut} prompts, {self.answers_cut} answers"
-        if self.equal_after_cut:
-            text += f" ({self.equal_after_cut} pairs have equal sides since)"
-        text += f"; {self.straddling_rows} rows have a token over the boundary of prompt and answer."
-        if self.dropped:
-            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
-            text += f" Left out {sum(self.dropped.values())} rows: {reasons}."
-        return text
-
-
-@dataclass(frozen=True)
-class _Settings:
-    layout: str
-    append_eos: bool | None
-    add_bos: bool | None
-    max_seq_len: int | None
-    max_prompt_len: int | None
-    truncation: str
-    swap: bool
-
-
 class PreferenceDataset:
     """Tokenised preference pairs. Build it with :func:`preference_dataset`.
 
@@ -182,21 +80,21 @@ class PreferenceDataset:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, rows: Rows, columns: dict[str, str], settings: _Settings, on_fault: str
+        self, tokenizer: Tokenizer, rows: Rows, columns: dict[str, str], settings: PairSettings, on_fault: str
     ) -> None:
         self.tokenizer = tokenizer
         self.source_name = rows.name
         self._rows = rows
         self._fields = columns
         self._settings = settings
-        packed = _Packed()
-        faults = _Faults(rows)
+        packed = PackedPairs()
+        faults = RowFaults(rows)
         counts: Counter[str] = Counter()
         for number, row in enumerate(_needed(rows.table, columns)):
             try:
-                sides, cuts = _encode_pair(tokenizer, row, columns, settings)
+                sides, cuts = encode_pair(tokenizer, row, columns, settings)
             except RowFault as fault:
-                too_long = settings.truncation == "drop" and fault.kind == _TOO_LONG
+                too_long = settings.truncation == "drop" and fault.kind == TOO_LONG
                 faults.add(number, fault, droppable=on_fault == "drop" or too_long)
                 continue
             packed.add(number, *sides)
@@ -275,13 +173,13 @@ class PreferenceDataset:
         return self._rows.locate(int(self._packed.rows[self._position(index)]))
 
     def _pair(self, index: int) -> PairRow:
-        return _read_pair(self.raw(index), self._fields, self._settings)
+        return read_pair(self.raw(index), self._fields, self._settings)
 
     def text(self, index: int) -> PairText:
         """The texts of a pair, sides swapped if the data set is."""
         pair = self._pair(index)
         chosen, rejected = (
-            _encode_side(self.tokenizer, pair, answer, False, self._settings.add_bos)
+            encode_side(self.tokenizer, pair, answer, False, self._settings.add_bos)
             for answer in (pair.chosen, pair.rejected)
         )
         return PairText(chosen.prompt_text, chosen.text, rejected.text)
@@ -294,8 +192,8 @@ class PreferenceDataset:
             (pair.chosen, pair.chosen_complete),
             (pair.rejected, pair.rejected_complete),
         ):
-            whole = _encode_side(
-                self.tokenizer, pair, answer, _wants_eos(self._settings, marked), self._settings.add_bos
+            whole = encode_side(
+                self.tokenizer, pair, answer, wants_eos(self._settings, marked), self._settings.add_bos
             )
             written = answer if isinstance(answer, str) else str(answer["content"])
             answers.append(WholeAnswer(len(whole.ids) - whole.start, whole.has_eos, whole.text, written))
@@ -329,12 +227,12 @@ class PreferenceDataset:
         # A mark that both answers share is the row's; marks of one side say nothing about a third answer.
         mark = pair.chosen_complete if pair.chosen_complete == pair.rejected_complete else None
         try:
-            whole = _encode_side(
-                self.tokenizer, pair, answer, _wants_eos(self._settings, mark), self._settings.add_bos
+            whole = encode_side(
+                self.tokenizer, pair, answer, wants_eos(self._settings, mark), self._settings.add_bos
             )
         except (TemplateError, ValueError) as error:
             raise RowFault("tokenizer", column, str(error)) from error
-        fitted, _, _ = _fitted(whole, column, self._settings)
+        fitted, _, _ = fitted_side(whole, column, self._settings)
         return fitted.ids, fitted.start
 
     def with_side_prompt(self, index: int, side: str, prompt: str) -> tuple[list[int], int]:
@@ -438,7 +336,7 @@ def preference_dataset(
             f"{rows.name} holds conversations, but the tokenizer has no chat template: set tokenizer.chat_template, put "
             "chat_template.jinja beside tokenizer.json, or use a torchtune tokenizer with tokenize_messages"
         )
-    settings = _Settings(
+    settings = PairSettings(
         layout=layout,
         append_eos=None if append_eos == "auto" else bool(append_eos),
         add_bos=None if add_bos == "auto" else bool(add_bos),
@@ -497,126 +395,6 @@ def _first_full(table: datasets.Dataset, columns: Mapping[str, str]) -> dict[str
     return next((row for row in needed if all(row[f] is not None for f in fields)), needed[0])
 
 
-def pair_key(
-    chosen_ids: Sequence[int], chosen_start: int, rejected_ids: Sequence[int], rejected_start: int
-) -> str:
-    """sha256 (hex) of the training token ids: for each side its length, its start and its ids, as little-endian int64."""
-    numbers = [len(chosen_ids), chosen_start, *chosen_ids, len(rejected_ids), rejected_start, *rejected_ids]
-    return hashlib.sha256(np.asarray(numbers, dtype="<i8").tobytes()).hexdigest()
-
-
-def _read_pair(row: Mapping[str, Any], columns: Mapping[str, str], settings: _Settings) -> PairRow:
-    pair = parse_row(row, columns, settings.layout)
-    if not settings.swap:
-        return pair
-    return dataclasses.replace(
-        pair,
-        chosen=pair.rejected,
-        rejected=pair.chosen,
-        chosen_complete=pair.rejected_complete,
-        rejected_complete=pair.chosen_complete,
-    )
-
-
-def _encode_pair(
-    tokenizer: Tokenizer, row: Mapping[str, Any], columns: Mapping[str, str], settings: _Settings
-) -> tuple[tuple[EncodedAnswer, EncodedAnswer], Counter[str]]:
-    """Both sides of a row, and what happened to them.
-
-    Raises:
-        RowFault: if the row cannot be used.
-    """
-    pair = _read_pair(row, columns, settings)
-    names = (
-        [columns["rejected"], columns["chosen"]]
-        if settings.swap
-        else [columns["chosen"], columns["rejected"]]
-    )
-    sides: list[EncodedAnswer] = []
-    cuts: Counter[str] = Counter()
-    complete = (pair.chosen_complete, pair.rejected_complete)
-    prompt_cut = False
-    for answer, marked, column in zip((pair.chosen, pair.rejected), complete, names, strict=True):
-        try:
-            whole = _encode_side(tokenizer, pair, answer, _wants_eos(settings, marked), settings.add_bos)
-        except TemplateError as error:
-            raise RowFault("template", column, f"the chat template refuses it: {error}") from error
-        except ConfigError:
-            raise  # no row is at fault, and leaving rows out mends nothing
-        except ValueError as error:
-            raise RowFault("tokenizer", column, str(error)) from error
-        side, cut, answer_cut = _fitted(whole, column, settings)
-        prompt_cut |= cut
-        cuts["answers_cut"] += answer_cut
-        sides.append(side)
-    chosen, rejected = sides
-    cuts["prompts_cut"] = int(prompt_cut)
-    cuts["straddling_rows"] = int(chosen.straddles or rejected.straddles)
-    if (chosen.ids, chosen.start) == (rejected.ids, rejected.start):
-        if not prompt_cut and not cuts["answers_cut"]:
-            raise RowFault("equal tokens", names[1], f"has the same tokens as {names[0]}; remove the row")
-        cuts["equal_after_cut"] = 1
-    return (chosen, rejected), cuts
-
-
-def _wants_eos(settings: _Settings, marked: bool | None) -> bool:
-    if settings.append_eos is not None:
-        return settings.append_eos
-    if marked is not None:
-        return marked
-    return settings.layout in ("conversational", "hh")
-
-
-def _encode_side(
-    tokenizer: Tokenizer,
-    pair: PairRow,
-    answer: str | Mapping[str, Any],
-    append_eos: bool,
-    add_bos: bool | None,
-) -> EncodedAnswer:
-    if isinstance(answer, str):
-        text = str(pair.prompt)  # a text answer comes with a text prompt
-        return encode_text_answer(tokenizer, text, answer, add_bos=add_bos, append_eos=append_eos)
-    messages: list[dict[str, Any]] = list(pair.prompt)  # type: ignore[arg-type]
-    return encode_chat_answer(tokenizer, messages, answer, append_eos=append_eos, tools=pair.tools)
-
-
-_TOO_LONG = "too long"
-
-
-def _fitted(whole: EncodedAnswer, column: str, settings: _Settings) -> tuple[EncodedAnswer, bool, bool]:
-    """A side within the limits.
-
-    Raises:
-        RowFault: if no token of its answer can be scored, or it is too long and must not be cut.
-    """
-    if whole.start == len(whole.ids):
-        raise RowFault("empty answer", column, "gives no token of its own; remove the row")
-    if whole.start == 0:
-        raise RowFault(
-            "no context",
-            column,
-            "begins with its first scored token, which nothing precedes: the prompt is empty and there is no BOS. Give "
-            "a prompt, or set add_bos: true",
-        )
-    side, prompt_cut, answer_cut = cut_to_length(whole, settings.max_seq_len, settings.max_prompt_len)
-    lengths = f"prompt {whole.start} tokens, answer {len(whole.ids) - whole.start}, max_seq_len {settings.max_seq_len}"
-    lengths += f", max_prompt_len {settings.max_prompt_len}"
-    if (prompt_cut or answer_cut) and settings.truncation != "keep_prompt_end":
-        raise RowFault(
-            _TOO_LONG,
-            column,
-            f"is too long ({lengths}); raise the limit, or set truncation: keep_prompt_end (cuts) or drop (leaves out)",
-        )
-    if side.start >= len(side.ids):
-        raise RowFault(
-            "prompt leaves no room",
-            column,
-            f"has no room for a single answer token ({lengths}); set max_prompt_len below max_seq_len, or raise max_seq_len",
-        )
-    return side, prompt_cut, answer_cut
-
-
 def _with_system(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:
     """A conversation that begins with ``prompt`` as its system message."""
     if messages and messages[0]["role"] == "system":
@@ -627,81 +405,3 @@ def _with_system(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[s
 
 def _mean_max(values: np.ndarray) -> tuple[float, int]:
     return float(values.mean()), int(values.max())
-
-
-class _Faults:
-    """Faults of all rows, reported once."""
-
-    def __init__(self, rows: Rows) -> None:
-        self._rows = rows
-        self._found: dict[str, list[tuple[int, RowFault]]] = {}
-        self.dropped: dict[str, int] = {}
-
-    def add(self, row: int, fault: RowFault, *, droppable: bool) -> None:
-        if droppable:
-            self.dropped[fault.kind] = self.dropped.get(fault.kind, 0) + 1
-        else:
-            self._found.setdefault(fault.kind, []).append((row, fault))
-
-    def summary(self) -> str:
-        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.dropped.items()))
-
-    def raise_any(self) -> None:
-        """Raise for the first faulty row, with the number of rows like it and the first few of them."""
-        if not self._found:
-            return
-        kind, alike = next(iter(self._found.items()))
-        row, fault = alike[0]
-        message = f"{self._rows.locate(row)}, column {fault.column!r}: {fault.message}"
-        if len(alike) > 1:
-            listed = ", ".join(str(number) for number, _ in alike[:_LISTED_FAULTS])
-            more = ", ..." if len(alike) > _LISTED_FAULTS else ""
-            message += f" [{kind}: {len(alike)} rows in all: {listed}{more}]"
-        others = {k: len(v) for k, v in self._found.items() if k != kind}
-        if others:
-            message += " [other faults: " + ", ".join(f"{count} {k}" for k, count in others.items()) + "]"
-        raise DataError(f"{message}. To leave faulty rows out and count them, set on_fault: drop")
-
-
-@dataclass
-class _Packed:
-    """Token ids and spans of all pairs in flat arrays; side 0 is chosen, side 1 rejected."""
-
-    rows: Any = field(default_factory=list)
-    ids: Any = field(default_factory=list)
-    spans: Any = field(default_factory=list)
-    ends: Any = field(default_factory=lambda: [0])  # of each side's ids, in the order chosen, rejected
-    span_ends: Any = field(default_factory=lambda: [0])
-    starts: Any = field(default_factory=list)
-    has_eos: Any = field(default_factory=list)
-
-    def add(self, row: int, chosen: EncodedAnswer, rejected: EncodedAnswer) -> None:
-        self.rows.append(row)
-        self.starts.append((chosen.start, rejected.start))
-        self.has_eos.append((chosen.has_eos, rejected.has_eos))
-        for side in (chosen, rejected):
-            self.ids.append(np.asarray(side.ids, dtype=np.int32))
-            self.spans.append(np.asarray(side.spans, dtype=np.int32).reshape(-1, 2))
-            self.ends.append(self.ends[-1] + len(side.ids))
-            self.span_ends.append(self.span_ends[-1] + len(side.spans))
-
-    def freeze(self) -> _Packed:
-        nothing = np.zeros((0,), dtype=np.int32)
-        return _Packed(
-            rows=np.asarray(self.rows, dtype=np.int64),
-            ids=np.concatenate([nothing, *self.ids]),
-            spans=np.concatenate([nothing.reshape(0, 2), *self.spans]),
-            ends=np.asarray(self.ends, dtype=np.int64),
-            span_ends=np.asarray(self.span_ends, dtype=np.int64),
-            starts=np.asarray(self.starts, dtype=np.int64).reshape(-1, 2),
-            has_eos=np.asarray(self.has_eos, dtype=bool).reshape(-1, 2),
-        )
-
-    def lengths(self, side: int) -> np.ndarray:
-        return np.diff(self.ends)[side::2]
-
-    def side(self, index: int, side: int) -> tuple[list[int], list[Span]]:
-        place = 2 * index + side
-        ids = self.ids[self.ends[place] : self.ends[place + 1]].tolist()
-        spans = self.spans[self.span_ends[place] : self.span_ends[place + 1]].tolist()
-        return ids, [(start, end) for start, end in spans]

@@ -1,0 +1,105 @@
+"""What was read, cut and left out of a data set, and the faults of its rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from tokenpref.data.formats import RowFault
+from tokenpref.data.sources import Rows
+from tokenpref.errors import DataError
+
+__all__ = ["DataReport", "RowFaults"]
+
+_LISTED_FAULTS = 5
+
+
+@dataclass(frozen=True)
+class DataReport:
+    """What was read, cut and left out.
+
+    Attributes:
+        source: the data's name.
+        layout: format of the rows, found or declared.
+        rows: pairs in the data set.
+        prompts_cut: pairs whose prompt lost its beginning.
+        answers_cut: answers (of 2 * rows) that lost their end, and with it their EOS.
+        equal_after_cut: pairs whose sides became equal by cutting; they train nothing.
+        straddling_rows: pairs with a token over the boundary of prompt and answer.
+        answers_with_eos: answers (of 2 * rows) that end with EOS.
+        dropped: rows left out, by reason.
+        swapped: whether chosen and rejected were exchanged.
+        prompt_tokens: mean and largest number of tokens of a prompt.
+        chosen_tokens: the same of a chosen answer.
+        rejected_tokens: the same of a rejected answer.
+    """
+
+    source: str
+    layout: str
+    rows: int
+    prompts_cut: int
+    answers_cut: int
+    equal_after_cut: int
+    straddling_rows: int
+    answers_with_eos: int
+    dropped: dict[str, int]
+    swapped: bool
+    prompt_tokens: tuple[float, int]
+    chosen_tokens: tuple[float, int]
+    rejected_tokens: tuple[float, int]
+
+    def summary(self) -> str:
+        """One short paragraph."""
+        lengths = ", ".join(
+            f"{name} {mean:.1f} (longest {largest})"
+            for name, (mean, largest) in (
+                ("prompt", self.prompt_tokens),
+                ("chosen", self.chosen_tokens),
+                ("rejected", self.rejected_tokens),
+            )
+        )
+        text = f"{self.source}: {self.rows} pairs, format {self.layout}{', sides swapped' if self.swapped else ''}; "
+        text += f"mean tokens: {lengths}. EOS ends {self.answers_with_eos} of {2 * self.rows} answers; "
+        text += f"cut: {self.prompts_cut} prompts, {self.answers_cut} answers"
+        if self.equal_after_cut:
+            text += f" ({self.equal_after_cut} pairs have equal sides since)"
+        text += f"; {self.straddling_rows} rows have a token over the boundary of prompt and answer."
+        if self.dropped:
+            reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
+            text += f" Left out {sum(self.dropped.values())} rows: {reasons}."
+        return text
+
+
+class RowFaults:
+    """Faults of all rows, reported once."""
+
+    def __init__(self, rows: Rows) -> None:
+        self._rows = rows
+        self._found: dict[str, list[tuple[int, RowFault]]] = {}
+        self.dropped: dict[str, int] = {}
+
+    def add(self, row: int, fault: RowFault, *, droppable: bool) -> None:
+        """Note the fault of a row: counted if the row may be left out, kept as an error otherwise."""
+        if droppable:
+            self.dropped[fault.kind] = self.dropped.get(fault.kind, 0) + 1
+        else:
+            self._found.setdefault(fault.kind, []).append((row, fault))
+
+    def summary(self) -> str:
+        """How many rows were left out for which reason."""
+        return ", ".join(f"{count} {kind}" for kind, count in sorted(self.dropped.items()))
+
+    def raise_any(self) -> None:
+        """Raise for the first faulty row, with the number of rows like it and the first few of them."""
+        if not self._found:
+            return
+        kind, alike = next(iter(self._found.items()))
+        row, fault = alike[0]
+        message = f"{self._rows.locate(row)}, column {fault.column!r}: {fault.message}"
+        if len(alike) > 1:
+            listed = ", ".join(str(number) for number, _ in alike[:_LISTED_FAULTS])
+            more = ", ..." if len(alike) > _LISTED_FAULTS else ""
+            message += f" [{kind}: {len(alike)} rows in all: {listed}{more}]"
+        others = {k: len(v) for k, v in self._found.items() if k != kind}
+        if others:
+            message += " [other faults: " + ", ".join(f"{count} {k}" for k, count in others.items()) + "]"
+        raise DataError(f"{message}. To leave faulty rows out and count them, set on_fault: drop")
