@@ -4,13 +4,23 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Mapping, Sequence
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenpref.data.tokenizers import Span, Tokenizer
 
-__all__ = ["EncodedAnswer", "cut_to_length", "encode_chat_answer", "encode_prompt", "encode_text_answer"]
+__all__ = [
+    "EncodedAnswer",
+    "EncodingSteps",
+    "chat_answer_steps",
+    "cut_to_length",
+    "encode_chat_answer",
+    "encode_prompt",
+    "encode_text_answer",
+    "run_steps",
+    "text_answer_steps",
+]
 
 
 @dataclass(frozen=True)
@@ -38,6 +48,26 @@ class EncodedAnswer:
     text: str
 
 
+Encoded = tuple[list[int], list[Span]]
+"""What :meth:`Tokenizer.encode_with_offsets` returns."""
+
+EncodingSteps = Generator[tuple[str, bool | None], Encoded, EncodedAnswer]
+"""An answer being tokenised: yields a text and ``add_bos``, is sent the ids and spans of the text, returns the answer.
+
+So the texts of many answers can be handed to the tokenizer at once, and one answer is tokenised by the same code.
+"""
+
+
+def run_steps(tokenizer: Tokenizer, steps: EncodingSteps) -> EncodedAnswer:
+    """Tokenise one answer alone."""
+    try:
+        request = next(steps)
+        while True:
+            request = steps.send(tokenizer.encode_with_offsets(*request))
+    except StopIteration as finished:
+        return finished.value
+
+
 def encode_text_answer(
     tokenizer: Tokenizer,
     prompt: str,
@@ -60,15 +90,31 @@ def encode_text_answer(
         append_eos: end with EOS, unless the answer does already.
         end_ids: what counts as an end; by default the tokenizer's ``stop_ids``.
     """
+    return run_steps(
+        tokenizer,
+        text_answer_steps(tokenizer, prompt, answer, add_bos=add_bos, append_eos=append_eos, end_ids=end_ids),
+    )
+
+
+def text_answer_steps(
+    tokenizer: Tokenizer,
+    prompt: str,
+    answer: str,
+    *,
+    add_bos: bool | None = None,
+    append_eos: bool = False,
+    end_ids: frozenset[int] | None = None,
+) -> EncodingSteps:
+    """:func:`encode_text_answer`, with the tokenizer's work left to the caller."""
     body = answer
     eos_text = tokenizer.decode_special(tokenizer.eos_id)
     if eos_text and answer.endswith(eos_text):
         body, append_eos = answer[: -len(eos_text)], True
-    ids, spans = tokenizer.encode_with_offsets(prompt + body, add_bos)
+    ids, spans = yield prompt + body, add_bos
     num_special = _leading_special(tokenizer, ids, spans)
     start = _answer_start(spans, len(prompt), num_special)
     straddles = start < len(spans) and spans[start][0] < len(prompt) < spans[start][1]
-    answer_spans = [_within(span, len(prompt), len(body)) for span in spans[start:]]
+    answer_spans = _all_within(spans[start:], len(prompt), len(body))
     has_eos = len(ids) > start and ids[-1] in (tokenizer.stop_ids if end_ids is None else end_ids)
     if append_eos and not has_eos:
         ids = [*ids, tokenizer.eos_id]
@@ -90,6 +136,17 @@ def _answer_start(spans: Sequence[Span], boundary: int, first: int) -> int:
         if end > boundary or (start == end and start >= boundary):
             return index
     return len(spans)
+
+
+def _all_within(spans: Sequence[Span], offset: int, size: int) -> list[Span]:
+    """Spans counted from ``offset`` and cut to a text of ``size`` characters."""
+    limit = offset + size
+    return [
+        (span[0] - offset, span[1] - offset)
+        if offset <= span[0] <= span[1] <= limit  # almost every token, and there are many
+        else _within(span, offset, size)
+        for span in spans
+    ]
 
 
 def _within(span: Span, offset: int, size: int) -> Span:
@@ -122,6 +179,19 @@ def encode_chat_answer(
         ValueError: if the template renders the prompt differently when an answer follows, or there are tools and the
             tokenizer takes none.
     """
+    steps = chat_answer_steps(tokenizer, prompt, answer, append_eos=append_eos, tools=tools)
+    return run_steps(tokenizer, steps)
+
+
+def chat_answer_steps(
+    tokenizer: Tokenizer,
+    prompt: list[dict[str, Any]],
+    answer: Mapping[str, Any],
+    *,
+    append_eos: bool,
+    tools: list[dict[str, Any]] | None = None,
+) -> EncodingSteps:
+    """:func:`encode_chat_answer`, with the tokenizer's work left to the caller."""
     if hasattr(tokenizer, "encode_chat"):
         _check_tools(tokenizer, tools)
         chat = tokenizer.encode_chat(prompt, answer, append_eos)
@@ -141,10 +211,10 @@ def encode_chat_answer(
     content_at, text = _find_content(tail, answer["content"])
     rendered = _through_end(tokenizer, tail) if append_eos else tail[: content_at + len(text)]
     # Some templates end a turn with a special token that is not the tokenizer's EOS (Gemma's <end_of_turn>).
-    encoded = encode_text_answer(
+    encoded = yield from text_answer_steps(
         tokenizer, prompt_text, rendered, add_bos=False, append_eos=append_eos, end_ids=tokenizer.special_ids
     )
-    spans = [_within(span, content_at, len(text)) for span in encoded.spans]
+    spans = _all_within(encoded.spans, content_at, len(text))
     return dataclasses.replace(encoded, spans=spans, text=text)
 
 
