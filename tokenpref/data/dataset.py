@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
-import datasets
 import numpy as np
 
 from tokenpref.data.chat import TemplateError
@@ -19,10 +18,9 @@ from tokenpref.data.encoding import (
     encode_pair,
     encode_side,
     fitted_side,
-    read_pair,
     wants_eos,
 )
-from tokenpref.data.formats import PairRow, RowFault, detect_format, further_answer, mapped_columns
+from tokenpref.data.formats import LeftOut, PairRow, RowFault, RowReader, row_reader
 from tokenpref.data.packed import PackedPairs, PairExample, pair_key
 from tokenpref.data.report import DataReport, RowFaults
 from tokenpref.data.sources import Rows, load_rows
@@ -80,25 +78,29 @@ class PreferenceDataset:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, rows: Rows, columns: dict[str, str], settings: PairSettings, on_fault: str
+        self, tokenizer: Tokenizer, rows: Rows, reader: RowReader, settings: PairSettings, on_fault: str
     ) -> None:
         self.tokenizer = tokenizer
         self.source_name = rows.name
         self._rows = rows
-        self._fields = columns
+        self._reader = reader
         self._settings = settings
         packed = PackedPairs()
         faults = RowFaults(rows)
         counts: Counter[str] = Counter()
-        for number, row in enumerate(_needed(rows.table, columns)):
-            try:
-                sides, cuts = encode_pair(tokenizer, row, columns, settings)
-            except RowFault as fault:
-                too_long = settings.truncation == "drop" and fault.kind == TOO_LONG
-                faults.add(number, fault, droppable=on_fault == "drop" or too_long)
-                continue
-            packed.add(number, *sides)
-            counts.update(cuts)
+        for number, row in enumerate(rows.table.select_columns(list(reader.columns))):
+            for part, found in enumerate(reader.read(row)):
+                if isinstance(found, LeftOut):
+                    faults.leave_out(found)
+                    continue
+                try:
+                    sides, cuts = encode_pair(tokenizer, found, settings)
+                except RowFault as fault:
+                    too_long = settings.truncation == "drop" and fault.kind == TOO_LONG
+                    faults.add(number, fault, droppable=on_fault == "drop" or too_long)
+                    continue
+                packed.add(number + part * rows.table.num_rows, *sides)
+                counts.update(cuts)
         faults.raise_any()
         self._packed = packed.freeze()
         if len(self) == 0:
@@ -166,14 +168,26 @@ class PreferenceDataset:
 
     def raw(self, index: int) -> dict[str, Any]:
         """The source's row of a pair, all columns, as it was read (``swap`` does not touch it)."""
-        return self._rows.table[int(self._packed.rows[self._position(index)])]
+        return self._rows.table[self._place(index)[0]]
 
     def locate(self, index: int) -> str:
         """Where a pair stands in the source, for messages."""
-        return self._rows.locate(int(self._packed.rows[self._position(index)]))
+        row, part = self._place(index)
+        return self._rows.locate(row) + (f", pair {part} of the row" if part else "")
+
+    def _place(self, index: int) -> tuple[int, int]:
+        """Row of a pair in the source, and which of the row's pairs it is."""
+        part, row = divmod(int(self._packed.rows[self._position(index)]), self._rows.table.num_rows)
+        return row, part
 
     def _pair(self, index: int) -> PairRow:
-        return read_pair(self.raw(index), self._fields, self._settings)
+        pair = self._reader.read(self.raw(index))[self._place(index)[1]]
+        assert isinstance(pair, PairRow)  # it was one when it was tokenised
+        return pair.swapped() if self._settings.swap else pair
+
+    def margin(self, index: int) -> float | None:
+        """How much better the chosen answer is, where the data says it, in the data's own unit; ``swap`` negates it."""
+        return self._pair(index).margin
 
     def text(self, index: int) -> PairText:
         """The texts of a pair, sides swapped if the data set is."""
@@ -193,7 +207,7 @@ class PreferenceDataset:
             (pair.rejected, pair.rejected_complete),
         ):
             whole = encode_side(
-                self.tokenizer, pair, answer, wants_eos(self._settings, marked), self._settings.add_bos
+                self.tokenizer, pair, answer, wants_eos(self._settings, pair, marked), self._settings.add_bos
             )
             written = answer if isinstance(answer, str) else str(answer["content"])
             answers.append(WholeAnswer(len(whole.ids) - whole.start, whole.has_eos, whole.text, written))
@@ -220,7 +234,7 @@ class PreferenceDataset:
             RowFault: if it cannot be used.
         """
         pair = self._pair(index)
-        answer = further_answer(self.raw(index), column, pair.prompt, self._settings.layout)
+        answer = self._reader.further_answer(self.raw(index), column, pair.prompt)
         if not (answer if isinstance(answer, str) else answer["content"]):
             prompt = self.prompt_ids(index)
             return prompt, len(prompt)
@@ -228,7 +242,7 @@ class PreferenceDataset:
         mark = pair.chosen_complete if pair.chosen_complete == pair.rejected_complete else None
         try:
             whole = encode_side(
-                self.tokenizer, pair, answer, wants_eos(self._settings, mark), self._settings.add_bos
+                self.tokenizer, pair, answer, wants_eos(self._settings, pair, mark), self._settings.add_bos
             )
         except (TemplateError, ValueError) as error:
             raise RowFault("tokenizer", column, str(error)) from error
@@ -329,15 +343,14 @@ def preference_dataset(
     rows = load_rows(source, data_files=data_files, name=name, split=split)
     if max_rows is not None and max_rows < rows.table.num_rows:
         rows = Rows(rows.table.select(range(max_rows)), rows.name, rows.files)
-    columns = mapped_columns(rows.table.column_names, column_map, rows.name)
-    layout = detect_format(_first_full(rows.table, columns), columns, format, rows.name)
-    if layout == "conversational" and not adapted.has_chat:
+    reader = row_reader(rows.table, rows.name, format=format, column_map=column_map)
+    if reader.conversations and not adapted.has_chat:
         raise ConfigError(
             f"{rows.name} holds conversations, but the tokenizer has no chat template: set tokenizer.chat_template, put "
             "chat_template.jinja beside tokenizer.json, or use a torchtune tokenizer with tokenize_messages"
         )
     settings = PairSettings(
-        layout=layout,
+        layout=reader.layout,
         append_eos=None if append_eos == "auto" else bool(append_eos),
         add_bos=None if add_bos == "auto" else bool(add_bos),
         max_seq_len=max_seq_len,
@@ -345,7 +358,7 @@ def preference_dataset(
         truncation=truncation,
         swap=swap,
     )
-    return PreferenceDataset(adapted, rows, columns, settings, on_fault)
+    return PreferenceDataset(adapted, rows, reader, settings, on_fault)
 
 
 def _check_arguments(
@@ -382,17 +395,6 @@ def _check_arguments(
             faults.append(f"{key} must be one of {', '.join(known)}, got {value!r}")
     if faults:
         raise ConfigError(faults)
-
-
-def _needed(table: datasets.Dataset, columns: Mapping[str, str]) -> datasets.Dataset:
-    return table.select_columns(sorted(set(columns.values())))
-
-
-def _first_full(table: datasets.Dataset, columns: Mapping[str, str]) -> dict[str, Any]:
-    """A row that shows the layout: the first one without a missing field, or the first one if all miss something."""
-    needed = _needed(table, columns)
-    fields = [columns[f] for f in ("prompt", "chosen", "rejected") if f in columns]
-    return next((row for row in needed if all(row[f] is not None for f in fields)), needed[0])
 
 
 def _with_system(messages: Sequence[dict[str, Any]], prompt: str) -> list[dict[str, Any]]:

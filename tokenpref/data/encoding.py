@@ -2,19 +2,18 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections import Counter
 from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
 from tokenpref.data.chat import TemplateError
-from tokenpref.data.formats import PairRow, RowFault, parse_row
+from tokenpref.data.formats import PairRow, RowFault
 from tokenpref.data.tokenization import EncodedAnswer, cut_to_length, encode_chat_answer, encode_text_answer
 from tokenpref.data.tokenizers import Tokenizer
 from tokenpref.errors import ConfigError
 
-__all__ = ["TOO_LONG", "PairSettings", "encode_pair", "encode_side", "fitted_side", "read_pair", "wants_eos"]
+__all__ = ["TOO_LONG", "PairSettings", "encode_pair", "encode_side", "fitted_side", "wants_eos"]
 
 TOO_LONG = "too long"
 """Kind of the fault of a row that does not fit and must not be cut."""
@@ -33,45 +32,29 @@ class PairSettings:
     swap: bool
 
 
-def read_pair(row: Mapping[str, Any], columns: Mapping[str, str], settings: PairSettings) -> PairRow:
-    """A row's pair, sides swapped if the settings say so.
-
-    Raises:
-        RowFault: if the row cannot be used.
-    """
-    pair = parse_row(row, columns, settings.layout)
-    if not settings.swap:
-        return pair
-    return dataclasses.replace(
-        pair,
-        chosen=pair.rejected,
-        rejected=pair.chosen,
-        chosen_complete=pair.rejected_complete,
-        rejected_complete=pair.chosen_complete,
-    )
-
-
 def encode_pair(
-    tokenizer: Tokenizer, row: Mapping[str, Any], columns: Mapping[str, str], settings: PairSettings
+    tokenizer: Tokenizer, read: PairRow | RowFault, settings: PairSettings
 ) -> tuple[tuple[EncodedAnswer, EncodedAnswer], Counter[str]]:
-    """Both sides of a row, and what happened to them.
+    """Both sides of a pair, swapped where the settings say so, and what happened to them.
+
+    Args:
+        tokenizer: the tokenizer.
+        read: the pair as :meth:`RowReader.read` gives it.
+        settings: how it becomes tokens.
 
     Raises:
-        RowFault: if the row cannot be used.
+        RowFault: if the pair cannot be used.
     """
-    pair = read_pair(row, columns, settings)
-    names = (
-        [columns["rejected"], columns["chosen"]]
-        if settings.swap
-        else [columns["chosen"], columns["rejected"]]
-    )
+    if isinstance(read, RowFault):
+        raise read
+    pair = read.swapped() if settings.swap else read
     sides: list[EncodedAnswer] = []
     cuts: Counter[str] = Counter()
     complete = (pair.chosen_complete, pair.rejected_complete)
     prompt_cut = False
-    for answer, marked, column in zip((pair.chosen, pair.rejected), complete, names, strict=True):
+    for answer, marked, column in zip((pair.chosen, pair.rejected), complete, pair.columns, strict=True):
         try:
-            whole = encode_side(tokenizer, pair, answer, wants_eos(settings, marked), settings.add_bos)
+            whole = encode_side(tokenizer, pair, answer, wants_eos(settings, pair, marked), settings.add_bos)
         except TemplateError as error:
             raise RowFault("template", column, f"the chat template refuses it: {error}") from error
         except ConfigError:
@@ -87,18 +70,20 @@ def encode_pair(
     cuts["straddling_rows"] = int(chosen.straddles or rejected.straddles)
     if (chosen.ids, chosen.start) == (rejected.ids, rejected.start):
         if not prompt_cut and not cuts["answers_cut"]:
-            raise RowFault("equal tokens", names[1], f"has the same tokens as {names[0]}; remove the row")
+            raise RowFault(
+                "equal tokens", pair.columns[1], f"has the same tokens as {pair.columns[0]}; remove the row"
+            )
         cuts["equal_after_cut"] = 1
     return (chosen, rejected), cuts
 
 
-def wants_eos(settings: PairSettings, marked: bool | None) -> bool:
-    """Whether an answer is to end with EOS; ``marked`` is what its row says."""
+def wants_eos(settings: PairSettings, pair: PairRow, marked: bool | None) -> bool:
+    """Whether an answer of a pair is to end with EOS; ``marked`` is what its row says."""
     if settings.append_eos is not None:
         return settings.append_eos
     if marked is not None:
         return marked
-    return settings.layout in ("conversational", "hh")
+    return pair.turns
 
 
 def encode_side(

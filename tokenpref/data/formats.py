@@ -2,23 +2,29 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import unicodedata
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
+import datasets
+
 from tokenpref.data.chat import normalize_messages
 from tokenpref.errors import DataError
 
 __all__ = [
     "FORMATS",
+    "LeftOut",
     "PairRow",
     "RowFault",
+    "RowReader",
     "detect_format",
     "further_answer",
     "mapped_columns",
     "parse_row",
+    "row_reader",
     "shared_prefix",
 ]
 
@@ -59,6 +65,9 @@ class PairRow:
         chosen_complete: True or False when the row says so, None when it says nothing.
         rejected_complete: likewise.
         tools: JSON schemas of the functions that the assistant may call; conversations only.
+        margin: how much better the chosen answer is, where the data says it, in the data's own unit.
+        turns: whether an answer is a turn of a conversation, which has an end.
+        columns: where both answers stand in the data, for messages.
     """
 
     prompt: str | Messages
@@ -67,6 +76,95 @@ class PairRow:
     chosen_complete: bool | None = None
     rejected_complete: bool | None = None
     tools: list[dict[str, Any]] | None = None
+    margin: float | None = None
+    turns: bool = dataclasses.field(default=False, compare=False)
+    columns: tuple[str, str] = dataclasses.field(default=("chosen", "rejected"), compare=False)
+
+    def swapped(self) -> PairRow:
+        """The pair with its sides exchanged."""
+        return dataclasses.replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            chosen_complete=self.rejected_complete,
+            rejected_complete=self.chosen_complete,
+            margin=None if self.margin is None else -self.margin,
+            columns=self.columns[::-1],
+        )
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A pair that a row does not give though nothing is wrong with it, such as a tie.
+
+    Attributes:
+        reason: short name under which pairs like it are counted.
+    """
+
+    reason: str
+
+
+@dataclass(frozen=True)
+class RowReader:
+    """How the rows of a data set give pairs. Picklable, so that several processes may read with it.
+
+    Attributes:
+        layout: format of the rows, found or declared.
+        fields: field of a pair to column of the data.
+        columns: columns of the source that reading needs.
+        conversations: whether answers are messages, which need a chat template.
+    """
+
+    layout: str
+    fields: dict[str, str]
+    columns: tuple[str, ...]
+    conversations: bool
+
+    def read(self, row: Mapping[str, Any]) -> list[PairRow | LeftOut | RowFault]:
+        """What a row of the source gives: as a rule one pair, or what is wrong with it.
+
+        The position in the list is the number of the pair within its row; it depends on the row and the settings alone.
+        """
+        try:
+            return [parse_row(row, self.fields, self.layout)]
+        except RowFault as fault:
+            return [fault]
+
+    def further_answer(
+        self, row: Mapping[str, Any], column: str, prompt: str | Messages
+    ) -> str | dict[str, Any]:
+        """Another answer to the prompt of a row's pair; see :func:`further_answer`."""
+        return further_answer(row, column, prompt, self.layout)
+
+    def settings(self) -> dict[str, Any]:
+        """All that decides how a row is read, as plain data: for addresses of caches."""
+        return dataclasses.asdict(self)
+
+
+def row_reader(
+    table: datasets.Dataset, source: str, *, format: str = "auto", column_map: Mapping[str, str] | None = None
+) -> RowReader:
+    """The reader of a data set's rows.
+
+    Args:
+        table: its rows.
+        source: its name, for messages.
+        format: ``auto`` or one of :data:`FORMATS`.
+        column_map: field to column.
+
+    Raises:
+        DataError: if the columns or the first rows are not of this format.
+    """
+    fields = mapped_columns(table.column_names, column_map, source)
+    columns = tuple(sorted(set(fields.values())))
+    layout = detect_format(_first_full(table.select_columns(list(columns)), fields), fields, format, source)
+    return RowReader(layout, fields, columns, layout == "conversational")
+
+
+def _first_full(rows: datasets.Dataset, fields: Mapping[str, str]) -> dict[str, Any]:
+    """A row that shows the layout: the first one without a missing field, or the first one if all miss something."""
+    needed = [fields[f] for f in ("prompt", "chosen", "rejected") if f in fields]
+    return next((row for row in rows if all(row[f] is not None for f in needed)), rows[0])
 
 
 def mapped_columns(
@@ -164,7 +262,16 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
     marks = [_mark(row, columns, f"{side}_complete") for side in ("chosen", "rejected")]
     chosen_complete, rejected_complete = (both if mark is None else mark for mark in marks)
     tools = _tools(row, columns) if layout == "conversational" else None
-    return PairRow(prompt, chosen, rejected, chosen_complete, rejected_complete, tools)
+    return PairRow(
+        prompt,
+        chosen,
+        rejected,
+        chosen_complete,
+        rejected_complete,
+        tools,
+        turns=layout in ("conversational", "hh"),
+        columns=(columns["chosen"], columns["rejected"]),
+    )
 
 
 def further_answer(

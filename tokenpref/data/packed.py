@@ -20,7 +20,8 @@ class PairExample:
     """One tokenised pair.
 
     Attributes:
-        row: row in the source, counted from 0.
+        row: number of the pair, unique in its data set. It is the row in the source, counted from 0, but for further pairs
+            of the same row: pair ``part`` of a row has the number ``row + part * rows in the source``.
         chosen_ids: prompt and chosen answer.
         chosen_start: index of the first token of the chosen answer; the prompt is ``chosen_ids[:chosen_start]``.
         rejected_ids: prompt and rejected answer.

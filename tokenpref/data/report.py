@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenpref.data.formats import RowFault
+from tokenpref.data.formats import LeftOut, RowFault
 from tokenpref.data.sources import Rows
 from tokenpref.errors import DataError
 
@@ -26,7 +26,7 @@ class DataReport:
         equal_after_cut: pairs whose sides became equal by cutting; they train nothing.
         straddling_rows: pairs with a token over the boundary of prompt and answer.
         answers_with_eos: answers (of 2 * rows) that end with EOS.
-        dropped: rows left out, by reason.
+        dropped: rows (pairs where a row gives several) left out, by reason: faults, and ties, which are none.
         swapped: whether chosen and rejected were exchanged.
         prompt_tokens: mean and largest number of tokens of a prompt.
         chosen_tokens: the same of a chosen answer.
@@ -83,6 +83,10 @@ class RowFaults:
             self.dropped[fault.kind] = self.dropped.get(fault.kind, 0) + 1
         else:
             self._found.setdefault(fault.kind, []).append((row, fault))
+
+    def leave_out(self, pair: LeftOut) -> None:
+        """Count a pair that is left out though nothing is wrong with it."""
+        self.dropped[pair.reason] = self.dropped.get(pair.reason, 0) + 1
 
     def summary(self) -> str:
         """How many rows were left out for which reason."""
