@@ -2,7 +2,9 @@ from __future__ import annotations
 
 import pytest
 
-from tokenpref.data.formats import PairRow, RowFault, detect_format, mapped_columns, parse_row, shared_prefix
+from tokenpref.data.boundary import shared_prefix
+from tokenpref.data.formats import detect_format, mapped_columns, parse_row
+from tokenpref.data.pairs import PairRow, RowFault
 from tokenpref.errors import DataError
 
 PLAIN = {"chosen": "chosen", "rejected": "rejected"}

@@ -8,7 +8,7 @@ from typing import Any
 
 from tokenpref.data.collate import Answer
 from tokenpref.data.dataset import PreferenceDataset
-from tokenpref.data.formats import RowFault
+from tokenpref.data.pairs import RowFault
 from tokenpref.errors import DataError
 
 __all__ = ["ColumnAnchors"]

@@ -13,7 +13,7 @@ import numpy as np
 
 from tokenpref._checks import check_choice, check_number
 from tokenpref.data.dataset import PairExample, PreferenceDataset, WholeAnswer
-from tokenpref.data.formats import RowFault
+from tokenpref.data.pairs import RowFault
 from tokenpref.data.stored_scores import PairScores
 from tokenpref.data.tokenizers import Span
 from tokenpref.errors import DataError

@@ -20,8 +20,9 @@ from tokenpref.data.encoding import (
     fitted_side,
     wants_eos,
 )
-from tokenpref.data.formats import LeftOut, PairRow, RowFault, RowReader, row_reader
+from tokenpref.data.formats import RowReader, row_reader
 from tokenpref.data.packed import PackedPairs, PairExample, pair_key
+from tokenpref.data.pairs import LeftOut, PairRow, RowFault
 from tokenpref.data.report import DataReport, RowFaults
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.tokenization import cut_prompt, encode_prompt

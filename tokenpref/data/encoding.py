@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from tokenpref.data.chat import TemplateError
-from tokenpref.data.formats import PairRow, RowFault
+from tokenpref.data.pairs import PairRow, RowFault
 from tokenpref.data.tokenization import EncodedAnswer, cut_to_length, encode_chat_answer, encode_text_answer
 from tokenpref.data.tokenizers import Tokenizer
 from tokenpref.errors import ConfigError

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
-from tokenpref.data.formats import LeftOut, RowFault
+from tokenpref.data.pairs import LeftOut, RowFault
 from tokenpref.data.sources import Rows
 from tokenpref.errors import DataError
 

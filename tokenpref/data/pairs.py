@@ -1,0 +1,118 @@
+"""A preference pair as text or messages, before it is tokenised."""
+
+from __future__ import annotations
+
+import dataclasses
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+__all__ = ["LeftOut", "Messages", "PairRow", "RowFault", "checked_text", "not_empty", "not_equal"]
+
+Messages = list[dict[str, Any]]
+"""Dictionaries with ``role`` and ``content``, and whatever else a chat template may read."""
+
+
+class RowFault(Exception):
+    """One row cannot be used.
+
+    Args:
+        kind: short name under which equal faults are counted.
+        column: column at fault, as the data names it.
+        message: what is wrong and what to do.
+    """
+
+    def __init__(self, kind: str, column: str, message: str) -> None:
+        super().__init__(kind, column, message)  # all of them, so that it can be pickled
+        self.kind = kind
+        self.column = column
+        self.message = message
+
+    def __str__(self) -> str:
+        return self.message
+
+
+@dataclass(frozen=True)
+class PairRow:
+    """A row read from any layout.
+
+    Attributes:
+        prompt: text, or the messages before the answer.
+        chosen: text, or the assistant's message.
+        rejected: text, or the assistant's message.
+        chosen_complete: True or False when the row says so, None when it says nothing.
+        rejected_complete: likewise.
+        tools: JSON schemas of the functions that the assistant may call; conversations only.
+        margin: how much better the chosen answer is, where the data says it, in the data's own unit.
+        turns: whether an answer is a turn of a conversation, which has an end.
+        columns: where both answers stand in the data, for messages.
+    """
+
+    prompt: str | Messages
+    chosen: str | dict[str, Any]
+    rejected: str | dict[str, Any]
+    chosen_complete: bool | None = None
+    rejected_complete: bool | None = None
+    tools: list[dict[str, Any]] | None = None
+    margin: float | None = None
+    turns: bool = dataclasses.field(default=False, compare=False)
+    columns: tuple[str, str] = dataclasses.field(default=("chosen", "rejected"), compare=False)
+
+    def swapped(self) -> PairRow:
+        """The pair with its sides exchanged."""
+        return dataclasses.replace(
+            self,
+            chosen=self.rejected,
+            rejected=self.chosen,
+            chosen_complete=self.rejected_complete,
+            rejected_complete=self.chosen_complete,
+            margin=None if self.margin is None else -self.margin,
+            columns=self.columns[::-1],
+        )
+
+
+@dataclass(frozen=True)
+class LeftOut:
+    """A pair that a row does not give though nothing is wrong with it, such as a tie.
+
+    Attributes:
+        reason: short name under which pairs like it are counted.
+    """
+
+    reason: str
+
+
+def checked_text(row: Mapping[str, Any], column: str) -> str:
+    """The text of a column.
+
+    Raises:
+        RowFault: if it has none, is no text, or holds half of a surrogate pair.
+    """
+    value = row[column]
+    if value is None:
+        raise RowFault("no value", column, "has no value; fill it in or remove the row")
+    if not isinstance(value, str):
+        raise RowFault("wrong type", column, f"is of type {type(value).__name__}, where this format has text")
+    try:
+        value.encode("utf-8")
+    except UnicodeEncodeError as error:
+        raise RowFault(
+            "broken text", column, f"holds half of a surrogate pair at character {error.start}"
+        ) from error
+    return value
+
+
+def not_empty(answer: str, column: str) -> None:
+    """Refuse an answer that is white space."""
+    if not answer.strip():
+        raise RowFault("empty answer", column, "has no answer (nothing but white space); remove the row")
+
+
+def not_equal(chosen: str, rejected: str, columns: Mapping[str, str]) -> None:
+    """Refuse a pair of equal answers."""
+    if chosen == rejected:
+        raise RowFault(
+            "equal answers",
+            columns["rejected"],
+            f"is equal to {columns['chosen']}, so the pair says nothing; remove the row",
+        )
