@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import weakref
 from dataclasses import replace
 from pathlib import Path
@@ -28,9 +29,11 @@ from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.anchors import AnchorSampler
 from tokenpref.training.attribution import Attribution
+from tokenpref.training.cli import load_config
 from tokenpref.training.live import LiveModels
 from tokenpref.training.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step import StepResult, no_anchors, train_step
+from tokenpref.training.triplet import TripletTrainer
 from tokenpref.weights.attribution import AnswerLogp
 
 
@@ -328,3 +331,27 @@ def float8_shards(world: World, folder: str) -> dict[str, Any]:
     again = full_state_dict(model, world)
     found["same"] = all(torch.equal(state[name], again[name]) for name in state)
     return found
+
+
+def ti_trainings(world: World, folder: str, runs: list[list[str]]) -> list[int]:
+    """Train tiny TI-DPO runs one after the other; what they leave lies in ``folder``.
+
+    Args:
+        world: the rank's world.
+        folder: their working directory.
+        runs: settings of each.
+
+    Returns:
+        Steps that each run stands after.
+    """
+    os.chdir(folder)
+    steps = []
+    for words in runs:
+        trainer = TripletTrainer(load_config(["--config", "tiny/ti_dpo", *words]), world)
+        try:
+            trainer.setup()
+            trainer.train()
+        finally:
+            trainer.close()
+        steps.append(trainer.progress.step)
+    return steps

@@ -70,7 +70,7 @@ class AnchorSampler:
         self._sampling: dict[str, Any] = {"temperature": float(temperature), "top_k": top_k, "top_p": top_p}
         self._cache: RowCache[Answer] = RowCache(
             Refresh(refresh, every_n_steps),
-            lambda answer: [torch.tensor(answer[0]), torch.tensor([answer[1]])],
+            lambda answer: [torch.tensor(part, dtype=torch.int32) for part in (answer[0], [answer[1]])],
             lambda parts: (parts[0].tolist(), int(parts[1])),
         )
         self.state_dict, self.load_state_dict = self._cache.state_dict, self._cache.load_state_dict

@@ -86,9 +86,8 @@ class RunSetup:
         raise ConfigError(f"loss: {self.recipe} has no anchors; use recipes/ti_dpo_distributed")
 
     def keep(self, dataset: PreferenceDataset, name: str, source: Any) -> None:
-        """Save a source's results by row with the run, if it is one of the training data."""
-        if dataset is self.dataset:
-            self._sources[name] = source
+        """Save a source's results by row with the run; those of the validation data under a name of their own."""
+        self._sources[name if dataset is self.dataset else f"{name}_val"] = source
 
     def live(self) -> LiveModels:
         """The models as they are, for weights and anchors that are made along the training."""
