@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 from pathlib import Path
 
 PACKAGE_SCHEME = "package://"
@@ -30,7 +31,7 @@ def resolve_path(text: str | Path) -> Path:
     """
     text = str(text)
     if not text.startswith(PACKAGE_SCHEME):
-        return Path(text).expanduser().absolute()
+        return Path(os.path.expanduser(text)).absolute()
     root = data_root().resolve()
     path = (root / text[len(PACKAGE_SCHEME) :]).resolve()
     if not path.is_relative_to(root):

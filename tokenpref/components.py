@@ -6,12 +6,23 @@ import difflib
 import inspect
 import os
 import sys
-from collections.abc import Collection, Mapping
-from typing import Any
+from collections.abc import (
+    Callable,
+    Collection,
+    Iterable,
+    Mapping,
+    MutableMapping,
+    MutableSequence,
+    Sequence,
+    Set,
+)
+from functools import partial
+from types import UnionType
+from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tokenpref._torchtune import InstantiationError, component_from_path
 
-__all__ = ["COMPONENT", "accepts", "find_component", "nearest", "signature_faults"]
+__all__ = ["COMPONENT", "accepts", "argument_faults", "find_component", "nearest", "signature_faults"]
 
 COMPONENT = "_component_"
 
@@ -104,3 +115,204 @@ def signature_faults(
         if p.name in known and p.default is p.empty and p.name not in given and p.name not in provided
     ]
     return faults
+
+
+def argument_faults(component: Any, given: Mapping[str, Any]) -> list[str]:
+    """Keywords whose values are not what the annotations of a component's signature ask for.
+
+    Arguments of tokenpref, torch, torchtune and torchao are held to their annotations. Other people's annotations may be
+    loose, so their components are refused only what is never meant: anything but true or false for a flag, and text for a number.
+
+    Args:
+        component: class or function.
+        given: keywords of the config; nested components are of a class of their own and fit every annotation.
+
+    Returns:
+        One message for each value that does not fit, beginning with the argument's name.
+    """
+    parameters = _parameters(component)
+    if parameters is None:
+        return []
+    strict = _top_package(component) in _ANNOTATED_PACKAGES
+    names = _namespace(component)
+    faults = []
+    for name, value in given.items():
+        parameter = parameters.get(name)
+        if parameter is None or parameter.kind in (parameter.VAR_KEYWORD, parameter.VAR_POSITIONAL):
+            continue
+        wanted = _annotation(parameter, names)
+        if _is_default(value, parameter.default) or _fits(value, wanted):
+            continue
+        if strict or _is_never_meant(value, wanted):
+            faults.append(
+                f"{name} must be {_described(wanted)}, got {_shown(value)}{_mend(name, value, wanted)}"
+            )
+    return faults
+
+
+_ANNOTATED_PACKAGES = frozenset({"tokenpref", "torch", "torchtune", "torchao"})
+_UNKNOWN = Any
+_MOST = 2**63 - 1  # what torch and Arrow take as a whole number
+_LISTS = (list, Sequence, Collection, Iterable, MutableSequence, set, frozenset, Set)
+_MAPPINGS = (dict, Mapping, MutableMapping)
+_PLAIN = (bool, int, float, str, list, dict, type(None))
+
+
+def _top_package(component: Any) -> str:
+    return str(getattr(_function(component), "__module__", None) or "").partition(".")[0]
+
+
+def _function(component: Any) -> Any:
+    return inspect.unwrap(component.func if isinstance(component, partial) else component)
+
+
+def _namespace(component: Any) -> Mapping[str, Any]:
+    """The names that a signature's annotations may use."""
+    target = _function(component)
+    if isinstance(target, type):
+        target = inspect.unwrap(target.__init__)  # type: ignore[misc]  # of a class that is looked at, not an instance
+    return getattr(target, "__globals__", {})
+
+
+def _annotation(parameter: inspect.Parameter, names: Mapping[str, Any]) -> Any:
+    """What a parameter takes; the type of a default that is a flag where nothing is written."""
+    written = parameter.annotation
+    if written is parameter.empty:
+        return bool if isinstance(parameter.default, bool) else _UNKNOWN
+    if isinstance(written, str):
+        try:
+            return eval(written, dict(names))  # the component's own source, which has been imported already
+        except (NameError, AttributeError, TypeError, SyntaxError):
+            return _UNKNOWN  # a name that only type checkers import: nothing can be said
+    return written
+
+
+def _is_default(value: Any, default: Any) -> bool:
+    return type(value) is type(default) and bool(value == default)
+
+
+def _fits(value: Any, wanted: Any) -> bool:
+    """Whether a value of a config (plain data, or a component) can stand where an annotation is."""
+    if not isinstance(value, _PLAIN) or (isinstance(value, dict) and COMPONENT in value):
+        return True  # a component, whose result is its receiver's to check
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    if origin in (Union, UnionType):
+        return any(_fits(value, one) for one in arguments)
+    if origin is Annotated:
+        return _fits(value, arguments[0])
+    if origin is Literal:
+        return any(type(value) is type(one) and value == one for one in arguments)
+    kind = origin or wanted
+    if kind is tuple:
+        return isinstance(value, list) and _fits_tuple(value, arguments)
+    if kind in _LISTS:
+        return isinstance(value, list) and all(_fits(v, a) for a in arguments[:1] for v in value)
+    if kind in _MAPPINGS:
+        return isinstance(value, dict) and _fits_mapping(value, arguments)
+    return _fits_scalar(value, kind)
+
+
+def _fits_tuple(value: list[Any], arguments: tuple[Any, ...]) -> bool:
+    if len(arguments) == 2 and arguments[1] is Ellipsis:
+        return all(_fits(v, arguments[0]) for v in value)
+    return not arguments or (
+        len(value) == len(arguments) and all(_fits(v, a) for v, a in zip(value, arguments, strict=True))
+    )
+
+
+def _fits_mapping(value: Mapping[Any, Any], arguments: tuple[Any, ...]) -> bool:
+    return not arguments or all(_fits(k, arguments[0]) and _fits(v, arguments[1]) for k, v in value.items())
+
+
+def _fits_scalar(value: Any, kind: Any) -> bool:
+    if kind is Any:  # a class, from Python 3.11 on
+        return True
+    if kind is None or kind is type(None):
+        return value is None
+    if kind is bool:
+        return isinstance(value, bool)
+    if kind is int:
+        return isinstance(value, int) and not isinstance(value, bool) and abs(value) <= _MOST
+    if kind is float:
+        return isinstance(value, float) or _fits_scalar(value, int)
+    if kind is str or (isinstance(kind, type) and issubclass(kind, os.PathLike)):
+        return isinstance(value, str)
+    # A class of objects, a protocol or a callable is never plain data; whatever else is written is not understood.
+    return not (isinstance(kind, type) and kind is not object) and kind is not Callable
+
+
+def _is_never_meant(value: Any, wanted: Any) -> bool:
+    kinds = set(_alternatives(wanted)) - {type(None)}
+    return bool(kinds) and (kinds == {bool} or (isinstance(value, str) and kinds <= {bool, int, float}))
+
+
+def _alternatives(wanted: Any) -> tuple[Any, ...]:
+    return get_args(wanted) if get_origin(wanted) in (Union, UnionType) else (wanted,)
+
+
+def _described(wanted: Any) -> str:
+    """An annotation in words: ``true or false``, ``a list of text, or null``."""
+    words = [_described_one(one) for one in _alternatives(wanted)]
+    if any(word != _OBJECT for word in words):
+        words = [
+            word for word in words if word != _OBJECT
+        ]  # torch's own take tensors too, which no config holds
+    if "a number" in words:
+        words = [word for word in words if word != "a whole number"]
+    parts = [part for word in dict.fromkeys(words) for part in word.split(" or ")]
+    return parts[0] if len(parts) == 1 else f"{', '.join(parts[:-1])} or {parts[-1]}"
+
+
+_OBJECT = f"a component (a mapping with {COMPONENT})"
+_WORDS = {
+    type(None): "null",
+    None: "null",
+    bool: "true or false",
+    int: "a whole number",
+    float: "a number",
+    str: "text",
+    Any: "any value",
+}
+
+
+def _described_one(wanted: Any) -> str:
+    origin, arguments = get_origin(wanted), get_args(wanted)
+    kind = origin or wanted
+    if origin is Annotated:
+        return _described(arguments[0])
+    if origin is Literal:
+        return f"one of {', '.join(map(_shown, arguments))}"
+    if kind is tuple and arguments and arguments[-1] is not Ellipsis:
+        return f"a list of {len(arguments)} values ({', '.join(map(_described, arguments))})"
+    if kind is tuple or kind in _LISTS:
+        return f"a list ({_described(arguments[0])} each)" if arguments else "a list"
+    if kind in _MAPPINGS:
+        return f"a mapping ({_described(arguments[1])} each)" if arguments else "a mapping"
+    if isinstance(kind, type) and issubclass(kind, os.PathLike):
+        return "a path"
+    return _WORDS.get(kind, _OBJECT)
+
+
+def _shown(value: Any) -> str:
+    """A value as a config writes it, cut to a line."""
+    words = {True: "true", False: "false"} if isinstance(value, bool) else {}
+    text = (
+        words.get(value)
+        if words
+        else "null"
+        if value is None
+        else f'"{value}"'
+        if isinstance(value, str)
+        else repr(value)
+    )
+    return str(text) if len(str(text)) <= 80 else f"{str(text)[:77]}..."
+
+
+def _mend(name: str, value: Any, wanted: Any) -> str:
+    if isinstance(value, str) and bool in _alternatives(wanted) and value.lower() in ("true", "false"):
+        return f"; set {name}={value.lower()} without quotation marks"
+    if isinstance(value, int) and not isinstance(value, bool) and abs(value) > _MOST and _fits(0, wanted):
+        return f"; whole numbers go up to {_MOST}"
+    if isinstance(value, str) and _fits([value], wanted):
+        return f"; set {name}=[{value}]"
+    return ""

@@ -137,8 +137,27 @@ def test_components_are_said_in_one_line(caplog, monkeypatch):
     assert (
         "loss=tokenpref.losses.DPOLoss" in line and "sampling.reward=tokenpref.rewards.KeywordReward" in line
     )
+    assert "sampling.reward=tokenpref.rewards.KeywordReward" in line
     caplog.clear()
     monkeypatch.setenv("RANK", "1")
     with caplog.at_level("INFO", logger="tokenpref"):
         read_config(EvaluateConfig, load_config(arguments))
     assert not caplog.messages
+
+
+def test_components_are_named_before_they_are_imported(caplog, tmp_path, monkeypatch):
+    code = "import logging\nlogging.getLogger('tokenpref').info('the file runs')\nfrom tokenpref.losses import DPOLoss\n"
+    for name in ("seen_first", "seen_next"):
+        (tmp_path / f"{name}.py").write_text(code)
+    monkeypatch.chdir(tmp_path)
+    with caplog.at_level("INFO", logger="tokenpref"):
+        cfg = load_config(["--config", "tiny/tdpo", "loss=seen_first.DPOLoss"], announce=True)
+    assert caplog.messages[:2] == [
+        "loss: importing seen_first.DPOLoss, in the place of tokenpref.losses.TokenDPOLoss",
+        "the file runs",
+    ]
+    cfg.loss._component_ = "seen_next.DPOLoss"
+    caplog.clear()
+    with caplog.at_level("INFO", logger="tokenpref"):
+        read_config(TrainConfig, cfg)
+    assert "loss=seen_next.DPOLoss" in caplog.messages[0] and caplog.messages[1] == "the file runs"

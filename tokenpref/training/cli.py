@@ -167,6 +167,8 @@ def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: b
         path = str(given.get(f"{key}.{COMPONENT}", node[COMPONENT]))
         if path == node[COMPONENT]:
             continue
+        if announce:  # before it is done: to import a component is to run its file
+            log.info(f"{key}: importing {path}, in the place of {node[COMPONENT]}")
         try:
             component = find_component(path)
         except ValueError:

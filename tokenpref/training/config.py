@@ -265,7 +265,7 @@ def folder_faults(key: str, path: object) -> list[str]:
     """A folder that cannot be made, because it or one above it is a file."""
     if not isinstance(path, str):
         return []
-    folder = Path(path).expanduser().absolute()
+    folder = Path(path).absolute()
     taken = next((above for above in (folder, *folder.parents) if above.exists()), folder)
     return [f"{key}: {taken} is a file; set a folder"] if taken.exists() and not taken.is_dir() else []
 

@@ -18,6 +18,7 @@ from tokenpref.training.pair import METHODS, SIDES, nested_components, write_pai
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.schema import Component, component, read_config, text
 from tokenpref.training.trainer import PreferenceTrainer
+from tokenpref.training.written import plain_without_environment
 
 __all__ = ["ContrastiveConfig", "ContrastiveReference"]
 
@@ -109,7 +110,7 @@ class ContrastiveReference:
             DryRun: after the checks, with ``dry_run: true``.
         """
         config = self.config
-        folder = Path(config.output_dir).expanduser().absolute()
+        folder = Path(config.output_dir).absolute()
         self.world = init_world(config.device, process_group=config.compute_dtype is not None)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         self._folder = own = RunFolder(folder, plain, self.recipe, self.world)
@@ -133,7 +134,7 @@ class ContrastiveReference:
                 model=config.model,
                 base=_with_absolute_folders(config.checkpointer),
                 sides=sides,
-                config=plain,
+                config=plain_without_environment(self._cfg),
             )
             log.info(f"contrastive pair ({config.method}) in {folder}")
         self.world.barrier()
@@ -193,5 +194,5 @@ def _with_absolute_folders(checkpointer: Component) -> Component:
     kwargs = dict(checkpointer.kwargs)
     for name in ("checkpoint_dir", "output_dir"):
         if isinstance(kwargs.get(name), str):
-            kwargs[name] = str(Path(kwargs[name]).expanduser().absolute())
+            kwargs[name] = str(Path(kwargs[name]).absolute())
     return Component(checkpointer.key, checkpointer.path, kwargs)

@@ -197,7 +197,7 @@ class WeightEstimation:
         self._say(f"dataset: {self.dataset.report.summary()}")
         self._lengths = [(len(e.chosen_ids), len(e.rejected_ids)) for e in self.dataset]
         self.estimator: Estimator = world.together(config.estimator.build)
-        path = Path(config.output_dir).expanduser().absolute() / STORE
+        path = Path(config.output_dir).absolute() / STORE
         shards = -(-len(self.dataset) // config.shard_rows)
         job = {
             **provenance(self.dataset),

@@ -76,7 +76,7 @@ class Evaluator:
             check_pairs(dataset, component)
             if self.world.is_main:
                 log.info(f"dataset: {dataset.report.summary()}")
-        folder = Path(config.output_dir).expanduser()
+        folder = Path(config.output_dir)
         if config.dry_run:
             raise DryRun(f"dry run: nothing stands against this evaluation, nothing was written to {folder}")
         self._portions = KeptPortions(folder / "evaluation.partial.json", self._job(dataset), self.world)
@@ -161,7 +161,7 @@ class Evaluator:
         return results
 
     def _write(self, name: str, text: str) -> None:
-        folder = Path(self.config.output_dir).expanduser()
+        folder = Path(self.config.output_dir)
         folder.mkdir(parents=True, exist_ok=True)
         temporary = folder / f"{name}.tmp"
         temporary.write_text(text, encoding="utf-8")

@@ -48,7 +48,7 @@ def stored_kind(needs: frozenset[str]) -> str | None:
 def cache_folder(config: TrainConfig) -> Path:
     """The folder of a run's caches; other runs may share it."""
     given = config.reference_cache_dir
-    return Path(given if given is not None else f"{config.output_dir}/reference").expanduser().absolute()
+    return Path(given if given is not None else f"{config.output_dir}/reference").absolute()
 
 
 def plan_caches(

@@ -37,6 +37,7 @@ from tokenpref.training.setup import (
     read_weights,
 )
 from tokenpref.training.validation import Validation
+from tokenpref.training.written import environment_unread, plain_without_environment
 
 __all__ = ["RunSetup"]
 
@@ -170,9 +171,7 @@ class RunSetup:
         self.dataset_val = build_pairs(held_out, self.tokenizer, self.world) if held_out is not None else None
         self.validation = self._build_validation()
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
-        self.folder = RunFolder(
-            Path(config.output_dir).expanduser().absolute(), plain, self.recipe, self.world
-        )
+        self.folder = RunFolder(Path(config.output_dir).absolute(), plain, self.recipe, self.world)
         start = self.folder.start(config.resume_from_checkpoint)
         data = {"dataset": (self.dataset, self.needs)}
         if self.dataset_val is not None and config.run_val_every_n_steps:
@@ -182,7 +181,9 @@ class RunSetup:
         with self.folder.removed_on_failure():
             self._setup_models()
             self.state = TrainState(self.policy.model, self.optimizer, self.scheduler, self._sources)
-            self.saver = Saver(config, self.folder, self.world, self._facts(plain))
+            self.saver = Saver(
+                config, self.folder, self.world, self._facts(plain_without_environment(self._cfg))
+            )
             if start is not None:
                 self.progress = self.saver.restore(start, self.state)
                 if self.progress.step > self.total_steps:
@@ -198,7 +199,10 @@ class RunSetup:
             )
         self.folder.claim(resume=start is not None)
         if self.logger is not None:
-            self.logger.log_config(self._cfg)
+            shown = self._cfg.copy()
+            shown.output_dir = config.output_dir  # torchtune's loggers write the config to this folder
+            with environment_unread():
+                self.logger.log_config(shown)
 
     def _preflight(self) -> None:
         """Check the run as far as it goes without weights.

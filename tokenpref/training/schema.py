@@ -20,9 +20,9 @@ from typing import Any, TypeVar
 from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 
-from tokenpref._paths import PACKAGE_SCHEME, resolve_path
-from tokenpref.components import COMPONENT, find_component, nearest, signature_faults
+from tokenpref.components import COMPONENT, argument_faults, find_component, nearest, signature_faults
 from tokenpref.errors import ConfigError, TokenprefError
+from tokenpref.training.written import resolved_paths
 
 __all__ = [
     "Component",
@@ -130,6 +130,7 @@ def _read_component(
         raise ConfigError([f"{key}.{COMPONENT}: {error}", *faults]) from error
     by_position = positional if function is None or isinstance(target, type) else function
     faults += [f"{key}.{fault}" for fault in signature_faults(target, kwargs, provided, by_position)]
+    faults += [f"{key}.{fault}" for fault in argument_faults(target, kwargs)]
     if faults:
         raise ConfigError(faults)
     return Component(key, str(value[COMPONENT]), kwargs)
@@ -254,26 +255,27 @@ def read_config(schema: type[S], cfg: DictConfig, extra_faults: Callable[[S], li
         ) from error
     # A key of the user's own that other keys refer to as ${key} is a variable, not a misspelling.
     variables = set(re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg, resolve=False)))
+    if os.environ.get("RANK", "0") == "0":  # before it is done: to import a component is to run its file
+        log.info(f"components: {', '.join(f'{key}={path}' for key, path in _component_paths(data))}")
     config, faults = _read_mapping(schema, data, ignore=variables)
     faults += config.faults()
     if extra_faults is not None:
         faults += extra_faults(config)
     if faults:
         raise ConfigError(faults)
-    if os.environ.get("RANK", "0") == "0":
-        log.info(f"components: {', '.join(f'{key}={path}' for key, path in _component_paths(config))}")
     return config
 
 
-def _component_paths(value: Any) -> Iterator[tuple[str, str]]:
+def _component_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
     """Keys and paths of a config's components, those inside others too."""
-    if isinstance(value, Component):
-        yield value.key, value.path
-        value = value.kwargs
-    elif dataclasses.is_dataclass(value):
-        value = {field.name: getattr(value, field.name) for field in dataclasses.fields(value)}
-    for part in value.values() if isinstance(value, Mapping) else ():
-        yield from _component_paths(part)
+    if isinstance(value, Mapping):
+        if COMPONENT in value:
+            yield key, str(value[COMPONENT])
+        for name, part in value.items():
+            yield from _component_paths(part, f"{key}.{name}" if key else str(name))
+    elif isinstance(value, list):
+        for place, part in enumerate(value):
+            yield from _component_paths(part, f"{key}[{place}]")
 
 
 def _read_mapping(
@@ -294,9 +296,7 @@ def _read_mapping(
         result = None if spec.default is dataclasses.MISSING else spec.default
         if value is not None:
             try:
-                result = spec.metadata["read"](
-                    f"{prefix}{name}", _resolve_package_paths(value, prefix + name)
-                )
+                result = spec.metadata["read"](f"{prefix}{name}", resolved_paths(value, prefix + name))
             except ConfigError as error:
                 result = None
                 faults.extend(error.faults)
@@ -304,16 +304,3 @@ def _read_mapping(
             faults.append(f"{prefix}{name}: missing; the recipe needs it")
         object.__setattr__(config, name, result)
     return config, faults
-
-
-def _resolve_package_paths(value: Any, key: str) -> Any:
-    if isinstance(value, str) and value.startswith(PACKAGE_SCHEME):
-        try:
-            return str(resolve_path(value))
-        except ValueError as error:
-            raise ConfigError(f"{key}: {error}") from error
-    if isinstance(value, dict):
-        return {k: _resolve_package_paths(v, f"{key}.{k}") for k, v in value.items()}
-    if isinstance(value, list):
-        return [_resolve_package_paths(v, key) for v in value]
-    return value
