@@ -2,7 +2,16 @@
 
 import pytest
 
+from tokenpref.data.cache import CACHE_VARIABLE
 from tokenpref.ops import products
+
+
+@pytest.fixture(scope="session", autouse=True)
+def data_cache(tmp_path_factory):
+    """What tests read and tokenise is kept in a folder of theirs; commands that they start inherit it."""
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setenv(CACHE_VARIABLE, str(tmp_path_factory.mktemp("data_cache")))
+        yield
 
 
 @pytest.fixture

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import gzip
 import importlib.util
 import json
 import logging
@@ -273,6 +274,7 @@ ADAPTERS = (
     *ODD_SIZES[1:],
 )
 GOOD = {"prompt": "It was", "chosen": " good and warm.", "rejected": " bad and cold."}
+CSV = ("dataset.source=rows.csv", "dataset.format=auto", "dataset.max_rows=null")
 ROWS = ("dataset.source=rows.jsonl", "dataset.format=auto", "dataset.max_rows=null")
 SCHEDULER = (
     "lr_scheduler._component_=tokenpref.training.get_constant_schedule_with_warmup",
@@ -410,6 +412,18 @@ CONFIGS = [
         ("checkpointer.checkpoint_dir=3",)),
     Bad("a number for a file", "tdpo", "checkpointer.checkpoint_files: expected names of files, found 3",
         ("checkpointer.checkpoint_files=[3]",)),
+    Bad("a slice without rows", "tdpo", "split 'train\\[99:\\]' selects no row \\(train has 1\\)",
+        (*ROWS, "dataset.split=train[99:]"), prepare=rows(GOOD)),
+    Bad("a slice that is none", "tdpo", "split: 'train\\[:x%\\]' cannot be read", (*ROWS, "dataset.split=train[:x%]"),
+        prepare=rows(GOOD)),
+    Bad("a slice of several splits of one file", "tdpo", "'train\\+test' names 2 splits, and .*rows.jsonl is one",
+        (*ROWS, "dataset.split=train+test"), prepare=rows(GOOD)),
+    Bad("CSV with a field too many", "tdpo", "rows.csv, row 0 \\(line 2\\) has 4 fields and the header 3", CSV,
+        prepare=write("rows.csv", b"prompt,chosen,rejected\nq,a,b,c\n")),
+    Bad("CSV with an open quote", "tdpo", "rows.csv, row 0 \\(line 2\\) is not valid CSV", CSV,
+        prepare=write("rows.csv", b'prompt,chosen,rejected\nq,a,"b\n')),
+    Bad("compressed data cut short", "tdpo", "rows.jsonl.gz cannot be read: ", ("dataset.source=rows.jsonl.gz",),
+        prepare=write("rows.jsonl.gz", gzip.compress(b"{}" * 999)[:-9])),
     Bad("a number for a source", "tdpo", "source must be a path or the name of a data set, got 3", ("dataset.source=3",)),
     Bad("no data set", "tdpo", "dataset .my_data.rows.: makes a list of another kind", ("dataset=my_data.rows",),
         prepare=lambda f: (f / "my_data.py").write_text("def rows(tokenizer, **more):\n    return []\n")),

@@ -7,10 +7,12 @@ import hashlib
 from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any
 
 import numpy as np
 
+from tokenpref.data.cache import AUTO
 from tokenpref.data.chat import TemplateError
 from tokenpref.data.encoding import (
     TOO_LONG,
@@ -138,7 +140,7 @@ class PreferenceDataset:
         )
         chosen_start, rejected_start = (int(start) for start in packed.starts[index])
         return PairExample(
-            row=int(packed.rows[index]),
+            row=self._number(index),
             chosen_ids=chosen_ids,
             chosen_start=chosen_start,
             rejected_ids=rejected_ids,
@@ -177,9 +179,13 @@ class PreferenceDataset:
         return self._rows.locate(row) + (f", pair {part} of the row" if part else "")
 
     def _place(self, index: int) -> tuple[int, int]:
-        """Row of a pair in the source, and which of the row's pairs it is."""
+        """Row of a pair in the table, and which of the row's pairs it is."""
         part, row = divmod(int(self._packed.rows[self._position(index)]), self._rows.table.num_rows)
         return row, part
+
+    def _number(self, index: int) -> int:
+        row, part = self._place(index)
+        return self._rows.number(row) + part * self._rows.size
 
     def _pair(self, index: int) -> PairRow:
         pair = self._reader.read(self.raw(index))[self._place(index)[1]]
@@ -309,6 +315,7 @@ def preference_dataset(
     on_fault: str = "error",
     max_rows: int | None = None,
     swap: bool = False,
+    cache_dir: str | Path | None = AUTO,
 ) -> PreferenceDataset:
     """Preference pairs from files or the hub, tokenised.
 
@@ -318,7 +325,7 @@ def preference_dataset(
             :func:`tokenpref.data.load_rows`.
         data_files: files of a file format.
         name: configuration of a hub data set.
-        split: split of a hub data set or folder.
+        split: split, or slice of one such as ``train[:90%]``, rounded as ``datasets`` does; see :func:`load_rows`.
         format: ``auto``, ``explicit`` (prompt, chosen, rejected as text), ``implicit`` (chosen and rejected as text with a
             shared beginning), ``conversational`` (lists of messages) or ``hh`` (Anthropic's Human/Assistant text).
         column_map: field to column, such as ``{prompt: question, chosen: win, rejected: lose}``.
@@ -332,6 +339,8 @@ def preference_dataset(
         on_fault: ``error`` stops at rows that cannot be used, ``drop`` leaves them out; both say how many there are.
         max_rows: read only the first rows.
         swap: exchange chosen and rejected.
+        cache_dir: where what was read is kept for later starts: ``auto`` (the folder that the environment variable
+            ``TOKENPREF_CACHE`` names, or ``tokenpref`` in the cache of ``datasets``), a folder, or None to keep nothing.
 
     Raises:
         ConfigError: if an argument is out of range, or conversations meet a tokenizer without a chat template.
@@ -341,9 +350,9 @@ def preference_dataset(
         raise ConfigError(f"source must be a path or the name of a data set, got {source!r}")
     _check_arguments(append_eos, add_bos, max_seq_len, max_prompt_len, truncation, on_fault, max_rows)
     adapted = adapt_tokenizer(tokenizer)
-    rows = load_rows(source, data_files=data_files, name=name, split=split)
-    if max_rows is not None and max_rows < rows.table.num_rows:
-        rows = Rows(rows.table.select(range(max_rows)), rows.name, rows.files)
+    rows = load_rows(source, data_files=data_files, name=name, split=split, cache_dir=cache_dir)
+    if max_rows is not None:
+        rows = rows.first(max_rows)
     reader = row_reader(rows.table, rows.name, format=format, column_map=column_map)
     if reader.conversations and not adapted.has_chat:
         raise ConfigError(

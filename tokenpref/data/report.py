@@ -100,7 +100,7 @@ class RowFaults:
         row, fault = alike[0]
         message = f"{self._rows.locate(row)}, column {fault.column!r}: {fault.message}"
         if len(alike) > 1:
-            listed = ", ".join(str(number) for number, _ in alike[:_LISTED_FAULTS])
+            listed = ", ".join(str(self._rows.number(row)) for row, _ in alike[:_LISTED_FAULTS])
             more = ", ..." if len(alike) > _LISTED_FAULTS else ""
             message += f" [{kind}: {len(alike)} rows in all: {listed}{more}]"
         others = {k: len(v) for k, v in self._found.items() if k != kind}

@@ -2,17 +2,12 @@
 
 from __future__ import annotations
 
-import bz2
-import codecs
-import gzip
 import hashlib
 import json
-import lzma
 import re
-import zlib
-from collections.abc import Callable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
-from functools import partial
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -20,26 +15,23 @@ import datasets
 import pyarrow
 from datasets.exceptions import DatasetsError
 from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
+from pyarrow import parquet
 
 from tokenpref._paths import PACKAGE_SCHEME, resolve_path
-from tokenpref.errors import DataError
+from tokenpref.data.cache import AUTO, DataCache, code_digest, find_cache
+from tokenpref.data.readers import FORMAT_OF_SUFFIX, format_of, place_of, read_rows, stem_of
+from tokenpref.data.splits import Split
+from tokenpref.data.tables import open_table, write_table
+from tokenpref.errors import ConfigError, DataError
 
 __all__ = ["Rows", "load_rows"]
 
-_FORMAT_OF_SUFFIX = {
-    ".jsonl": "json",
-    ".json": "json",
-    ".ndjson": "json",
-    ".parquet": "parquet",
-    ".arrow": "arrow",
-    ".csv": "csv",
-}
 _BUILDERS = {"json", "jsonl", "parquet", "arrow", "csv"}
-_ARROW_LEVELS = 32  # of the 64 that Arrow allows
-_OPENERS: dict[str, Callable[..., Any]] = {".gz": gzip.open, ".bz2": bz2.open, ".xz": lzma.open}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # What `save_to_disk` and Hugging Face folders hold beside the data.
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "metadata.json"}
+_TABLE_FILE = "rows.arrow"
+_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -51,26 +43,77 @@ class Rows:
             decoded then, and what reads the Arrow data below (``to_list``) gets them as JSON.
         name: the source as a person would name it.
         files: local files in the order of the rows; empty for the hub and for folders of ``save_to_disk``.
+        numbers: numbers of the rows in the source, counted from 0; a slice of a split leaves some out.
+        content: sha256 or other identity of the whole source's content, wherever it lies.
+        kind: format of the files.
+        counts: rows of every file; empty where nothing says in which file a row stands.
+        whole: rows of the whole source if the table is a part of it, otherwise 0.
     """
 
     table: datasets.Dataset
     name: str
     files: tuple[Path, ...] = ()
+    numbers: tuple[range, ...] = ()
+    content: str = ""
+    kind: str = ""
+    counts: tuple[int, ...] = ()
+    whole: int = 0
+    _lines: dict[Path, list[int | None]] = field(default_factory=dict, repr=False, compare=False)
 
-    def locate(self, row: int) -> str:
-        """File and place of a row, for messages: ``train.jsonl, row 3 (line 4)``; rows count from 0, lines from 1.
+    @property
+    def size(self) -> int:
+        """Rows of the whole source, those included that a slice leaves out."""
+        return self.whole if self.whole else int(self.table.num_rows)
 
-        Among several files the row is counted within its file for JSON Lines, and over all of them otherwise.
+    def number(self, position: int) -> int:
+        """A row's number in the source; ``position`` is that in the table."""
+        left = position
+        for part in self.numbers:
+            if left < len(part):
+                return part[left]
+            left -= len(part)
+        return position
+
+    def locate(self, position: int) -> str:
+        """File and place of a row of the table, for messages: ``train.jsonl, row 3 (line 4)``.
+
+        Rows count from 0, lines from 1. Among several files the row is counted within its file for JSON and CSV, and over
+        all of them otherwise.
         """
-        left = row
-        for file in self.files:
-            lines = _row_lines(file)
-            if lines is None:
-                break
-            if left < len(lines):
-                return f"{file}, row {left} (line {lines[left]})"
-            left -= len(lines)
-        return f"{self.name}, row {row}"
+        left = self.number(position)
+        for file, count in zip(self.files, self.counts, strict=False):
+            if left < count:
+                return place_of(file, left, self._line(file, left))
+            left -= count
+        return f"{self.name}, row {self.number(position)}"
+
+    def _line(self, file: Path, row: int) -> int | None:
+        if file not in self._lines:
+            self._lines[file] = [line for line, _ in read_rows(file, self.kind)]
+        # The file may have changed since it was read, and then the row's number has to do.
+        return self._lines[file][row] if row < len(self._lines[file]) else None
+
+    def first(self, count: int) -> Rows:
+        """The first rows of the table."""
+        return self.at([range(min(count, self.table.num_rows))])
+
+    def at(self, ranges: Sequence[range]) -> Rows:
+        """The rows at some positions of the table."""
+        if list(ranges) == [range(self.table.num_rows)]:
+            return self
+        table = self.table.select(ranges[0] if len(ranges) == 1 else [*chain(*ranges)])
+        own = self.numbers or (range(self.table.num_rows),)
+        numbers = tuple(chain(*(_within(part, own) for part in ranges)))
+        return replace(self, table=table, numbers=numbers, whole=self.size)
+
+
+def _within(positions: range, numbers: Sequence[range]) -> list[range]:
+    """What stands at some positions of several ranges one after another."""
+    found, start = [], 0
+    for part in numbers:
+        found.append(part[max(positions.start - start, 0) : max(positions.stop - start, 0)])
+        start += len(part)
+    return [part for part in found if part]
 
 
 def load_rows(
@@ -79,27 +122,35 @@ def load_rows(
     data_files: str | Sequence[str] | Mapping[str, str | Sequence[str]] | None = None,
     name: str | None = None,
     split: str = "train",
+    cache_dir: str | Path | None = AUTO,
 ) -> Rows:
     """Rows of a source.
 
     Args:
-        source: a file (.jsonl, .json, .parquet, .arrow, .csv), a folder of such files or one written by
-            ``save_to_disk``, a ``package://`` path, a file format (json, parquet, arrow, csv) with ``data_files``, or
-            the name of a data set on the hub.
+        source: a file (.jsonl, .json, .parquet, .arrow, .csv; JSON and CSV also as .gz, .bz2, .xz or .zst), a folder of
+            such files or one written by ``save_to_disk``, a ``package://`` path, a file format (json, parquet, arrow, csv)
+            with ``data_files``, or the name of a data set on the hub.
         data_files: one or several paths or glob patterns, or a mapping from split to those. For a data set on the hub,
             files in its repository.
         name: configuration of a data set on the hub.
-        split: split of a hub data set (slices such as ``train[:100]`` too) or of a folder, whose files then begin
-            with the split's name. One file is one split, so for files the name is not looked at.
+        split: split, or slice of one such as ``train[:90%]``, rounded as ``datasets`` does. In a folder it chooses the files
+            whose names begin with the split's. One file is one split, whatever it is called.
+        cache_dir: where rows of JSON and CSV files are kept in Arrow's format: ``auto``, a folder, or None to keep them in
+            memory; see :func:`tokenpref.data.preference_dataset`.
 
     Raises:
+        ConfigError: if ``split`` or ``cache_dir`` is none.
         DataError: if the source is missing, cannot be read, has no rows, or cannot be reached.
     """
+    wanted, cache = Split.parse(split), find_cache(cache_dir)
     if source in _BUILDERS and (data_files is not None or not resolve_path(source).exists()):
         if data_files is None:
             raise DataError(f"source: {source} names a file format; say which files with data_files")
-        chosen = _of_split(data_files, split)
-        return _load_files(_expand(chosen), "json" if source == "jsonl" else source)
+        kind = "json" if source == "jsonl" else source
+        if isinstance(data_files, Mapping):
+            groups = {part: _expand(_of_split(data_files, part)) for part in wanted.names}
+            return _load_groups(groups, kind, wanted, cache)
+        return _load_one_split(_expand(_listed(data_files)), kind, wanted, cache)
     if _is_local(source):
         path = resolve_path(source)
         if data_files is not None:
@@ -107,9 +158,9 @@ def load_rows(
                 f"source {source!r} is a path already; data_files goes with source: json, parquet, arrow or csv"
             )
         if path.is_file():
-            return _load_files([path], None)
+            return _load_one_split([path], None, wanted, cache)
         if path.is_dir():
-            return _load_folder(path, split)
+            return _load_folder(path, wanted, cache)
         raise DataError(f"no file or folder {path} (source: {source})")
     return _load_hub(source, data_files, name, split)
 
@@ -119,17 +170,24 @@ def _is_local(source: str) -> bool:
         return True
     return (
         resolve_path(source).exists()
-        or Path(source).suffix in _FORMAT_OF_SUFFIX
+        or format_of(Path(source)) is not None
         or not _HUB_NAME.fullmatch(source)
     )
 
 
-def _of_split(data_files: str | Sequence[str] | Mapping, split: str) -> list[str]:
-    if isinstance(data_files, Mapping):
-        if split not in data_files:
-            raise DataError(f"data_files has no split {split!r}; it has {', '.join(map(repr, data_files))}")
-        data_files = data_files[split]
-    return [data_files] if isinstance(data_files, str) else list(data_files)
+def _of_split(data_files: Mapping[str, str | Sequence[str]], split: str) -> list[str]:
+    if split not in data_files:
+        raise DataError(f"data_files has no split {split!r}; it has {', '.join(map(repr, data_files))}")
+    return _listed(data_files[split])
+
+
+def _listed(data_files: object) -> list[str]:
+    files = [data_files] if isinstance(data_files, str) else data_files
+    if not isinstance(files, Sequence) or not all(isinstance(file, str) for file in files):
+        raise ConfigError(
+            f"data_files must be a path, a list of paths, or a mapping from split to those, got {data_files!r}"
+        )
+    return list(files)
 
 
 def _expand(patterns: Sequence[str]) -> list[Path]:
@@ -159,24 +217,36 @@ def _is_glob(pattern: str) -> bool:
     return any(char in pattern for char in "*?[")
 
 
-def _load_folder(folder: Path, split: str) -> Rows:
+def _load_folder(folder: Path, split: Split, cache: DataCache | None) -> Rows:
     if (folder / "dataset_dict.json").is_file():
         splits = json.loads((folder / "dataset_dict.json").read_text(encoding="utf-8"))["splits"]
-        if split not in splits:
-            raise DataError(f"{folder} has no split {split!r}; it has {', '.join(map(repr, splits))}")
-        return _load_folder(folder / split, split)
+        for name in split.names:
+            if name not in splits:
+                raise DataError(f"{folder} has no split {name!r}; it has {', '.join(map(repr, splits))}")
+        return _load_saved([folder / name for name in split.names], folder, split)
     if (folder / "state.json").is_file():
-        return _checked(Rows(datasets.load_from_disk(str(folder)), str(folder)))
-    found = sorted(p for p in folder.rglob("*") if p.suffix in _FORMAT_OF_SUFFIX and p.name not in _NOT_DATA)
+        return _load_saved([folder], folder, _one_name(split, folder))
+    found = sorted(p for p in folder.rglob("*") if format_of(p) is not None and p.name not in _NOT_DATA)
     if not found:
-        raise DataError(f"{folder} holds no data file ({', '.join(_FORMAT_OF_SUFFIX)})")
-    of_split = [p for p in found if _split_name(p, folder) == split]
-    if not of_split:
+        raise DataError(f"{folder} holds no data file ({', '.join(FORMAT_OF_SUFFIX)})")
+    return _load_groups({name: _files_of(name, found, folder) for name in split.names}, None, split, cache)
+
+
+def _files_of(split: str, found: Sequence[Path], folder: Path) -> list[Path]:
+    files = [path for path in found if _split_name(path, folder) == split]
+    if not files:
         names = ", ".join(sorted({str(p.relative_to(folder)) for p in found})[:10])
         raise DataError(
             f"{folder} has no file for split {split!r}; it holds {names}. Set split, or name a file as source"
         )
-    return _load_files(of_split, None)
+    by_stem: dict[Path, Path] = {}
+    for path in files:
+        other = by_stem.setdefault(path.with_name(stem_of(path)), path)
+        if other != path:
+            raise DataError(
+                f"{other} and {path.name} are two forms of one file; remove one, or name a file as source"
+            )
+    return files
 
 
 def _split_name(file: Path, folder: Path) -> str:
@@ -185,34 +255,135 @@ def _split_name(file: Path, folder: Path) -> str:
     return parts[0] if len(parts) > 1 and parts[0] != "data" else re.split(r"[-.]", file.name)[0]
 
 
-def _load_files(files: list[Path], builder: str | None) -> Rows:
-    formats = {builder or _FORMAT_OF_SUFFIX.get(file.suffix) for file in files}
+def _load_saved(folders: Sequence[Path], source: Path, split: Split) -> Rows:
+    """Folders of ``save_to_disk``, one for each split that is named."""
+    tables = [datasets.load_from_disk(str(folder)) for folder in folders]
+    table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
+    sizes = {name: part.num_rows for name, part in zip(split.names, tables, strict=True)}
+    files = [path for folder in folders for path in sorted(folder.glob("*")) if path.is_file()]
+    name = str(folders[0] if len(folders) == 1 else source)
+    rows = _checked(Rows(table, name, content=_content_of(files)))
+    return rows.at(split.ranges(sizes, name))
+
+
+def _one_name(split: Split, source: Path) -> Split:
+    if len(split.names) > 1:
+        raise DataError(
+            f"split: {split.text!r} names {len(split.names)} splits, and {source} is one; slice one, such as train[:90%]"
+        )
+    return split
+
+
+def _load_one_split(files: list[Path], builder: str | None, split: Split, cache: DataCache | None) -> Rows:
+    """Files that make one split, whose name is not looked at."""
+    split = _one_name(split, files[0])
+    return _load_groups({split.names[0]: files}, builder, split, cache)
+
+
+def _load_groups(
+    groups: Mapping[str, list[Path]], builder: str | None, split: Split, cache: DataCache | None
+) -> Rows:
+    """The files of every split that is named."""
+    rows = _load_files([*chain(*groups.values())], builder, cache)
+    if split.is_whole:
+        return rows
+    if len(groups) == 1:
+        sizes = {split.names[0]: rows.table.num_rows}
+    else:
+        counts = dict(zip(rows.files, rows.counts or map(_count_rows, rows.files), strict=True))
+        sizes = {name: sum(counts[file] for file in files) for name, files in groups.items()}
+    return rows.at(split.ranges(sizes, rows.name))
+
+
+def _count_rows(file: Path) -> int:
+    if file.suffix == ".parquet":
+        return int(parquet.read_metadata(file).num_rows)
+    with pyarrow.memory_map(str(file)) as content:
+        try:
+            return int(pyarrow.ipc.open_stream(content).read_all().num_rows)
+        except pyarrow.ArrowInvalid:  # the other of Arrow's two file formats
+            return int(pyarrow.ipc.open_file(content).read_all().num_rows)
+
+
+def _load_files(files: list[Path], builder: str | None, cache: DataCache | None) -> Rows:
+    formats = {builder or format_of(file) for file in files}
     if None in formats:
-        unknown = next(file for file in files if file.suffix not in _FORMAT_OF_SUFFIX)
+        unknown = next(file for file in files if format_of(file) is None)
         raise DataError(
             f"{unknown}: the suffix says no format; set source: json (or parquet, arrow, csv) and data_files"
         )
     if len(formats) > 1:
         raise DataError(f"files of several formats in one data set: {', '.join(str(f) for f in files)}")
-    kind = formats.pop()
+    kind = str(formats.pop())
     for file in files:
-        if file.stat().st_size == 0 or (kind == "json" and not file.read_bytes().strip()):
+        if file.stat().st_size == 0:
             raise DataError(f"{file} is empty; it needs at least one row")
     name = str(files[0]) if len(files) == 1 else f"{files[0]} and {len(files) - 1} more"
-    content = hashlib.sha256()
-    for file in files:
-        content.update(hashlib.sha256(file.read_bytes()).digest())
-    if kind == "json":
-        return _checked(Rows(_json_table(files, content.hexdigest()), name, tuple(files)))
+    content = _content_of(files)
+    if kind in ("json", "csv"):
+        table, counts = _own_table(files, kind, content, name, cache)
+        return _checked(Rows(table, name, tuple(files), content=content, kind=kind, counts=counts))
     # datasets keeps what it read in a cache that looks at names and times. With the content's hash as the name of the
     # configuration a changed file is never mistaken for its former self, whatever its time stamp says.
     try:
         table = datasets.load_dataset(
-            kind, f"content-{content.hexdigest()[:24]}", data_files=[str(f) for f in files], split="train"
+            kind, f"content-{content[:24]}", data_files=[str(f) for f in files], split="train"
         )
     except (DatasetsError, StopIteration, ValueError, TypeError, KeyError) as error:
         raise DataError(_why_unreadable(files, kind, error)) from error
-    return _checked(Rows(table, name, tuple(files)))
+    return _checked(Rows(table, name, tuple(files), content=content, kind=kind))
+
+
+def _content_of(files: Sequence[Path]) -> str:
+    """sha256 (hex) over what files hold, in their order."""
+    content = hashlib.sha256()
+    for file in files:
+        own = hashlib.sha256()
+        try:
+            with file.open("rb") as stream:
+                while block := stream.read(_BLOCK):
+                    own.update(block)
+        except OSError as error:
+            raise DataError(f"{file} cannot be read: {error}") from error
+        content.update(own.digest())
+    return content.hexdigest()
+
+
+def _own_table(
+    files: Sequence[Path], kind: str, content: str, name: str, cache: DataCache | None
+) -> tuple[datasets.Dataset, tuple[int, ...]]:
+    """Rows of JSON or CSV files, and how many each file has; from the cache if there is one."""
+
+    def written(open_sink: Any) -> dict[str, Any]:
+        about = write_table(files, kind, open_sink)
+        for file, count in zip(files, about["counts"], strict=True):
+            if count == 0:
+                raise DataError(f"{file} is empty; it needs at least one row")
+        return about
+
+    if cache is None:
+        sinks: list[Any] = []
+
+        def in_memory() -> Any:
+            sinks.append(pyarrow.BufferOutputStream())
+            return sinks[-1]
+
+        about = written(in_memory)
+        source = pyarrow.BufferReader(sinks[-1].getvalue())
+    else:
+        # The suffixes say how files are compressed; the same bytes under another name are other rows.
+        suffixes = [file.suffix for file in files]
+        described = json.dumps(
+            [content, kind, suffixes, code_digest("readers", "tables"), pyarrow.__version__]
+        )
+        key = hashlib.sha256(described.encode()).hexdigest()[:32]
+        folder, about = cache.entry(
+            f"rows-{key}",
+            lambda partial: written(lambda: pyarrow.OSFile(str(partial / _TABLE_FILE), "wb")),
+            f"the table of {name}",
+        )
+        source = pyarrow.memory_map(str(folder / _TABLE_FILE))
+    return open_table(source, about, content), tuple(about["counts"])
 
 
 def _why_unreadable(files: Sequence[Path], kind: str | None, error: BaseException) -> str:
@@ -220,134 +391,6 @@ def _why_unreadable(files: Sequence[Path], kind: str | None, error: BaseExceptio
     if "corresponds to no data" in str(cause):  # what datasets says of well-formed files without rows
         return f"{', '.join(str(f) for f in files)}: no rows; a data set needs at least one"
     return f"{', '.join(str(f) for f in files)} cannot be read as {kind}: {type(cause).__name__}: {cause}"
-
-
-def _json_table(files: Sequence[Path], fingerprint: str) -> datasets.Dataset:
-    """Rows of JSON files with every value as it is written.
-
-    Not by datasets' own reader: it guesses types, block by block, and in a block that does not fit the guess it turns
-    numbers into text, text into numbers or dates, or puts quotes around every text; a row ``null`` ends the process.
-    A column whose values Arrow would change (several types, messages with different keys) is kept as JSON here, and
-    decoded when a row is asked for.
-    """
-    columns: dict[str, list[Any]] = {}
-    count = 0
-    for file in files:
-        for place, row in _json_rows(file):
-            for column in row:
-                if column not in columns:
-                    _check_name(column, place)
-                    columns[column] = [None] * count
-            for column, values in columns.items():
-                values.append(row.get(column))
-            count += 1
-    if count and not columns:
-        raise DataError(f"{files[0]}: its rows have no columns; they need at least chosen and rejected")
-    arrays = {column: _unchanged(values) for column, values in columns.items()}
-    encoded = [column for column, array in arrays.items() if array is None]
-    for column in encoded:
-        texts = [None if value is None else json.dumps(value) for value in columns[column]]
-        arrays[column] = pyarrow.array(texts, pyarrow.string())
-    table = datasets.Dataset(pyarrow.table(arrays), fingerprint=fingerprint[:16])
-    return table.with_transform(partial(_decoded, encoded)) if encoded else table
-
-
-def _check_name(column: str, place: str) -> None:
-    if "\0" in column or column != column.encode("utf-8", "replace").decode("utf-8"):
-        raise DataError(
-            f"{place}: the column name {column!r} holds a NUL or half of a surrogate pair; rename the column"
-        )
-
-
-def _decoded(encoded: Sequence[str], rows: Mapping[str, list[Any]]) -> dict[str, list[Any]]:
-    return {
-        column: [None if v is None else json.loads(v) for v in values] if column in encoded else values
-        for column, values in rows.items()
-    }
-
-
-def _unchanged(values: list[Any]) -> pyarrow.Array | None:
-    """The values in Arrow's own types, if they come back from there as they are."""
-    try:
-        array = pyarrow.array(values)
-    except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):
-        return None
-    kind = str(array.type)
-    # Among floating-point numbers Arrow takes true for 1.0, and so does Python's comparison.
-    changed = array.to_pylist() != values or ("double" in kind and _holds_bool(values))
-    # datasets hands types on by way of C, where a name ends at a NUL and the levels of a type are counted.
-    return None if changed or "\0" in kind or kind.count("<") > _ARROW_LEVELS else array
-
-
-def _holds_bool(value: Any) -> bool:
-    inner = value.values() if isinstance(value, dict) else value
-    kinds = set(map(type, inner))
-    if not kinds & {dict, list}:  # as in most lists of numbers, which are long
-        return bool in kinds
-    return bool in kinds or any(_holds_bool(v) for v in inner if isinstance(v, (dict, list)))
-
-
-def _json_rows(file: Path) -> Iterator[tuple[str, dict[str, Any]]]:
-    """Rows of JSON Lines, or of a list of objects, and where each stands.
-
-    Raises:
-        DataError: for the first row that is not an object, naming its line.
-    """
-    content = _uncompressed(file)
-    if content.lstrip()[:1] == b"[":
-        found = _parsed(content, str(file))
-        places = [f"{file}, row {row}" for row in range(len(found))]
-        values: Iterator[Any] = iter(found)
-    else:
-        lines = content.split(b"\n")
-        numbers = _line_numbers(lines)
-        places = [f"{file}, row {row} (line {number})" for row, number in enumerate(numbers)]
-        values = (_parsed(lines[number - 1], place) for number, place in zip(numbers, places, strict=True))
-    for place, value in zip(places, values, strict=True):
-        if not isinstance(value, dict):
-            raise DataError(f"{place} is a JSON {type(value).__name__}, not an object with columns")
-        yield place, value
-
-
-def _uncompressed(file: Path) -> bytes:
-    try:
-        with _OPENERS.get(file.suffix, open)(file, "rb") as stream:
-            return stream.read().removeprefix(codecs.BOM_UTF8)
-    except (OSError, EOFError, lzma.LZMAError, zlib.error) as error:
-        raise DataError(f"{file} cannot be read: {error}") from error
-
-
-def _parsed(text: bytes, place: str) -> Any:
-    try:
-        return _DECODER.decode(text.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        raise DataError(f"{place} is not valid JSON: {error}") from error
-
-
-def _object(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
-    found = dict(pairs)
-    if len(found) < len(pairs):
-        keys = [key for key, _ in pairs]
-        twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands there more than once")
-    return found
-
-
-_DECODER = json.JSONDecoder(object_pairs_hook=_object)
-
-
-def _row_lines(file: Path) -> list[int] | None:
-    """Line number of each row of a JSON Lines file; None for other files."""
-    if _FORMAT_OF_SUFFIX.get(file.suffix) != "json":
-        return None
-    content = _uncompressed(file)
-    if content.lstrip()[:1] == b"[":
-        return None
-    return _line_numbers(content.split(b"\n"))
-
-
-def _line_numbers(lines: Sequence[bytes]) -> list[int]:
-    return [number for number, line in enumerate(lines, start=1) if line.strip()]
 
 
 def _load_hub(source: str, data_files: object, name: str | None, split: str) -> Rows:
@@ -362,7 +405,8 @@ def _load_hub(source: str, data_files: object, name: str | None, split: str) -> 
         raise DataError(
             f"source {source!r} is no local path, and not readable from the hub: {error}"
         ) from error
-    return _checked(Rows(table, f"{source} [{split}]"))
+    fingerprint = hashlib.sha256(str(table._fingerprint).encode()).hexdigest()
+    return _checked(Rows(table, f"{source} [{split}]", content=fingerprint))
 
 
 def _checked(rows: Rows) -> Rows:

@@ -1,0 +1,179 @@
+"""Folders of files that are made once, sealed, and opened by every later start and by all processes."""
+
+from __future__ import annotations
+
+import errno
+import hashlib
+import json
+import logging
+import os
+import secrets
+import shutil
+import time
+from collections.abc import Callable, Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import datasets
+
+from tokenpref._files import digest_of, try_lock, write_json
+from tokenpref.errors import ConfigError, DataError
+
+__all__ = ["AUTO", "CACHE_VARIABLE", "DataCache", "code_digest", "find_cache"]
+
+log = logging.getLogger("tokenpref")
+
+AUTO = "auto"
+"""``cache_dir`` that leaves the folder to the environment."""
+
+CACHE_VARIABLE = "TOKENPREF_CACHE"
+"""Environment variable that names the folder of the cache."""
+
+_MANIFEST = "manifest.json"
+_POLL_S = 0.1
+_NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
+
+
+def find_cache(cache_dir: object) -> DataCache | None:
+    """The cache that a data set's ``cache_dir`` asks for.
+
+    Args:
+        cache_dir: ``auto`` (the folder that ``TOKENPREF_CACHE`` names, or ``tokenpref`` in the cache of ``datasets``), a folder,
+            or None for no cache.
+
+    Raises:
+        ConfigError: if it is none of these.
+    """
+    if cache_dir is None:
+        return None
+    if not isinstance(cache_dir, (str, Path)) or not str(cache_dir) or "\0" in str(cache_dir):
+        raise ConfigError(f"cache_dir must be auto, a folder or null, got {cache_dir!r}")
+    if cache_dir == AUTO:
+        named = os.environ.get(CACHE_VARIABLE)
+        cache_dir = named if named else Path(datasets.config.HF_DATASETS_CACHE) / "tokenpref"
+    return DataCache(Path(cache_dir).expanduser().absolute())
+
+
+def code_digest(*modules: str) -> str:
+    """sha256 (hex) over the source of modules of ``tokenpref.data``: what they make is addressed by how they make it."""
+    digest = hashlib.sha256()
+    for module in modules:
+        digest.update(hashlib.sha256((Path(__file__).parent / f"{module}.py").read_bytes()).digest())
+    return digest.hexdigest()
+
+
+class DataCache:
+    """Entries that are addressed by what they hold.
+
+    An entry gets its name only when it is whole, so a process that dies leaves none behind. One process builds an entry while the
+    others wait for it; where files cannot be locked, several may build, and the first one to finish counts.
+
+    Args:
+        folder: where the entries lie; made when the first one is.
+    """
+
+    def __init__(self, folder: Path) -> None:
+        self.folder = folder
+
+    def entry(
+        self, name: str, build: Callable[[Path], Mapping[str, Any]], what: str
+    ) -> tuple[Path, dict[str, Any]]:
+        """Open an entry, building it if it is not there or damaged.
+
+        Args:
+            name: of the entry; says everything that its content depends on.
+            build: writes the files into an empty folder and returns plain data about them.
+            what: the entry in words, for messages.
+
+        Returns:
+            The entry's folder, and what ``build`` returned.
+
+        Raises:
+            DataError: if the folder cannot be written.
+        """
+        final = self.folder / name
+        found = _opened(final, what)
+        if found is not None:
+            return final, found
+        with _failures_named(self.folder), self._locked(name, what) as alone:
+            found = _opened(final, what)  # another process may have built it meanwhile
+            if found is None:
+                if alone:
+                    self._remove_partial(name)  # of processes that died
+                self._build(final, build)
+                found = _opened(final, what)
+        if found is None:
+            raise DataError(
+                f"{final}: damaged right after it was written; check the disk, or set another cache_dir"
+            )
+        return final, found
+
+    def _remove_partial(self, name: str) -> None:
+        for left in self.folder.glob(f"{name}.*.partial"):
+            shutil.rmtree(left)
+
+    def _build(self, final: Path, build: Callable[[Path], Mapping[str, Any]]) -> None:
+        partial = final.with_name(f"{final.name}.{secrets.token_hex(4)}.partial")
+        partial.mkdir()
+        try:
+            about = dict(build(partial))
+            files = sorted(partial.iterdir())
+            seals = {file.name: {"bytes": file.stat().st_size, "xxh3": digest_of(file)} for file in files}
+            write_json(partial / _MANIFEST, {"files": seals, "about": about})
+            if final.exists():  # damaged, or built meanwhile by a process that could not lock
+                shutil.rmtree(final)
+            partial.rename(final)
+        finally:
+            shutil.rmtree(partial, ignore_errors=True)
+
+    @contextmanager
+    def _locked(self, name: str, what: str) -> Iterator[bool]:
+        """Hold the lock of an entry; False if the file system has no locks."""
+        self.folder.mkdir(parents=True, exist_ok=True)
+        lock = self.folder / f"{name}.lock"
+        try:
+            descriptor = try_lock(lock)
+        except OSError as error:
+            if error.errno not in _NO_LOCKS:
+                raise
+            yield False
+            return
+        if descriptor is None:
+            log.info(f"another process is building {what}; waiting for it")
+        while descriptor is None:
+            time.sleep(_POLL_S)
+            descriptor = try_lock(lock)
+        try:
+            yield True
+        finally:
+            os.close(descriptor)
+
+
+@contextmanager
+def _failures_named(folder: Path) -> Iterator[None]:
+    try:
+        yield
+    except OSError as error:
+        raise DataError(
+            f"the cache of tokenised data in {folder} cannot be written: {error}. Free space there, set the data set's "
+            f"cache_dir or {CACHE_VARIABLE} to another folder, or set cache_dir: null to do without"
+        ) from error
+
+
+def _opened(folder: Path, what: str) -> dict[str, Any] | None:
+    """What is known about an entry; None, with a warning, if it is damaged."""
+    manifest = folder / _MANIFEST
+    if not folder.exists():
+        return None
+    try:
+        record = json.loads(manifest.read_text(encoding="utf-8"))
+        for name, seal in record["files"].items():
+            file = folder / name
+            if not file.is_file() or file.stat().st_size != seal["bytes"] or digest_of(file) != seal["xxh3"]:
+                log.warning(f"{file} is damaged; {what} is made anew")
+                return None
+        return dict(record["about"])
+    except (OSError, ValueError, KeyError, TypeError, AttributeError):
+        log.warning(f"{manifest} is damaged; {what} is made anew")
+        return None
