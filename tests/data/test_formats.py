@@ -22,7 +22,7 @@ def assistant(text: str) -> dict:
         ("Q: hi\nA: yes", "Q: hi\nA: no", "Q: hi\nA:"),  # the space belongs to the answers
         ("Q\nyes", "Q\nno", "Q\n"),  # the newline to the prompt
         ("it is warm", "it is warmer", "it is"),  # not inside a word
-        ("about 3.14", "about 3.15", "about 3."),  # nor inside the digits after the point
+        ("about 3.14", "about 3.15", "about"),  # nor inside a number
         ("see e\u0301", "see e", "see"),  # nor between a letter and its accent
         ("A:😀", "A:😢", "A:"),
         ("今天很好", "今天很糟", "今天很"),  # no spaces to cut at
@@ -129,8 +129,8 @@ def test_conversational_layouts(row):
         (
             [USER, assistant("a")],
             [USER, assistant("a"), USER, assistant("b")],
-            "prompt ends with answer",
-            "ends with an",
+            "different conversations",
+            "goes on after the last message of chosen",
         ),
         ([USER, assistant("a")], [USER, {"content": "b"}], "wrong type", "message 1 has the keys"),
         ([USER, assistant("a")], None, "no value", "has no value"),

@@ -4,35 +4,97 @@ from __future__ import annotations
 
 import unicodedata
 
+import regex
+
 __all__ = ["shared_prefix"]
+
+# Unicode's default boundaries of words and of characters that are written with several code points (UAX 29).
+_WORDS = regex.compile(r"(?w)\b")
+_CHARACTERS = regex.compile(r"\X")
+_SPACES = " \t\n"
+# What stands between the digits of a number, a date, a time or a version; Unicode knows only the point and the comma.
+_BETWEEN_DIGITS = frozenset(".,:/'\u2019-_\u00a0\u2009\u202f\u066b\u066c")
+_BEFORE_DIGITS = frozenset("+-\u2212\u00b1$\u00a3\u20ac\u00a5#.")
+_AFTER_DIGITS = frozenset("%\u2030\u00b0\u066a")
 
 
 def shared_prefix(chosen: str, rejected: str) -> int:
     """Length of the prompt that two texts share.
 
-    The longest common prefix, cut back so that it ends between words: never inside a word, a number or a character with
-    combining marks; and white space other than a newline that stands at its end goes to the answers, as it does
-    in the vocabularies of most models. Scripts written without spaces may be cut between any two characters.
+    The longest common prefix, cut back so that both texts have a boundary of Unicode's there: never inside a word, a
+    number, an emoji, a line break of two characters or a character with combining marks. White space other than a newline
+    that stands at its end goes to the answers, as it does in the vocabularies of most models. Scripts written without
+    spaces may be cut between any two characters.
     """
-    end = 0
-    while end < min(len(chosen), len(rejected)) and chosen[end] == rejected[end]:
-        end += 1
-    while 0 < end and _inside_word(chosen, end, rejected):
+    end = _common_length(chosen, rejected)
+    # Words and characters do not reach over a space, so a text is looked at from the last one on.
+    start = max(chosen.rfind(space, 0, end) for space in _SPACES)
+    start = max(start, 0)
+    places = _boundaries(chosen, start, end) & _boundaries(rejected, start, end)
+    while start < end and (end not in places or _inside(chosen, end) or _inside(rejected, end)):
         end -= 1
-    while 0 < end and chosen[end - 1] in " \t":
+    while 0 < end and _is_blank(chosen[end - 1]):
         end -= 1
     return end
 
 
-def _inside_word(chosen: str, end: int, rejected: str) -> bool:
-    following = [text[end] for text in (chosen, rejected) if end < len(text)]
-    if (
-        any(unicodedata.combining(char) or char in "\u200d\ufe0f" for char in following)
-        or chosen[end - 1] == "\u200d"
-    ):
+def _common_length(first: str, second: str) -> int:
+    low, high = 0, min(len(first), len(second))
+    while low < high:  # by halves: comparing slices is quick
+        middle = (low + high + 1) // 2
+        if first[low:middle] == second[low:middle]:
+            low = middle
+        else:
+            high = middle - 1
+    return low
+
+
+def _boundaries(text: str, start: int, end: int) -> set[int]:
+    """Places from ``start`` to ``end`` where a word and a character end."""
+    stops = [at for at in (text.find(space, end) for space in _SPACES) if at >= 0]
+    part = text[start : min(stops, default=len(text)) + 1]
+    words = {start + found.start() for found in _WORDS.finditer(part)}
+    characters = {start + found.end() for found in _CHARACTERS.finditer(part)}
+    return words & characters | {start}
+
+
+def _inside(text: str, end: int) -> bool:
+    """Whether a place lies inside a word or number that Unicode's rules would cut there."""
+    if end == len(text):
+        return False
+    before, after = text[end - 1], text[end]
+    if unicodedata.category(after) in ("Lm", "Sk") and before.isalnum():
+        return True  # a mark of length or repetition goes with its letter
+    if _is_word(before) and _is_word(after):
         return True
-    return _word_char(chosen[end - 1]) and any(_word_char(char) for char in following)
+    if before.isdecimal() and after in _AFTER_DIGITS:
+        return True
+    if after.isdecimal() and before in _BEFORE_DIGITS and (end < 2 or not _is_word(text[end - 2])):
+        return True
+    # On either side of what stands between two digits.
+    between = {before: end - 1, after: end}
+    return any(
+        char in _BETWEEN_DIGITS
+        and 0 < at < len(text) - 1
+        and text[at - 1].isdecimal()
+        and text[at + 1].isdecimal()
+        for char, at in between.items()
+    )
 
 
-def _word_char(char: str) -> bool:
-    return (char.isalnum() or char in "_'\u2019") and ord(char) < 0x2E80
+def _is_word(char: str) -> bool:
+    """Letters and digits of scripts with spaces between words, superscripts and fractions included."""
+    return (
+        (char.isalnum() or char in "_'\u2019\u207a\u207b")
+        and ord(char) < 0x2E80
+        and not _without_spaces(char)
+    )
+
+
+def _is_blank(char: str) -> bool:
+    return char == "\t" or unicodedata.category(char) == "Zs"
+
+
+def _without_spaces(char: str) -> bool:
+    """Whether a letter is of a script below U+2E80 that puts no spaces between words: Thai, Lao, Myanmar, Khmer."""
+    return "\u0e00" <= char <= "\u0eff" or "\u1000" <= char <= "\u109f" or "\u1780" <= char <= "\u17ff"

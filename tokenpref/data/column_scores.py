@@ -88,6 +88,11 @@ class ColumnScores:
             DataError: if a column is missing, or for the first row whose scores cannot be used, with the number of rows
                 like it.
         """
+        if dataset.report.layout in ("labelled", "ranked"):
+            raise DataError(
+                f"{dataset.source_name} is read with format: {dataset.report.layout}, where label or rank decide which answer is "
+                "chosen, so a column of scores belongs to no side; write the pairs to a file with chosen and rejected first"
+            )
         self._check_columns(dataset)
         settings = dataset.settings()
         columns = self.columns[::-1] if settings["swap"] else self.columns

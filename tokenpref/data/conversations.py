@@ -7,17 +7,29 @@ from collections.abc import Mapping, Sequence
 from typing import Any
 
 from tokenpref.data.chat import normalize_messages
-from tokenpref.data.pairs import Messages, RowFault, checked_text, not_empty
+from tokenpref.data.message_text import messages_of
+from tokenpref.data.pairs import Messages, RowFault, checked_text, not_empty, plain_text
 
-__all__ = ["conversation", "one_answer", "row_tools", "side_messages"]
+__all__ = [
+    "CONTEXT_FIELDS",
+    "conversation",
+    "is_history",
+    "joined_input",
+    "one_answer",
+    "row_tools",
+    "side_messages",
+]
+
+CONTEXT_FIELDS = ("system", "history", "tools")
+"""Fields beside the prompt that only a conversation has a place for."""
 
 
 def _messages(row: Mapping[str, Any], column: str) -> Messages:
-    value = row[column]
+    value = messages_of(row[column], column)
     if value is None:
         raise RowFault("no value", column, "has no value; fill it in or remove the row")
     try:
-        messages = normalize_messages(value)
+        messages = normalize_messages([_stripped(message) for message in value])
     except TypeError as error:
         raise RowFault("wrong type", column, str(error)) from error
     for message in messages:
@@ -33,23 +45,15 @@ def conversation(
     Raises:
         RowFault: if the row cannot be used.
     """
-    prompt_value = row[columns["prompt"]] if "prompt" in columns else None
     sides = [side_messages(row, columns[field]) for field in ("chosen", "rejected")]
-    if prompt_value is None:
-        shared = _shared_messages(*sides)
-        prompt = sides[0][:shared]
-        sides = [side[shared:] for side in sides]
-    elif isinstance(prompt_value, str):
-        prompt, sides = _with_text_prompt(checked_text(row, columns["prompt"]), sides)
-    else:
-        prompt = _messages(row, columns["prompt"])
-        sides = [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
+    prompt, sides = _prompt_and_sides(row, columns, sides)
     if not prompt:
         raise RowFault(
             "no shared beginning",
             columns["rejected"],
             "shares no first message with chosen, and there is no prompt column",
         )
+    prompt = _with_context(prompt, row, columns)
     if prompt[-1]["role"] == "assistant":
         raise RowFault(
             "prompt ends with answer",
@@ -62,26 +66,114 @@ def conversation(
     return prompt, chosen, rejected
 
 
+def _prompt_and_sides(
+    row: Mapping[str, Any], columns: Mapping[str, str], sides: list[Messages]
+) -> tuple[Messages, list[Messages]]:
+    """Messages before the answers, and what each side has after them."""
+    value = row[columns["prompt"]] if "prompt" in columns else None
+    if value is None:
+        shared = _shared_messages(sides[0], sides[1], columns)
+        return sides[0][:shared], [side[shared:] for side in sides]
+    if isinstance(value, str) and messages_of(value, columns["prompt"]) is None:
+        return _with_text_prompt(joined_input(row, columns), sides, columns)
+    prompt = _messages(row, columns["prompt"])
+    return prompt, [side[len(prompt) :] if side[: len(prompt)] == prompt else side for side in sides]
+
+
+def joined_input(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
+    """A text prompt, and below it the row's input where it has one."""
+    prompt = checked_text(row, columns["prompt"])
+    if "input" not in columns or row[columns["input"]] in (None, ""):
+        return prompt
+    return f"{prompt}\n{checked_text(row, columns['input'])}"
+
+
+def _with_context(prompt: Messages, row: Mapping[str, Any], columns: Mapping[str, str]) -> Messages:
+    """The prompt after the row's system prompt and earlier turns."""
+    before = _history(row, columns["history"]) if "history" in columns else []
+    system = row[columns["system"]] if "system" in columns else None
+    if system is not None and plain_text(system, columns["system"]).strip():
+        own = [message["content"] for message in [*before, *prompt] if message["role"] == "system"]
+        if own and own != [system]:
+            raise RowFault(
+                "two system messages",
+                columns["system"],
+                "holds a system prompt, and the row's messages begin with another one; keep one of them in the data, or leave "
+                "the column out with column_map: {system: null}",
+            )
+        if not own:
+            before = [{"role": "system", "content": system}, *before]
+    return [*before, *prompt]
+
+
+def is_history(value: object) -> bool:
+    """Whether a value is a list, or JSON text of one: earlier turns. A column of that name may also hold plain text."""
+    if isinstance(value, str):
+        return value.lstrip()[:1] == "["
+    return isinstance(value, Sequence)
+
+
+def _history(row: Mapping[str, Any], column: str) -> Messages:
+    """Earlier turns, kept as messages or as pairs of what the user and the assistant said."""
+    value = row[column]
+    if isinstance(value, str) and value.strip():
+        try:
+            value = json.loads(value)
+        except (ValueError, RecursionError) as error:
+            raise RowFault("wrong type", column, "is text that is no JSON list of earlier turns") from error
+    if value in (None, "", []):
+        return []
+    if isinstance(value, Sequence) and all(isinstance(turn, Mapping) for turn in value):
+        return _messages({column: value}, column)
+    messages: Messages = []
+    for number, turn in enumerate(value if isinstance(value, Sequence) else [value]):
+        if not isinstance(turn, Sequence) or isinstance(turn, str) or len(turn) != 2:
+            raise RowFault(
+                "wrong type",
+                column,
+                f"turn {number} must be a message, or a list of what the user and what the assistant said",
+            )
+        for role, said in zip(("user", "assistant"), turn, strict=True):
+            messages.append({"role": role, "content": plain_text(said, column)})
+    return messages
+
+
 def side_messages(row: Mapping[str, Any], column: str) -> Messages:
-    """Messages of one side; text is the assistant's message."""
-    if isinstance(row[column], str):
+    """Messages of one side; text is the assistant's message, unless it is JSON text of messages."""
+    value = row[column]
+    if isinstance(value, str) and messages_of(value, column) is None:
         return [{"role": "assistant", "content": checked_text(row, column)}]
     return _messages(row, column)
 
 
-def _shared_messages(chosen: Messages, rejected: Messages) -> int:
+def _shared_messages(chosen: Messages, rejected: Messages, columns: Mapping[str, str]) -> int:
+    """How many first messages both sides share.
+
+    Raises:
+        RowFault: if one side goes on where the other ends, so that they do not answer the same prompt.
+    """
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == len(chosen) == len(rejected):
         return max(shared - 1, 0)  # equal conversations: the last message is the answer, and equal
+    if shared and shared == min(len(chosen), len(rejected)):
+        longer, shorter = ("chosen", "rejected") if len(chosen) > shared else ("rejected", "chosen")
+        raise RowFault(
+            "different conversations",
+            columns[longer],
+            f"goes on after the last message of {columns[shorter]} ({len(chosen)} and {len(rejected)} messages), so they are no "
+            "two answers to the same prompt; remove the row",
+        )
     return shared
 
 
-def _with_text_prompt(prompt: str, sides: list[Messages]) -> tuple[Messages, list[Messages]]:
+def _with_text_prompt(
+    prompt: str, sides: list[Messages], columns: Mapping[str, str]
+) -> tuple[Messages, list[Messages]]:
     """A text prompt beside lists of messages: the user's message, unless the lists hold the whole conversation already."""
     if all(len(side) > 1 for side in sides):
-        shared = _shared_messages(*sides)
+        shared = _shared_messages(sides[0], sides[1], columns)
         return sides[0][:shared], [side[shared:] for side in sides]
     return [{"role": "user", "content": prompt}], sides
 
@@ -107,18 +199,38 @@ def one_answer(side: Messages, column: str) -> dict[str, Any]:
 
 
 def row_tools(row: Mapping[str, Any], columns: Mapping[str, str]) -> list[dict[str, Any]] | None:
-    """The row's tools: a list of JSON schemas, or JSON text of one."""
+    """The row's tools: a list of JSON schemas, or JSON text of one; None if there are none."""
     value = row[columns["tools"]] if "tools" in columns else None
-    if value is None:
+    column = columns.get("tools", "tools")
+    tools = _from_json(value, column)
+    if tools is None or tools == "" or tools == []:
         return None
-    column = columns["tools"]
-    if isinstance(value, str):
-        try:
-            value = json.loads(value)
-        except ValueError as error:
-            raise RowFault("wrong type", column, f"holds text that is not JSON ({error})") from error
-    if not isinstance(value, Sequence) or not all(isinstance(tool, Mapping) for tool in value):
-        raise RowFault(
-            "wrong type", column, "must be a list of JSON schemas of functions, or JSON text of one"
-        )
-    return [dict(tool) for tool in value]
+    if isinstance(tools, Sequence) and not isinstance(tools, str):
+        tools = [_from_json(tool, column) for tool in tools]
+        if all(isinstance(tool, Mapping) for tool in tools):
+            return [_without_nulls(tool) for tool in tools]
+    raise RowFault("wrong type", column, "must be a list of JSON schemas of functions, or JSON text of one")
+
+
+def _from_json(value: Any, column: str) -> Any:
+    if not isinstance(value, str) or not value.strip():
+        return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError) as error:
+        raise RowFault("wrong type", column, f"holds text that is not JSON ({error})") from error
+
+
+def _stripped(message: Any) -> Any:
+    """A message without the nulls that Arrow adds to its parts: where rows have different keys, each gets all of them."""
+    if not isinstance(message, Mapping):
+        return message
+    return {key: _without_nulls(value) for key, value in message.items()}
+
+
+def _without_nulls(value: Any) -> Any:
+    if isinstance(value, Mapping):
+        return {key: _without_nulls(inner) for key, inner in value.items() if inner is not None}
+    if isinstance(value, list):
+        return [_without_nulls(inner) for inner in value]
+    return value

@@ -22,10 +22,10 @@ from tokenpref.data.encoding import (
     fitted_side,
     wants_eos,
 )
-from tokenpref.data.formats import RowReader, row_reader
 from tokenpref.data.packed import PackedPairs, PairExample, pair_key
 from tokenpref.data.pairs import LeftOut, PairRow, RowFault
 from tokenpref.data.report import DataReport, RowFaults
+from tokenpref.data.row_reader import RowReader, row_reader
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.tokenization import cut_prompt, encode_prompt
 from tokenpref.data.tokenizers import Tokenizer, adapt_tokenizer
@@ -127,6 +127,7 @@ class PreferenceDataset:
             prompt_tokens=_mean_max(packed.starts[:, 0]),
             chosen_tokens=_mean_max(lengths[0]),
             rejected_tokens=_mean_max(lengths[1]),
+            unused_columns=self._reader.unused,
         )
 
     def __len__(self) -> int:
@@ -306,7 +307,12 @@ def preference_dataset(
     name: str | None = None,
     split: str = "train",
     format: str = "auto",
-    column_map: Mapping[str, str] | None = None,
+    column_map: Mapping[str, str | None] | None = None,
+    preset: str | None = None,
+    labels: Mapping[str, Any] | None = None,
+    pairs: str = "best_worst",
+    min_gap: float = 0.0,
+    as_messages: bool | str = "auto",
     append_eos: bool | str = "auto",
     add_bos: bool | str = "auto",
     max_seq_len: int | None = 1024,
@@ -327,8 +333,22 @@ def preference_dataset(
         name: configuration of a hub data set.
         split: split, or slice of one such as ``train[:90%]``, rounded as ``datasets`` does; see :func:`load_rows`.
         format: ``auto``, ``explicit`` (prompt, chosen, rejected as text), ``implicit`` (chosen and rejected as text with a
-            shared beginning), ``conversational`` (lists of messages) or ``hh`` (Anthropic's Human/Assistant text).
-        column_map: field to column, such as ``{prompt: question, chosen: win, rejected: lose}``.
+            shared beginning), ``conversational`` (lists of messages, or text of which messages are made), ``hh``
+            (Anthropic's Human/Assistant text), ``labelled`` (two answers and a label) or ``ranked`` (a list of answers with
+            scores or ranks).
+        column_map: field to column, such as ``{prompt: question, chosen: win, rejected: lose}``, or to a path such as
+            ``completions[].response``; null leaves a column out that would be read. Fields are prompt, chosen and rejected
+            (labelled: first and second; ranked: answers, and score or rank), system, history, input, tools, margin, complete,
+            chosen_complete and rejected_complete.
+        preset: name of a known data set's layout (:data:`tokenpref.data.presets.PRESETS`), which sets format, column_map and
+            labels; these may change parts of it.
+        labels: for ``labelled``: ``{column, first, second, tie}``, the column with the label and its values (or lists of values;
+            ``negative`` and ``positive`` stand for signs). Ties are left out and counted. Beside chosen and rejected,
+            ``{column, tie}`` leaves ties out.
+        pairs: for ``ranked``: ``best_worst``, ``all`` or ``adjacent`` (neighbours in the order of score or rank).
+        min_gap: for ``ranked``: smallest difference of score or rank in a pair.
+        as_messages: True makes messages of a text prompt and text answers; ``auto`` does so where the preset says it, and
+            where a text prompt has a system, history or tools column beside it; False never does.
         append_eos: ``auto`` adds EOS to conversations, HH text and rows whose column ``complete`` (or ``chosen_complete``,
             ``rejected_complete``) is true, and to nothing else; True adds it to all, False to none.
         add_bos: ``auto`` does what the model's own tokenizer does for plain text.
@@ -353,7 +373,17 @@ def preference_dataset(
     rows = load_rows(source, data_files=data_files, name=name, split=split, cache_dir=cache_dir)
     if max_rows is not None:
         rows = rows.first(max_rows)
-    reader = row_reader(rows.table, rows.name, format=format, column_map=column_map)
+    reader = row_reader(
+        rows.table,
+        rows.name,
+        format=format,
+        column_map=column_map,
+        preset=preset,
+        labels=labels,
+        pairs=pairs,
+        min_gap=min_gap,
+        as_messages=as_messages,
+    )
     if reader.conversations and not adapted.has_chat:
         raise ConfigError(
             f"{rows.name} holds conversations, but the tokenizer has no chat template: set tokenizer.chat_template, put "

@@ -2,114 +2,68 @@
 
 from __future__ import annotations
 
-import dataclasses
 from collections.abc import Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 
-import datasets
-
 from tokenpref.data.boundary import shared_prefix
-from tokenpref.data.conversations import conversation, one_answer, row_tools, side_messages
-from tokenpref.data.pairs import LeftOut, Messages, PairRow, RowFault, checked_text, not_empty, not_equal
+from tokenpref.data.columns import column_of
+from tokenpref.data.conversations import (
+    conversation,
+    joined_input,
+    one_answer,
+    row_tools,
+    side_messages,
+)
+from tokenpref.data.message_text import messages_of, refuse_messages
+from tokenpref.data.pairs import Messages, PairRow, RowFault, checked_text, not_empty, not_equal
+from tokenpref.data.presets import OPTIONAL
 from tokenpref.errors import DataError
 
 __all__ = [
     "FORMATS",
-    "RowReader",
+    "check_format",
     "detect_format",
     "further_answer",
     "mapped_columns",
     "parse_row",
-    "row_reader",
 ]
 
-FORMATS = ("explicit", "implicit", "conversational", "hh")
+FORMATS = ("explicit", "implicit", "conversational", "hh", "labelled", "ranked")
 """What ``format:`` may say besides auto."""
 
+_PLAIN = ("explicit", "implicit", "conversational", "hh")
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _MARKS = ("complete", "chosen_complete", "rejected_complete")
-_FIELDS = ("prompt", "chosen", "rejected", "tools", *_MARKS)
-
-
-@dataclass(frozen=True)
-class RowReader:
-    """How the rows of a data set give pairs. Picklable, so that several processes may read with it.
-
-    Attributes:
-        layout: format of the rows, found or declared.
-        fields: field of a pair to column of the data.
-        columns: columns of the source that reading needs.
-        conversations: whether answers are messages, which need a chat template.
-    """
-
-    layout: str
-    fields: dict[str, str]
-    columns: tuple[str, ...]
-    conversations: bool
-
-    def read(self, row: Mapping[str, Any]) -> list[PairRow | LeftOut | RowFault]:
-        """What a row of the source gives: as a rule one pair, or what is wrong with it.
-
-        The position in the list is the number of the pair within its row; it depends on the row and the settings alone.
-        """
-        try:
-            return [parse_row(row, self.fields, self.layout)]
-        except RowFault as fault:
-            return [fault]
-
-    def further_answer(
-        self, row: Mapping[str, Any], column: str, prompt: str | Messages
-    ) -> str | dict[str, Any]:
-        """Another answer to the prompt of a row's pair; see :func:`further_answer`."""
-        return further_answer(row, column, prompt, self.layout)
-
-    def settings(self) -> dict[str, Any]:
-        """All that decides how a row is read, as plain data: for addresses of caches."""
-        return dataclasses.asdict(self)
-
-
-def row_reader(
-    table: datasets.Dataset, source: str, *, format: str = "auto", column_map: Mapping[str, str] | None = None
-) -> RowReader:
-    """The reader of a data set's rows.
-
-    Args:
-        table: its rows.
-        source: its name, for messages.
-        format: ``auto`` or one of :data:`FORMATS`.
-        column_map: field to column.
-
-    Raises:
-        DataError: if the columns or the first rows are not of this format.
-    """
-    fields = mapped_columns(table.column_names, column_map, source)
-    columns = tuple(sorted(set(fields.values())))
-    layout = detect_format(_first_full(table.select_columns(list(columns)), fields), fields, format, source)
-    return RowReader(layout, fields, columns, layout == "conversational")
-
-
-def _first_full(rows: datasets.Dataset, fields: Mapping[str, str]) -> dict[str, Any]:
-    """A row that shows the layout: the first one without a missing field, or the first one if all miss something."""
-    needed = [fields[f] for f in ("prompt", "chosen", "rejected") if f in fields]
-    return next((row for row in rows if all(row[f] is not None for f in needed)), rows[0])
+_ANSWERS = {
+    "labelled": ("first", "second"),
+    "ranked": ("answers", "score", "rank"),
+    **dict.fromkeys(_PLAIN, ("chosen", "rejected")),
+}
+# Columns that are used only if they are mapped, since others have the same name.
+_MAPPED_ONLY = ("input", "margin")
+_FIELDS = ("prompt", "chosen", "rejected", "first", "second", "answers", "score", "rank", *OPTIONAL, *_MARKS)
 
 
 def mapped_columns(
-    available: Sequence[str], column_map: Mapping[str, str] | None, source: str
+    available: Sequence[str],
+    column_map: Mapping[str, str | None] | None,
+    source: str,
+    layout: str = "auto",
 ) -> dict[str, str]:
     """Which column of the data holds which field.
 
     Args:
         available: the data's columns.
-        column_map: field (prompt, chosen, rejected, tools, complete, chosen_complete, rejected_complete) to column.
+        column_map: field to column, or to a path such as ``info.post`` or ``completions[].response``; None leaves a column
+            out that would be read by its name.
         source: the data's name, for messages.
+        layout: the declared format, which says which fields hold the answers.
 
     Returns:
         Field to column, for the fields that the data has.
 
     Raises:
-        DataError: if a mapped column, ``chosen`` or ``rejected`` does not exist, or a key is no field.
+        DataError: if a mapped column or one of the answers does not exist, or a key is no field.
     """
     column_map = dict(column_map or {})
     found = ", ".join(available)
@@ -118,18 +72,66 @@ def mapped_columns(
             raise DataError(
                 f"column_map: {field!r} is no field; map {', '.join(_FIELDS)} to columns of the data"
             )
-        if column not in available:
+        if column is not None and (not isinstance(column, str) or column_of(column, available) is None):
             raise DataError(
                 f"column_map: {source} has no column {column!r} for {field}; its columns are {found}"
             )
-    columns = {f: column_map.get(f, f) for f in _FIELDS if column_map.get(f, f) in available}
-    for field in ("chosen", "rejected"):
+    answers = _ANSWERS.get(layout, _ANSWERS["explicit"])
+    own = ("prompt", *answers, *OPTIONAL, *_MARKS)
+    taken = {column_of(column, available) for column in column_map.values() if column is not None}
+    columns: dict[str, str] = {}
+    for field in own:
+        column = column_map.get(field, None if field in _MAPPED_ONLY or field in taken else field)
+        if column is not None and column_of(column, available):
+            columns[field] = column
+    if "input" not in column_map and columns.get("prompt") == "instruction" and "input" in available:
+        columns["input"] = "input"
+    _check_answers(columns, column_map, answers, layout, source, available)
+    return columns
+
+
+def _check_answers(
+    columns: Mapping[str, str],
+    column_map: Mapping[str, str | None],
+    answers: Sequence[str],
+    layout: str,
+    source: str,
+    available: Sequence[str],
+) -> None:
+    """Refuse data without its answers, and columns mapped to fields that the format does not have."""
+    found = ", ".join(available)
+    stray = [field for field, column in column_map.items() if column is not None and field not in columns]
+    if stray:
+        raise DataError(f"column_map: format {layout} has no field {stray[0]!r}")
+    required = answers[:1] if layout == "ranked" else answers
+    for field in required:
         if field not in columns:
             raise DataError(
-                f"{source} has no column {field!r}; its columns are {found}. Say which one it is: "
-                f"column_map: {{{field}: <column>}}"
+                f"{source} has no column {field!r}; its columns are {found}. Say which one it is: column_map: "
+                f"{{{field}: <column>}}" + ("" if layout != "auto" else _other_formats())
             )
-    return columns
+    if layout == "ranked" and ("score" in columns) == ("rank" in columns):
+        raise DataError(
+            f"format: ranked needs either score (higher is better) or rank (lower is better) in column_map; {source} has the "
+            f"columns {found}"
+        )
+
+
+def _other_formats() -> str:
+    return (
+        ", or set format: labelled (two answers and a label), format: ranked (a list of answers with scores or ranks) or a "
+        "preset"
+    )
+
+
+def check_format(declared: object) -> None:
+    """Refuse a format that there is not.
+
+    Raises:
+        DataError: if it is none of :data:`FORMATS`, and not auto.
+    """
+    if declared not in ("auto", *FORMATS):
+        raise DataError(f"format must be one of auto, {', '.join(FORMATS)}; got {declared!r}")
 
 
 def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], declared: str, source: str) -> str:
@@ -138,17 +140,20 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], declared: 
     Args:
         row: a row that has its fields.
         columns: field to column, from :func:`mapped_columns`.
-        declared: ``auto`` or one of :data:`FORMATS`.
+        declared: ``auto`` or explicit, implicit, conversational or hh.
         source: the data's name, for messages.
 
     Raises:
         DataError: if ``declared`` is unknown or is not what the row looks like; the message names what was found.
     """
-    if declared not in ("auto", *FORMATS):
-        raise DataError(f"format must be one of auto, {', '.join(FORMATS)}; got {declared!r}")
+    check_format(declared)
     found, why = _looks_like(row, columns)
-    # HH-RLHF text is text with a shared beginning too, so reading it as such is a choice that may be made.
-    if declared in ("auto", found) or (declared, found) == ("implicit", "hh"):
+    # HH-RLHF text is text with a shared beginning too, so reading it as such is a choice that may be made, and so is making
+    # messages of a text prompt and text answers.
+    if declared in ("auto", found) or (declared, found) in (
+        ("implicit", "hh"),
+        ("conversational", "explicit"),
+    ):
         return found if declared == "auto" else declared
     raise DataError(
         f"format: {declared} was set, but {source} looks like {found} ({why}); set format: {found} or auto"
@@ -158,13 +163,22 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], declared: 
 def _looks_like(row: Mapping[str, Any], columns: Mapping[str, str]) -> tuple[str, str]:
     chosen = row[columns["chosen"]]
     prompt = row[columns["prompt"]] if "prompt" in columns else None
-    if any(isinstance(v, Sequence) and not isinstance(v, str) for v in (chosen, prompt)):
+    if any(_holds_messages(value) for value in (chosen, prompt)):
         return "conversational", "its fields are lists of messages"
     if "prompt" in columns:
         return "explicit", f"it has a column {columns['prompt']!r} with text"
     if isinstance(chosen, str) and chosen.lstrip().startswith(_HUMAN.strip()) and _ASSISTANT in chosen:
         return "hh", "chosen is text that begins with 'Human:' and holds 'Assistant:'"
     return "implicit", "chosen and rejected are text and there is no prompt column"
+
+
+def _holds_messages(value: Any) -> bool:
+    if not isinstance(value, str):
+        return isinstance(value, (Sequence, Mapping))
+    try:
+        return messages_of(value, "") is not None
+    except RowFault:
+        return False  # it is text that is refused when it is read
 
 
 def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -> PairRow:
@@ -181,6 +195,8 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
         not_equal(chosen["content"], rejected["content"], columns)
     else:
         texts = [checked_text(row, columns[field]) for field in ("chosen", "rejected")]
+        for field, text in zip(("chosen", "rejected"), texts, strict=True):
+            refuse_messages(text, columns[field])
         not_equal(texts[0], texts[1], columns)
         prompt, *answers = _split_texts(row, texts[0], texts[1], columns, layout)
         for field, answer in zip(("chosen", "rejected"), answers, strict=True):
@@ -240,7 +256,8 @@ def _split_texts(
     row: Mapping[str, Any], chosen: str, rejected: str, columns: Mapping[str, str], layout: str
 ) -> tuple[str, str, str]:
     if layout == "explicit":
-        return checked_text(row, columns["prompt"]), chosen, rejected
+        refuse_messages(checked_text(row, columns["prompt"]), columns["prompt"])
+        return joined_input(row, columns), chosen, rejected
     return (_hh if layout == "hh" else _implicit)(chosen, rejected, columns)
 
 
@@ -280,4 +297,13 @@ def _implicit(chosen: str, rejected: str, columns: Mapping[str, str]) -> tuple[s
             columns["rejected"],
             "shares no beginning with chosen that could be the prompt; put the prompt into a column of its own",
         )
+    for side, text in (("chosen", chosen), ("rejected", rejected)):
+        if not text[end:].strip():
+            other = "rejected" if side == "chosen" else "chosen"
+            raise RowFault(
+                "prompt not told",
+                columns[side],
+                f"is the beginning of {columns[other]}, so where the prompt ends cannot be told; put the prompt into a column of "
+                "its own, or remove the row",
+            )
     return chosen[:end], chosen[end:], rejected[end:]

@@ -7,7 +7,16 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
-__all__ = ["LeftOut", "Messages", "PairRow", "RowFault", "checked_text", "not_empty", "not_equal"]
+__all__ = [
+    "LeftOut",
+    "Messages",
+    "PairRow",
+    "RowFault",
+    "checked_text",
+    "not_empty",
+    "not_equal",
+    "plain_text",
+]
 
 Messages = list[dict[str, Any]]
 """Dictionaries with ``role`` and ``content``, and whatever else a chat template may read."""
@@ -88,7 +97,11 @@ def checked_text(row: Mapping[str, Any], column: str) -> str:
     Raises:
         RowFault: if it has none, is no text, or holds half of a surrogate pair.
     """
-    value = row[column]
+    return plain_text(row[column], column)
+
+
+def plain_text(value: object, column: str) -> str:
+    """A value that must be text; see :func:`checked_text`."""
     if value is None:
         raise RowFault("no value", column, "has no value; fill it in or remove the row")
     if not isinstance(value, str):

@@ -31,6 +31,7 @@ class DataReport:
         prompt_tokens: mean and largest number of tokens of a prompt.
         chosen_tokens: the same of a chosen answer.
         rejected_tokens: the same of a rejected answer.
+        unused_columns: columns that are not read, though their names say that they belong to prompt or answers.
     """
 
     source: str
@@ -46,6 +47,7 @@ class DataReport:
     prompt_tokens: tuple[float, int]
     chosen_tokens: tuple[float, int]
     rejected_tokens: tuple[float, int]
+    unused_columns: tuple[str, ...] = ()
 
     def summary(self) -> str:
         """One short paragraph."""
@@ -66,6 +68,9 @@ class DataReport:
         if self.dropped:
             reasons = ", ".join(f"{count} {reason}" for reason, count in sorted(self.dropped.items()))
             text += f" Left out {sum(self.dropped.values())} rows: {reasons}."
+        if self.unused_columns:
+            names = ", ".join(map(repr, self.unused_columns))
+            text += f" Not used, though the names look like parts of the prompt or the answers: {names}."
         return text
 
 
