@@ -285,6 +285,7 @@ CHECKPOINT = (f"resume_from_checkpoint={STEP}", *SCHEDULER)
 MODEL = ("checkpointer.checkpoint_dir=model",)
 EVIL = write("evil.py", f"open('{TRACE}', 'w')\n".encode())
 REACHES_OUT = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+WRITES_ON = b"{% for i in range(100000) %}{{ 'a' * 100000 }}{% endfor %}"
 
 
 def shard_of_cache(folder: Path, name: str = "shard-00001-*") -> str:
@@ -726,6 +727,17 @@ WEIGHTS = [
     Bad("template that reaches out", "tdpo", "the chat template refuses it: access to attribute '__class__'.* is unsafe",
         (*ROWS, "tokenizer.path=model"),
         prepare=both(model(write("chat_template.jinja", REACHES_OUT)), conversations("assistant"))),
+    Bad("template that divides by zero", "tdpo",
+        r"rows\.jsonl, row 0 \(line 1\), column 'chosen': the chat template refuses it: ZeroDivisionError in line 1: division",
+        (*ROWS, "tokenizer.path=model"),
+        prepare=both(model(write("chat_template.jinja", b"{{ 1 / 0 }}")), conversations("assistant"))),
+    Bad("template that writes without end", "tdpo", "the chat template refuses it: it writes more than 10,000,000 characters",
+        (*ROWS, "tokenizer.path=model"),
+        prepare=both(model(write("chat_template.jinja", WRITES_ON)), conversations("assistant"))),
+    Bad("template that is no program", "tdpo", "chat_template: cannot be compiled", (*ROWS, "tokenizer.path=model"),
+        prepare=both(model(write("chat_template.jinja", b"{% break %}")), conversations("assistant"))),
+    Bad("a date that is none", "tdpo", "tokenizer.chat_template_date: must be a date such as 2024-07-26, got 'today'",
+        ("tokenizer.chat_template_date=today",)),
 ]  # fmt: skip
 
 TABLE = CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS

@@ -102,3 +102,36 @@ def test_adapt_keeps_what_fits_and_names_what_does_not(tokenizer):
     assert isinstance(tokenizer, Tokenizer) and adapt_tokenizer(tokenizer) is tokenizer
     with pytest.raises(ConfigError, match=r"builtins\.dict is not a tokenizer that tokenpref knows"):
         adapt_tokenizer({})
+
+
+def test_the_date_of_templates_belongs_to_the_fingerprint_where_they_ask_for_it(make_tokenizer_folder):
+    folder = make_tokenizer_folder()
+    dated = "{{ strftime_now('%Y-%m-%d') }}"
+    default, later = (
+        tokenizer_json(folder, chat_template=dated, chat_template_date=date) for date in (None, "2025-01-31")
+    )
+    assert default.render_chat([], False) == "2024-07-26" and later.render_chat([], False) == "2025-01-31"
+    assert default.fingerprint() != later.fingerprint()
+    assert default.template_fingerprint() != later.template_fingerprint()
+    same = {
+        tokenizer_json(folder, chat_template="x", chat_template_date=date).fingerprint()
+        for date in (None, "2025-01-31")
+    }
+    assert len(same) == 1
+    with pytest.raises(ConfigError, match=r"chat_template_date: must be a date such as 2024-07-26, got 3"):
+        tokenizer_json(folder, chat_template_date=3)  # type: ignore[arg-type]
+
+
+def test_conversations_with_tools_take_the_template_named_for_them(make_tokenizer_folder):
+    named = [
+        {"name": "default", "template": "plain"},
+        {"name": "tool_use", "template": "{{ tools | length }} tools"},
+    ]
+    folder = make_tokenizer_folder(config={"eos_token": "</s>", "chat_template": named})
+    tokenizer = tokenizer_json(folder)
+    assert tokenizer.render_chat([], False) == tokenizer.render_chat([], False, tools=[]) == "plain"
+    assert tokenizer.render_chat([], False, tools=[{"type": "function"}]) == "1 tools"
+    assert (
+        tokenizer.template_fingerprint()
+        != tokenizer_json(folder, chat_template="plain").template_fingerprint()
+    )

@@ -14,6 +14,7 @@ from tokenpref.data import adapt_tokenizer, encode_text_answer
 from tokenpref.errors import ConfigError
 
 PROMPT = [{"role": "user", "content": "the cat"}]
+CALL = {"role": "assistant", "content": "", "tool_calls": [{"type": "function", "function": {"name": "f"}}]}
 ANSWER = {"role": "assistant", "content": "hello é"}
 
 
@@ -152,3 +153,16 @@ def test_fingerprints_differ(tiktoken_file, sentencepiece_file, qwen2):
         adapt_tokenizer(kind(sentencepiece_file)).fingerprint() for kind in (Llama2Tokenizer, GemmaTokenizer)
     }
     assert len(prints) == 4
+
+
+@pytest.mark.parametrize(
+    ("message", "key"), [(CALL, "tool_calls"), ({**ANSWER, "reasoning_content": "so"}, "reasoning_content")]
+)
+def test_calls_and_reasoning_are_refused(llama3, message, key):
+    for prompt, answer in ((PROMPT, message), ([*PROMPT, message, *PROMPT], ANSWER)):
+        with pytest.raises(
+            ValueError, match=rf"message 1 of the conversation has {key}, which .* has no place for"
+        ):
+            llama3.encode_chat(prompt, answer, append_eos=True)
+    with pytest.raises(ValueError, match="the row has tools, which Llama3Tokenizer has no place for"):
+        llama3.render_chat(PROMPT, True, tools=[{"type": "function"}])

@@ -2,19 +2,38 @@
 
 from __future__ import annotations
 
-import json
+import datetime
+import traceback
+import types
 from collections.abc import Mapping, Sequence
 from typing import Any
 
 import jinja2
-from jinja2 import nodes
-from jinja2.ext import Extension, loopcontrols
-from jinja2.parser import Parser
-from jinja2.sandbox import ImmutableSandboxedEnvironment
 
+from tokenpref.data.template_environment import LimitExceeded, TimeExceeded, compile_template, limited
 from tokenpref.errors import ConfigError
 
-__all__ = ["ChatTemplate", "TemplateError", "normalize_messages"]
+__all__ = [
+    "CALL_KEYS",
+    "DEFAULT_DATE",
+    "REASONING_KEYS",
+    "ChatTemplate",
+    "TemplateError",
+    "normalize_messages",
+    "reasoning_key",
+]
+
+DEFAULT_DATE = datetime.date(2024, 7, 26)
+"""What templates are told when they ask for the date: the one that Llama 3's templates have for want of another."""
+
+REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
+"""Names under which messages hold reasoning; the first is the one that most templates read."""
+
+CALL_KEYS = ("tool_calls", "function_call")
+"""Names under which messages hold the calls that the assistant makes."""
+
+_MAX_OVERRUNS = 3  # renderings that exceed the limit of time, before the template and not the row is at fault
+_LONGEST_MESSAGE = 300
 
 # Role names of the sharegpt layout ({"from": ..., "value": ...}) and of other common exports.
 _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "assistant", "ipython": "tool"}
@@ -74,53 +93,45 @@ def _content_text(content: object, position: int) -> str:
     raise TypeError(f"message {position} has content of type {type(content).__name__}, not a string")
 
 
-class _GenerationTag(Extension):
-    """``{% generation %}``: marks assistant text for transformers' masks; here its body is rendered as it stands."""
-
-    tags = {"generation"}
-
-    def parse(self, parser: Parser) -> list[nodes.Node]:
-        next(parser.stream)
-        return parser.parse_statements(("name:endgeneration",), drop_needle=True)
-
-
-def _raise_exception(message: str) -> None:
-    raise TemplateError(message)
-
-
-def _tojson(value: object, indent: int | None = None, ensure_ascii: bool = False) -> str:
-    return json.dumps(value, ensure_ascii=ensure_ascii, indent=indent)
-
-
-def _environment() -> ImmutableSandboxedEnvironment:
-    environment = ImmutableSandboxedEnvironment(
-        trim_blocks=True, lstrip_blocks=True, extensions=[_GenerationTag, loopcontrols]
-    )
-    environment.filters["tojson"] = _tojson
-    environment.globals["raise_exception"] = _raise_exception
-    # strftime_now is left out on purpose: a template that prints today's date would change the training ids, and with
-    # them every stored weight, from one day to the next. Templates test for it and fall back to a fixed date.
-    return environment
-
-
 class ChatTemplate:
-    """A Jinja chat template, run in Jinja's immutable sandbox.
+    """A Jinja chat template, rendered as transformers renders it.
+
+    It runs in Jinja's immutable sandbox, with a bound on its time and on what it writes
+    (:mod:`tokenpref.data.template_environment`).
 
     Args:
         source: the template's text.
         special_tokens: what the template may name, such as ``bos_token`` and ``eos_token``.
+        date: what ``strftime_now`` writes. Today's date would change the training ids, and with them every stored
+            weight, from one day to the next.
 
     Raises:
-        ConfigError: if the template has a syntax error.
+        ConfigError: if the template cannot be compiled.
     """
 
-    def __init__(self, source: str, special_tokens: Mapping[str, str]) -> None:
+    def __init__(
+        self, source: str, special_tokens: Mapping[str, str], date: datetime.date = DEFAULT_DATE
+    ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
+        self.date = date
+        self._overruns = 0
         try:
-            self._template = _environment().from_string(source)
+            self._template = compile_template(source, date)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat_template: line {error.lineno}: {error.message}") from error
+        # A template that Jinja accepts may still be no Python that can be compiled (loops nested 21 deep, a break
+        # outside of a loop). Nothing goes on from here.
+        except Exception as error:
+            raise ConfigError(f"chat_template: cannot be compiled ({_described(error)})") from error
+
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, str], datetime.date]]:
+        return type(self), (self.source, self.special_tokens, self.date)
+
+    @property
+    def depends_on_date(self) -> bool:
+        """Whether the template asks for the date."""
+        return "strftime_now" in self.source
 
     def render(
         self,
@@ -136,18 +147,28 @@ class ChatTemplate:
             tools: JSON schemas of the functions that the assistant may call.
 
         Raises:
-            TemplateError: if the template raises on this conversation, or writes what is no text.
+            TemplateError: if the template raises anything on this conversation, exceeds a limit, or writes what is no text.
+            ConfigError: if it exceeded the limit of time for several conversations.
         """
         try:
-            text = self._template.render(
-                messages=list(messages),
-                tools=list(tools) if tools is not None else None,
-                documents=None,
-                add_generation_prompt=add_generation_prompt,
-                **self.special_tokens,
-            )
-        except jinja2.TemplateError as error:
-            raise TemplateError(str(error)) from error
+            with limited():
+                text = self._template.render(
+                    messages=[_with_reasoning_names(message) for message in messages],
+                    tools=list(tools) if tools is not None else None,
+                    documents=None,
+                    add_generation_prompt=add_generation_prompt,
+                    **self.special_tokens,
+                )
+        except TimeExceeded as error:
+            self._overruns += 1
+            if self._overruns < _MAX_OVERRUNS:
+                raise TemplateError(str(error)) from error
+            raise ConfigError(
+                f"chat_template: {error}, and did so {self._overruns} times; use a template that ends sooner"
+            ) from error
+        # A template is a program that came with a model: whatever it raises is a fault of the row that it was given.
+        except Exception as error:
+            raise TemplateError(_described(error)) from error
         # Content is checked before; a role, a name or a tool call is not.
         try:
             text.encode("utf-8")
@@ -155,3 +176,32 @@ class ChatTemplate:
             before = text[max(error.start - 20, 0) : error.start]
             raise TemplateError(f"it writes half of a surrogate pair after {before!r}") from error
         return text
+
+
+def _with_reasoning_names(message: Mapping[str, Any]) -> Mapping[str, Any]:
+    """A message whose reasoning has the names that templates read, as transformers gives them."""
+    key = reasoning_key(message)
+    if key is None:
+        return message
+    return {"thinking": message[key], **message, "reasoning_content": message[key]}
+
+
+def reasoning_key(message: Mapping[str, Any]) -> str | None:
+    """The key under which a message holds its reasoning, or None."""
+    return next((key for key in REASONING_KEYS if message.get(key) is not None), None)
+
+
+def _described(error: Exception) -> str:
+    """What a template raised, in one line: its own message, or the kind of error and the template's line."""
+    message = " ".join(str(error).split())
+    if len(message) > _LONGEST_MESSAGE:
+        message = f"{message[:_LONGEST_MESSAGE]}..."
+    if isinstance(error, jinja2.TemplateError | LimitExceeded):
+        return message or type(error).__name__
+    lines = [line for frame, line in traceback.walk_tb(error.__traceback__) if _is_template(frame)]
+    where = f" in line {lines[-1]}" if lines else ""
+    return f"{type(error).__name__}{where}{': ' if message else ''}{message}"
+
+
+def _is_template(frame: types.FrameType) -> bool:
+    return frame.f_code.co_filename == "<template>"

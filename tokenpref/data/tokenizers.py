@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import datetime
 import hashlib
 import json
 from collections.abc import Iterable, Mapping, Sequence
@@ -12,7 +13,7 @@ import tokenizers
 
 from tokenpref._files import read_text
 from tokenpref._paths import resolve_path
-from tokenpref.data.chat import ChatTemplate
+from tokenpref.data.chat import DEFAULT_DATE, ChatTemplate
 from tokenpref.errors import ConfigError
 
 __all__ = ["JsonTokenizer", "Span", "Tokenizer", "adapt_tokenizer", "digest", "tokenizer_json"]
@@ -90,6 +91,8 @@ class JsonTokenizer:
         pad_token: text of the padding token; None takes the EOS token.
         stop_ids: further ids at which generation stops.
         chat_template: text of a Jinja template, or None.
+        tool_template: text of the template for conversations with tools; None takes ``chat_template``.
+        chat_template_date: the date that templates are told (``strftime_now``).
 
     Raises:
         ConfigError: if a named token is not in the vocabulary.
@@ -104,6 +107,8 @@ class JsonTokenizer:
         pad_token: str | None = None,
         stop_ids: Iterable[int] = (),
         chat_template: str | None = None,
+        tool_template: str | None = None,
+        chat_template_date: datetime.date = DEFAULT_DATE,
     ) -> None:
         # Without the post-processor nothing is added around the text and nothing trims the leading space of a
         # token off its span; a truncation or padding saved in the file would change texts in silence.
@@ -122,14 +127,11 @@ class JsonTokenizer:
         self.stop_ids = frozenset({self.eos_id, *stop_ids})
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.has_chat = chat_template is not None
-        self._template = None
-        if chat_template is not None:
-            names = {
-                "eos_token": eos_token,
-                "bos_token": bos_token or "",
-                "pad_token": pad_token or eos_token,
-            }
-            self._template = ChatTemplate(chat_template, names)
+        names = {"eos_token": eos_token, "bos_token": bos_token or "", "pad_token": pad_token or eos_token}
+        self._template, self._tool_template = (
+            ChatTemplate(source, names, chat_template_date) if source is not None else None
+            for source in (chat_template, tool_template)
+        )
 
     def _id_of(self, name: str, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -200,16 +202,28 @@ class JsonTokenizer:
                 "the data holds conversations, but the tokenizer has no chat template: put chat_template.jinja or a "
                 "tokenizer_config.json with chat_template beside tokenizer.json, or set tokenizer.chat_template"
             )
-        return self._template.render(messages, add_generation_prompt, tools)
+        template = self._template
+        if tools and self._tool_template is not None:
+            template = self._tool_template
+        return template.render(messages, add_generation_prompt, tools)
 
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
-        template = self._template.source if self._template is not None else None
-        return digest("json", self._definition, self.eos_id, self.bos_id, self._prefix, template)
+        return digest(
+            "json", self._definition, self.eos_id, self.bos_id, self._prefix, *self._described_templates()
+        )
 
     def template_fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
-        return digest(self._template.source if self._template is not None else None)
+        return digest(*self._described_templates())
+
+    def _described_templates(self) -> list[str | None]:
+        """What decides how conversations are rendered; the date only where a template asks for it."""
+        templates = [template for template in (self._template, self._tool_template) if template is not None]
+        described: list[str | None] = [template.source for template in templates] or [None]
+        if any(template.depends_on_date for template in templates):
+            described.append(templates[0].date.isoformat())
+        return described
 
 
 def tokenizer_json(
@@ -219,6 +233,7 @@ def tokenizer_json(
     eos_token: str | None = None,
     bos_token: str | None = None,
     pad_token: str | None = None,
+    chat_template_date: str | None = None,
 ) -> JsonTokenizer:
     """A tokenizer from a ``tokenizer.json`` and the files that lie beside it.
 
@@ -232,9 +247,12 @@ def tokenizer_json(
         eos_token: text of the token that ends an answer.
         bos_token: text of the token that begins a text.
         pad_token: text of the padding token. Without any, the EOS token is used: padding is masked by position.
+        chat_template_date: the date that chat templates are told when they ask for today's (``strftime_now``), such as
+            ``2025-01-31``; None is 2024-07-26, the date in Llama 3's own template.
 
     Raises:
-        ConfigError: if the file is missing or broken, no EOS token is found, or a named token is not in the vocabulary.
+        ConfigError: if the file is missing or broken, no EOS token is found, a named token is not in the vocabulary, or
+            the date is none.
     """
     file = resolve_path(path)
     if file.is_dir():
@@ -259,7 +277,20 @@ def tokenizer_json(
         pad_token=pad_token or beside.token("pad"),
         stop_ids=beside.ids("eos"),
         chat_template=_given_template(chat_template) if chat_template is not None else beside.chat_template(),
+        tool_template=beside.tool_template() if chat_template is None else None,
+        chat_template_date=_date(chat_template_date),
     )
+
+
+def _date(value: object) -> datetime.date:
+    if value is None:
+        return DEFAULT_DATE
+    try:
+        return datetime.date.fromisoformat(value)  # type: ignore[arg-type]
+    except (TypeError, ValueError) as error:
+        raise ConfigError(
+            f"tokenizer.chat_template_date: must be a date such as 2024-07-26, got {value!r}"
+        ) from error
 
 
 def _vocabulary(definition: Mapping[str, Any], file: Path) -> Iterable[tuple[str, int]]:
@@ -334,18 +365,22 @@ class _Beside:
         if file.is_file():
             return read_text(file, ConfigError)
         for settings in (self._optional("chat_template.json"), self._named[0]):
-            template = _default_template(settings.get("chat_template"))
+            template = _named_template(settings.get("chat_template"), "default")
             if template is not None:
                 return template
         return None
 
+    def tool_template(self) -> str | None:
+        """The template that transformers takes for conversations with tools, where there is one of its own."""
+        return _named_template(self._named[0].get("chat_template"), "tool_use")
 
-def _default_template(value: object) -> str | None:
-    """tokenizer_config.json holds one template, or a list of named ones of which "default" counts."""
+
+def _named_template(value: object, name: str) -> str | None:
+    """tokenizer_config.json holds one template, which is the default one, or a list of named ones."""
     if isinstance(value, str):
-        return value
+        return value if name == "default" else None
     if isinstance(value, Sequence):
-        return next((t["template"] for t in value if t.get("name") == "default"), None)
+        return next((t["template"] for t in value if t.get("name") == name), None)
     return None
 
 

@@ -13,6 +13,7 @@ from dataclasses import dataclass
 from typing import Any, Protocol
 
 from tokenpref._torchtune import Message
+from tokenpref.data.chat import CALL_KEYS, REASONING_KEYS
 from tokenpref.data.tokenizers import JsonTokenizer, Span, Tokenizer, digest
 from tokenpref.errors import ConfigError
 
@@ -276,8 +277,17 @@ class TorchtuneTokenizer:
         """See :class:`~tokenpref.data.tokenizers.Tokenizer`."""
         return self._bytes(token_id).decode("utf-8", "replace")
 
-    def render_chat(self, messages: list[dict], add_generation_prompt: bool) -> str:
-        """The text of the tokens that torchtune makes of a conversation, special tokens included."""
+    def render_chat(
+        self, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None = None
+    ) -> str:
+        """The text of the tokens that torchtune makes of a conversation, special tokens included.
+
+        Raises:
+            ValueError: if there are tools, or messages with calls or reasoning: torchtune's ``tokenize_messages`` has no
+                place for them.
+        """
+        if tools:
+            raise ValueError(f"the row has tools, {self._no_place()}")
         if add_generation_prompt:
             ids = self.encode_chat(messages, {"role": "assistant", "content": ""}, append_eos=False).ids
         else:
@@ -297,6 +307,7 @@ class TorchtuneTokenizer:
 
         Raises:
             ConfigError: if the tokenizer has no ``tokenize_messages``.
+            ValueError: if a message holds calls or reasoning.
         """
         if not self.has_chat:
             raise ConfigError(
@@ -325,7 +336,17 @@ class TorchtuneTokenizer:
         has_eos = bool(answer_ids) and answer_ids[-1] in self.special_ids
         return ChatTokens(ids[:start] + answer_ids, start, spans, text, has_eos)
 
+    def _no_place(self) -> str:
+        return (
+            f"which {type(self._tokenizer).__name__} has no place for; use tokenpref.data.tokenizer_json with a chat template "
+            "that reads them"
+        )
+
     def _tokenize(self, messages: Sequence[Mapping], masked: int, end: bool) -> tuple[list[int], list[bool]]:
+        for index, message in enumerate(messages):
+            for key in (*CALL_KEYS, *REASONING_KEYS):
+                if message.get(key):
+                    raise ValueError(f"message {index} of the conversation has {key}, {self._no_place()}")
         built = [
             Message(
                 role="ipython" if message["role"] == "tool" else message["role"],
