@@ -11,8 +11,14 @@ from torchtune.config._errors import InstantiationError
 from torchtune.config._utils import _get_component_from_path as component_from_path
 from torchtune.data import Message
 from torchtune.models.convert_weights import tune_to_hf
+from torchtune.models.gemma.gemma_norm_embedding import GemmaNormEmbeddings
+from torchtune.models.gemma.rms_norm import GemmaRMSNorm
+from torchtune.models.gemma2._attention import Gemma2Attention
+from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
 from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.phi3._position_embeddings import Phi3RotaryPositionalEmbeddings
+from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import (
     FeedForward,
     MultiHeadAttention,
@@ -34,11 +40,17 @@ from torchtune.training import (
 
 __all__ = [
     "FeedForward",
+    "Gemma2Attention",
+    "Gemma2FinalNorm",
+    "GemmaNormEmbeddings",
+    "GemmaRMSNorm",
     "InstantiationError",
     "Llama3ScaledRoPE",
     "Message",
     "MultiHeadAttention",
     "OffloadActivations",
+    "Phi3RotaryPositionalEmbeddings",
+    "Qwen2RotaryPositionalEmbeddings",
     "RMSNorm",
     "RotaryPositionalEmbeddings",
     "TiedLinear",

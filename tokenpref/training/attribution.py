@@ -20,6 +20,7 @@ from tokenpref.stats import SIDES
 from tokenpref.training.estimate import EstimateConfig
 from tokenpref.training.live import LiveModels, Refresh, RowCache
 from tokenpref.training.pair import weights_digest
+from tokenpref.training.preflight import check_scored
 from tokenpref.training.setup import build_scorer, read_weights
 from tokenpref.weights.attribution import (
     NORMS,
@@ -308,6 +309,19 @@ class AttributionEstimator(_AttributedWeights):
             if getattr(config, key) is None:
                 raise ConfigError(f"{key}: missing; attribution runs the model that {key} names")
         return config.model, config.checkpointer
+
+    def check(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """See :class:`tokenpref.training.estimate.Estimator`.
+
+        Raises:
+            ConfigError: if the checkpoint's config.json describes another model, or a sequence or token id does not fit it.
+        """
+        model, reader = self._needed(config)
+        check_scored(
+            model, config.dtype, {"checkpointer": reader}, tokenizer, world, data=(dataset, config.dataset)
+        )
 
     def setup(
         self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World

@@ -23,6 +23,7 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config import ScoringConfig, checkpoint_faults
 from tokenpref.training.online import check_context, prompted_answers
 from tokenpref.training.pair import ContrastivePair, PairSide, check_weights, read_pair, weights_digest
+from tokenpref.training.preflight import check_scored
 from tokenpref.training.schema import Component, component, integer, read_config
 from tokenpref.training.setup import build_scorer, check_pairs, read_weights
 from tokenpref.weights import StoredRow, StoreWriter, contrastive_log_ratios
@@ -56,7 +57,10 @@ class EstimateConfig(ScoringConfig):
 
 
 class Estimator(Protocol):
-    """Scores answer tokens; named in the config by dotted path."""
+    """Scores answer tokens; named in the config by dotted path.
+
+    With a method ``check`` of ``setup``'s arguments, what can be refused without weights is refused first, in a dry run too.
+    """
 
     kind: str
     """What the scores are; see :data:`tokenpref.weights.SCORE_KINDS`."""
@@ -114,20 +118,38 @@ class ContrastiveEstimator:
             },
         }
 
-    def setup(
+    def check(
         self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
     ) -> None:
         """See :class:`Estimator`.
 
         Raises:
             DataError: if the tokenizer is not the pair's.
-            ConfigError: if a side's weights do not fit the model, or a sequence its context.
+            ConfigError: if a side's config.json describes another model, or a sequence or token id does not fit it.
         """
         if tokenizer.fingerprint() != self.pair.tokenizer:
             raise DataError(
                 f"{self.pair.folder}: the pair was built with another tokenizer ({self.pair.tokenizer[:12]}, here "
                 f"{tokenizer.fingerprint()[:12]}); set tokenizer to the pair's"
             )
+        sides = {"positive": self.pair.positive, "negative": self.pair.negative}
+        check_scored(
+            self.pair.model,
+            config.dtype,
+            {f"pair's {name} side": side.checkpointer for name, side in sides.items()},
+            tokenizer,
+            world,
+            data=(dataset, config.dataset),
+        )
+
+    def setup(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """See :class:`Estimator`.
+
+        Raises:
+            ConfigError: if a side's weights do not fit the model.
+        """
         if world.is_main:
             model, reader = self.pair.model.path, self.pair.positive.checkpointer.path
             log.info(f"components of {self.pair.folder}: model={model}, checkpointer={reader}")
@@ -207,6 +229,8 @@ class WeightEstimation:
             "shard_rows": config.shard_rows,
             "tokenpref": __version__,
         }
+        if hasattr(self.estimator, "check"):
+            self.estimator.check(config, self.dataset, tokenizer, world)
         if config.dry_run:
             raise DryRun(f"dry run: nothing stands against this estimation, nothing was written to {path}")
         # The models come before the folder: a pair that does not fit leaves nothing behind.

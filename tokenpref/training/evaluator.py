@@ -21,8 +21,9 @@ from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_re
 from tokenpref.training.metrics import mean_interval, wilson_interval
 from tokenpref.training.pair import weights_digest
 from tokenpref.training.portions import KeptPortions
+from tokenpref.training.preflight import check_scored
 from tokenpref.training.schema import read_config
-from tokenpref.training.setup import build_scorer, check_data_fits, check_pairs, read_weights
+from tokenpref.training.setup import build_scorer, check_pairs, read_weights
 
 __all__ = ["Evaluator"]
 
@@ -76,6 +77,16 @@ class Evaluator:
             check_pairs(dataset, component)
             if self.world.is_main:
                 log.info(f"dataset: {dataset.report.summary()}")
+        readers = {"checkpointer": config.checkpointer, "ref_checkpointer": config.ref_checkpointer}
+        check_scored(
+            config.model,
+            config.dtype,
+            {key: reader for key, reader in readers.items() if reader is not None},
+            self.tokenizer,
+            self.world,
+            data=(dataset, config.dataset) if dataset is not None and config.dataset is not None else None,
+            openings=config.sampling.prompts if config.sampling is not None else None,
+        )
         folder = Path(config.output_dir)
         if config.dry_run:
             raise DryRun(f"dry run: nothing stands against this evaluation, nothing was written to {folder}")
@@ -84,7 +95,6 @@ class Evaluator:
         self.policy = build_scorer(config, weights, self.world, model=config.model)
         results: dict[str, Any] = {}
         if dataset is not None:
-            check_data_fits(dataset, component, self.policy.model)
             results |= self._evaluate(dataset)
         if config.sampling is not None:
             results |= self._sample()

@@ -10,6 +10,7 @@ from tokenpref.data import Answer, PairBatch, PreferenceDataset, padded
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.live import LiveModels
+from tokenpref.training.token_ids import check_answer_ids
 from tokenpref.weights import contrastive_log_ratios
 
 __all__ = ["OnlinePrompts", "check_context", "prompted_answers"]
@@ -79,7 +80,7 @@ def prompted_answers(dataset: PreferenceDataset, index: int, prompt: str | None)
 
 
 def check_context(answers: Sequence[Answer], scorer: ScoringModel) -> None:
-    """Check that answers with their prompts fit the model's context.
+    """Check that answers with their prompts fit the model's context and vocabulary.
 
     Raises:
         ConfigError: if one does not.
@@ -90,3 +91,6 @@ def check_context(answers: Sequence[Answer], scorer: ScoringModel) -> None:
             f"dataset: with the side's prompt in front the longest sequence has {longest} tokens and the model's context "
             f"is {limit}; set dataset.max_seq_len lower, or use a shorter prompt"
         )
+    check_answer_ids(
+        answers, scorer.model.tok_embeddings.num_embeddings, key="dataset, with the side's prompt"
+    )

@@ -2,8 +2,9 @@
 
 from __future__ import annotations
 
+import logging
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -12,10 +13,12 @@ from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
 from tokenpref._torchtune import TransformerDecoder, set_default_dtype
-from tokenpref.data import PreferenceDataset
+from tokenpref.data import PreferenceDataset, Tokenizer
+from tokenpref.distributed import World
 from tokenpref.errors import ConfigError
 from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.architecture import check_architecture
 from tokenpref.training.compute import DTYPES, Compute, check_model
 from tokenpref.training.config import TrainConfig
 from tokenpref.training.memory import free_memory
@@ -28,8 +31,19 @@ from tokenpref.training.setup import (
     check_decoder,
     check_tokens_per_batch,
 )
+from tokenpref.training.token_ids import check_token_ids
 
-__all__ = ["MemoryEstimate", "bf16_fault", "disk_fault", "estimate_memory", "meta_model", "preflight"]
+__all__ = [
+    "MemoryEstimate",
+    "bf16_fault",
+    "check_scored",
+    "disk_fault",
+    "estimate_memory",
+    "meta_model",
+    "preflight",
+]
+
+log = logging.getLogger("tokenpref")
 
 # Large enough that optimizers which quantise their state do so for this tensor (torchao's start at 4,096 elements).
 _PROBE = 1 << 16
@@ -103,11 +117,18 @@ def preflight(
         Lines for the log: expected memory of a process, disk space, and warnings.
 
     Raises:
-        ConfigError: if float8, activation checkpointing or the data do not fit the model, or the disk has no room for the run's
-            first checkpoint and weights.
+        ConfigError: if the model is not the one that the checkpoint's config.json describes, if float8, activation checkpointing
+            or the data do not fit it, or if the disk has no room for the run's first checkpoint and weights.
     """
     model = meta_model(config.model, config.dtype)
     check_model(config.compute(trainable=True), model)
+    longest = max(int(data.lengths().max()) for data in (dataset, dataset_val) if data is not None)
+    notes = [
+        note
+        for reader in (config.checkpointer, config.ref_checkpointer)
+        if reader is not None
+        for note in check_architecture(reader, config.model, model, key=reader.key, longest=longest)
+    ]
     for data, component in ((dataset, config.dataset), (dataset_val, config.dataset_val)):
         if data is not None and component is not None:
             check_data_fits(data, component, model)
@@ -143,7 +164,52 @@ def preflight(
         raise ConfigError(fault)
     lines += _cache_lines(config, model, caches, folder, model_bytes + checkpoint_bytes)
     warning = bf16_fault(config)
-    return lines if warning is None else [*lines, f"warning: {warning}"]
+    return [*notes, *lines] if warning is None else [*notes, *lines, f"warning: {warning}"]
+
+
+def check_scored(
+    model: Component,
+    dtype: str,
+    readers: Mapping[str, Component],
+    tokenizer: Tokenizer,
+    world: World,
+    *,
+    data: tuple[PreferenceDataset, Component] | None = None,
+    openings: str | None = None,
+) -> None:
+    """Check a model that is only run, not trained, before any of its weights is read.
+
+    Args:
+        model: makes the decoder.
+        dtype: ``fp32`` or ``bf16``.
+        readers: checkpointers of the weights that it is run with, by what they are called in messages.
+        tokenizer: its ``pad_id`` is changed if the model does not embed it.
+        world: the run's processes.
+        data: what it is run on, and the component that made it.
+        openings: text file of prompts that are sampled from, if any.
+
+    Raises:
+        ConfigError: if the model is not the one that a checkpoint's config.json describes, or the data or a token id does not
+            fit it.
+    """
+    decoder = meta_model(model, dtype)
+    longest = int(data[0].lengths().max()) if data is not None else None
+
+    def check() -> list[str]:
+        # The main process alone reads checkpoints; other nodes need not have the files.
+        return [
+            note
+            for key, reader in (readers.items() if world.is_main else ())
+            for note in check_architecture(reader, model, decoder, key=key, longest=longest)
+        ]
+
+    lines = world.together(check)
+    if data is not None:
+        check_data_fits(*data, decoder)
+    rows = decoder.tok_embeddings.num_embeddings
+    padding = world.together(lambda: check_token_ids(tokenizer, rows, openings=openings))
+    for line in [*lines, *([padding] if padding else [])] if world.is_main else []:
+        log.info(line)
 
 
 def _cache_lines(

@@ -36,6 +36,7 @@ from tokenpref.training.setup import (
     planned_steps,
     read_weights,
 )
+from tokenpref.training.token_ids import check_token_ids
 from tokenpref.training.validation import Validation
 from tokenpref.training.written import environment_unread, plain_without_environment
 
@@ -230,6 +231,11 @@ class RunSetup:
                 else []
             )
         )
+        rows = meta_model(config.model, config.dtype).tok_embeddings.num_embeddings
+        openings = config.sampling.prompts if config.sampling is not None else None
+        padding = self.world.together(lambda: check_token_ids(self.tokenizer, rows, openings=openings))
+        if padding is not None:
+            self._say(padding)
         for line in lines:
             log.info(line)
         if config.dry_run:

@@ -37,6 +37,7 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.compute import DTYPES, Compute
 from tokenpref.training.config import ScoringConfig, TrainConfig
 from tokenpref.training.schema import Component
+from tokenpref.training.tied_head import check_unread_head, drop_tied_head, head_hint
 
 __all__ = [
     "DTYPES",
@@ -71,6 +72,9 @@ def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]
             return {}
         try:
             state: dict[str, Tensor] = checkpointer.load_checkpoint()["model"]
+            check_unread_head(checkpointer, state, key)
+        except ConfigError:
+            raise
         except Exception as error:
             causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
             # First lines: what follows in torch's own words is how to read a file that runs code.
@@ -103,7 +107,7 @@ def check_state_fits(state: dict[str, Tensor], model: TransformerDecoder, key: s
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
         raise ConfigError(
             f"{key}: the checkpoint is of another architecture than the model: {'; '.join(faults[:3])}{more}. "
-            "Set model and checkpointer to the same architecture."
+            "Set model and checkpointer to the same architecture." + head_hint(state, model)
         )
 
 
@@ -140,6 +144,11 @@ def build_scorer(
 
     def check() -> None:
         if world.is_main:
+            dropped = drop_tied_head(state, decoder, key)
+            # The reference of a training reads the policy's files once more, and need not say it again.
+            again = not trainable and isinstance(config, TrainConfig) and config.ref_checkpointer is None
+            if dropped is not None and not again:
+                log.info(dropped)
             check_state_fits(state, decoder, key)
 
     world.together(check)
@@ -333,8 +342,8 @@ def check_data_fits(dataset: PreferenceDataset, component: Component, model: Tra
     vocabulary = model.tok_embeddings.num_embeddings
     if highest >= vocabulary:
         raise ConfigError(
-            f"tokenizer: it makes token id {highest} and the model embeds {vocabulary} tokens; "
-            "set the tokenizer that belongs to the model"
+            f"tokenizer: it makes token id {highest} ({dataset.tokenizer.decode_special(highest)!r}) of {component.key} and the "
+            f"model embeds {vocabulary} tokens; set the tokenizer that belongs to the model"
         )
 
 

@@ -4,11 +4,13 @@ from __future__ import annotations
 
 from typing import ClassVar
 
-from tokenpref.data import AnchorBatch, PairBatch, PreferenceDataset, collate_anchors
+from tokenpref.data import AnchorBatch, ColumnAnchors, PairBatch, PreferenceDataset, collate_anchors
 from tokenpref.errors import ConfigError
 from tokenpref.training.config import TrainConfig, TripletConfig
 from tokenpref.training.live import AnchorSource
+from tokenpref.training.preflight import meta_model
 from tokenpref.training.scoring import BatchAnchors
+from tokenpref.training.token_ids import check_answer_ids
 from tokenpref.training.weighted import WeightedTrainer
 
 __all__ = ["TripletTrainer"]
@@ -54,9 +56,15 @@ class TripletTrainer(WeightedTrainer):
             )
         source.bind(dataset)
         self.keep(dataset, "anchors", source)
+        rows = meta_model(self.config.model, self.config.dtype).tok_embeddings.num_embeddings
+        if isinstance(source, ColumnAnchors):  # they are there already, others are made as the training goes
+            found = source.answers([example.row for example in dataset], None)
+            check_answer_ids(found, rows, key=f"anchors (column {source.column!r})")
 
         def anchors(batch: PairBatch) -> AnchorBatch:
             with self.stopwatch.time("anchors"):
-                return collate_anchors(source.answers(batch.rows, self.live()), batch, self.tokenizer.pad_id)
+                answers = source.answers(batch.rows, self.live())
+                check_answer_ids(answers, rows, key=f"anchors ({component.path})")
+                return collate_anchors(answers, batch, self.tokenizer.pad_id)
 
         return anchors

@@ -1,0 +1,368 @@
+"""Decoders against config.json files as the models' makers publish them."""
+
+import copy
+
+import pytest
+import torch
+from torch import nn
+from torchtune.models import (
+    gemma,
+    gemma2,
+    llama2,
+    llama3,
+    llama3_1,
+    llama3_2,
+    mistral,
+    phi3,
+    phi4,
+    qwen2,
+    qwen2_5,
+)
+
+from tokenpref._torchtune import TransformerDecoder
+from tokenpref.models import smollm2, smollm2_135m, tiny_llama
+from tokenpref.models.agreement import compare_with_config, is_tied, pairs_interleaved
+
+LLAMA_3 = {
+    "model_type": "llama",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "mlp_bias": False,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 500000.0,
+    "vocab_size": 128256,
+}
+SCALING = {
+    "high_freq_factor": 4.0,
+    "low_freq_factor": 1.0,
+    "original_max_position_embeddings": 8192,
+    "rope_type": "llama3",
+}
+LLAMA_3_2_1B = {
+    **LLAMA_3,
+    "head_dim": 64,
+    "hidden_size": 2048,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 131072,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 16,
+    "rope_scaling": {**SCALING, "factor": 32.0},
+    "tie_word_embeddings": True,
+}
+LLAMA_8B = {
+    **LLAMA_3,
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "tie_word_embeddings": False,
+}
+MISTRAL_7B = {
+    "model_type": "mistral",
+    "hidden_act": "silu",
+    "hidden_size": 4096,
+    "intermediate_size": 14336,
+    "max_position_embeddings": 32768,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-05,
+    "rope_theta": 10000.0,
+    "sliding_window": 4096,
+    "tie_word_embeddings": False,
+    "vocab_size": 32000,
+}
+QWEN_0_5B = {
+    "model_type": "qwen2",
+    "attention_dropout": 0.0,
+    "hidden_act": "silu",
+    "hidden_size": 896,
+    "intermediate_size": 4864,
+    "max_position_embeddings": 32768,
+    "max_window_layers": 21,
+    "num_attention_heads": 14,
+    "num_hidden_layers": 24,
+    "num_key_value_heads": 2,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000.0,
+    "sliding_window": 32768,
+    "tie_word_embeddings": True,
+    "use_sliding_window": False,
+    "vocab_size": 151936,
+}
+PHI_3_MINI = {
+    "model_type": "phi3",
+    "attention_bias": False,
+    "hidden_act": "silu",
+    "hidden_size": 3072,
+    "intermediate_size": 8192,
+    "max_position_embeddings": 4096,
+    "num_attention_heads": 32,
+    "num_hidden_layers": 32,
+    "num_key_value_heads": 32,
+    "original_max_position_embeddings": 4096,
+    "rms_norm_eps": 1e-05,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "sliding_window": 2047,
+    "tie_word_embeddings": False,
+    "vocab_size": 32064,
+}
+GEMMA_2B = {
+    "model_type": "gemma",
+    "attention_bias": False,
+    "head_dim": 256,
+    "hidden_act": "gelu",
+    "hidden_size": 2048,
+    "intermediate_size": 16384,
+    "max_position_embeddings": 8192,
+    "num_attention_heads": 8,
+    "num_hidden_layers": 18,
+    "num_key_value_heads": 1,
+    "rms_norm_eps": 1e-06,
+    "rope_scaling": None,
+    "rope_theta": 10000.0,
+    "vocab_size": 256000,
+}
+FAMILIES = {
+    "llama2": (
+        llama2.llama2_7b,
+        {
+            "model_type": "llama",
+            "hidden_act": "silu",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "rms_norm_eps": 1e-05,
+            "rope_scaling": None,
+            "tie_word_embeddings": False,
+            "vocab_size": 32000,
+        },
+    ),
+    "llama3": (llama3.llama3_8b, {**LLAMA_8B, "rope_scaling": None}),
+    "llama3_1": (llama3_1.llama3_1_8b, {**LLAMA_8B, "rope_scaling": {**SCALING, "factor": 8.0}}),
+    "llama3_2": (llama3_2.llama3_2_1b, LLAMA_3_2_1B),
+    "llama3_2_3b": (
+        llama3_2.llama3_2_3b,
+        {
+            **LLAMA_3_2_1B,
+            "head_dim": 128,
+            "hidden_size": 3072,
+            "num_attention_heads": 24,
+            "num_hidden_layers": 28,
+        },
+    ),
+    "mistral": (mistral.mistral_7b, MISTRAL_7B),
+    "qwen2": (qwen2.qwen2_0_5b, QWEN_0_5B),
+    "qwen2_5": (qwen2_5.qwen2_5_0_5b, QWEN_0_5B),
+    "qwen2_5_3b": (
+        qwen2_5.qwen2_5_3b,
+        {
+            **QWEN_0_5B,
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+        },
+    ),
+    "phi3": (phi3.phi3_mini, PHI_3_MINI),
+    "gemma": (gemma.gemma_2b, GEMMA_2B),
+    "smollm2": (smollm2_135m, smollm2._config(dict.fromkeys(
+        [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")], 0
+    ))),
+}  # fmt: skip
+LONGEST = 512
+
+
+def built(make) -> TransformerDecoder:
+    with torch.device("meta"):
+        return make()
+
+
+def keys(config, make, longest=LONGEST) -> list[str]:
+    return [d.key for d in compare_with_config(config, built(make), longest=longest).differences]
+
+
+@pytest.mark.parametrize("name", FAMILIES)
+def test_the_published_numbers_of_a_family_agree_with_its_builder(name):
+    make, config = FAMILIES[name]
+    found = compare_with_config(config, built(make), longest=LONGEST)
+    assert found.differences == [] and found.notes == []
+
+
+CHANGES = {
+    "num_attention_heads": 16,
+    "num_key_value_heads": 4,
+    "head_dim": 128,
+    "hidden_size": 1024,
+    "intermediate_size": 4096,
+    "num_hidden_layers": 15,
+    "vocab_size": 128257,
+    "rope_theta": 10000.0,
+    "rms_norm_eps": 1e-6,
+    "hidden_act": "gelu",
+    "tie_word_embeddings": False,
+    "mlp_bias": True,
+    "partial_rotary_factor": 0.5,
+    "attn_logit_softcapping": 50.0,
+    "final_logit_softcapping": 30.0,
+    "query_pre_attn_scalar": 224,
+    "residual_multiplier": 0.22,
+    "no_rope_layers": [1, 1, 1, 0] * 4,
+}
+
+
+@pytest.mark.parametrize("key", CHANGES)
+def test_each_number_that_decides_the_function_is_compared(key):
+    make, config = FAMILIES["llama3_2"]
+    assert key in keys({**config, key: CHANGES[key]}, make)
+
+
+@pytest.mark.parametrize(
+    ("changed", "key"),
+    [
+        ({"factor": 8.0}, "factor"),
+        ({"low_freq_factor": 2.0}, "low_freq_factor"),
+        ({"high_freq_factor": 8.0}, "high_freq_factor"),
+        ({"original_max_position_embeddings": 4096}, "original_max_position_embeddings"),
+        ({"rope_type": "yarn"}, "factor"),
+        ({"rope_type": "default"}, "factor"),
+    ],
+)
+@pytest.mark.parametrize("spelling", ["rope_scaling", "rope_parameters"])
+def test_rotary_scaling_is_compared_in_both_spellings(changed, key, spelling):
+    make, config = FAMILIES["llama3_2"]
+    config = {k: v for k, v in config.items() if k not in ("rope_scaling", "rope_theta")}
+    scaling = {**SCALING, "factor": 32.0, "rope_theta": 500000.0}
+    assert keys({**config, spelling: scaling}, make) == []
+    assert keys({**config, spelling: {**scaling, **changed}}, make) == [f"{spelling}.{key}"]
+
+
+def test_both_spellings_have_to_agree_with_the_builder():
+    make, config = FAMILIES["mistral"]
+    both = {**config, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
+    assert keys(both, make) == ["rope_parameters.rope_theta"]
+
+
+@pytest.mark.parametrize(
+    "scaling", [{"type": "linear", "factor": 2.0}, {"rope_type": "yarn", "factor": 4.0}, SCALING]
+)
+def test_scaling_that_a_plain_builder_does_not_have_is_a_difference(scaling):
+    make, config = FAMILIES["llama2"]
+    assert keys({**config, "rope_scaling": scaling}, make) == ["rope_scaling.rope_type"]
+    assert keys({**config, "rope_scaling": {"type": "linear", "factor": 1.0}}, make) == []
+
+
+def test_a_window_matters_to_sequences_that_are_longer():
+    make, config = FAMILIES["mistral"]
+    assert keys(config, make, longest=4096) == []
+    assert keys(config, make, longest=4097) == ["sliding_window (with sequences of 4097 tokens)"]
+    (note,) = compare_with_config(config, built(make)).notes
+    assert "4096" in note
+    assert keys({**config, "sliding_window": None}, make, longest=10**6) == []
+
+
+def test_torchtunes_own_departures_are_seen():
+    """Its Phi 4 has the rotary base of Phi 3, its Gemma 2 exchanges two caps and puts one before the head."""
+    config = {**PHI_3_MINI, "hidden_size": 5120, "intermediate_size": 17920, "num_attention_heads": 40,
+              "num_hidden_layers": 40, "num_key_value_heads": 10, "rope_theta": 250000, "sliding_window": None,
+              "vocab_size": 100352}  # fmt: skip
+    assert keys(config, phi4.phi4_14b) == ["rope_theta"]
+    config = {**GEMMA_2B, "model_type": "gemma2", "hidden_size": 2304, "intermediate_size": 9216,
+              "num_hidden_layers": 26, "num_key_value_heads": 4, "attn_logit_softcapping": 50.0,
+              "final_logit_softcapping": 30.0, "query_pre_attn_scalar": 256, "sliding_window": 4096,
+              "hidden_activation": "gelu_pytorch_tanh"}  # fmt: skip
+    assert keys(config, gemma2.gemma2_2b) == ["attn_logit_softcapping", "final_logit_softcapping"]
+    silent = {k: v for k, v in config.items() if not k.endswith("softcapping")}
+    assert keys(silent, gemma2.gemma2_2b) == ["attn_logit_softcapping", "final_logit_softcapping"]
+
+
+def test_biases_are_compared():
+    make, config = FAMILIES["qwen2"]
+    as_llama = {**config, "model_type": "llama", "attention_bias": False}
+    assert keys(as_llama, make) == [f"attention_bias (of {name})" for name in "qkv"]
+
+
+def test_gemmas_embeddings_and_norms_are_told_from_the_others():
+    make, config = FAMILIES["gemma"]
+    assert "model_type" in keys({**config, "model_type": "llama", "tie_word_embeddings": True}, make)
+    make, config = FAMILIES["llama2"]
+    assert "model_type" in keys({**config, "model_type": "gemma"}, make)
+
+
+def test_layers_that_differ_among_themselves_are_seen():
+    def make() -> TransformerDecoder:
+        model = tiny_llama()
+        model.layers[1].sa_norm.eps = 1e-6
+        return model
+
+    config = {"model_type": "llama", "hidden_size": 32, "rms_norm_eps": 1e-5, "tie_word_embeddings": True,
+              "num_attention_heads": 4, "num_key_value_heads": 2}  # fmt: skip
+    (difference,) = compare_with_config(config, make()).differences
+    assert difference.built == (1e-5, 1e-6)
+
+
+def test_what_cannot_be_read_off_a_decoder_is_named():
+    model = copy.deepcopy(tiny_llama())
+
+    class OwnAttention(nn.Module):
+        pass
+
+    for layer in model.layers:
+        layer.attn = OwnAttention()
+    found = compare_with_config({"model_type": "llama", "num_attention_heads": 4, "hidden_size": 32,
+                                 "tie_word_embeddings": True, "rms_norm_eps": 1e-5}, model)  # fmt: skip
+    assert found.differences == []
+    said = " ".join(found.notes)
+    for key in ("num_attention_heads", "head_dim", "rope_theta", "rope_scaling"):
+        assert f"{key} was not compared" in said
+
+
+def test_an_unknown_family_is_named_and_compared_as_far_as_it_goes():
+    make, config = FAMILIES["llama2"]
+    found = compare_with_config(
+        {**config, "model_type": "granite", "logits_scaling": 8.0}, built(make), longest=9
+    )
+    assert [d.key for d in found.differences] == ["logits_scaling"]
+    assert "granite" in found.notes[0]
+
+
+def test_head_and_rotary_order():
+    assert is_tied(tiny_llama()) and pairs_interleaved(tiny_llama())
+    small = {
+        "vocab_size": 8,
+        "num_layers": 1,
+        "num_heads": 2,
+        "num_kv_heads": 1,
+        "embed_dim": 8,
+        "max_seq_len": 8,
+    }
+    qwen = qwen2.qwen2(**small, intermediate_dim=8)
+    assert not is_tied(qwen) and pairs_interleaved(qwen) is False
+
+
+ODD = (None, True, -1, 0, 2.5, float("nan"), "x", [], [1], {}, {"factor": "x"}, {"rope_type": ["x"]})
+
+
+@pytest.mark.parametrize("name", ["llama3_2", "mistral", "gemma"])
+def test_odd_values_are_differences_and_not_tracebacks(name):
+    make, config = FAMILIES[name]
+    decoder = built(make)
+    for key in {
+        *config,
+        *CHANGES,
+        "rope_parameters",
+        "attention_multiplier",
+        "text_config",
+        "hidden_activation",
+    }:
+        for value in ODD:
+            found = compare_with_config({**config, key: value}, decoder, longest=9)
+            assert all(isinstance(d.key, str) for d in found.differences)
+    assert keys({**config, "rms_norm_eps": "x", "sliding_window": "x"}, make) == [
+        "rms_norm_eps",
+        "sliding_window",
+    ]
