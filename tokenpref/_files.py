@@ -5,12 +5,13 @@ from __future__ import annotations
 import fcntl
 import json
 import os
+import stat
 from pathlib import Path
 from typing import Any
 
 import xxhash
 
-__all__ = ["digest_of", "read_text", "sync", "try_lock", "write_json"]
+__all__ = ["digest_of", "follow_umask", "read_text", "sync", "try_lock", "write_json"]
 
 _BLOCK = 1 << 20
 
@@ -43,6 +44,16 @@ def digest_of(file: Path) -> str:
         while block := stream.read(_BLOCK):
             hasher.update(block)
     return hasher.hexdigest()
+
+
+def follow_umask(file: Path) -> None:
+    """Give a file the mode of any new file in its folder; some libraries write files that their owner alone may read."""
+    probe = file.with_name(f".{file.name}.mode")
+    probe.touch(mode=0o666)
+    try:
+        file.chmod(stat.S_IMODE(probe.stat().st_mode))
+    finally:
+        probe.unlink()
 
 
 def sync(path: Path) -> None:

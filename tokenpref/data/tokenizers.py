@@ -16,7 +16,15 @@ from tokenpref._paths import resolve_path
 from tokenpref.data.chat import DEFAULT_DATE, ChatTemplate
 from tokenpref.errors import ConfigError
 
-__all__ = ["JsonTokenizer", "Span", "Tokenizer", "adapt_tokenizer", "digest", "tokenizer_json"]
+__all__ = [
+    "JsonTokenizer",
+    "Span",
+    "Tokenizer",
+    "adapt_tokenizer",
+    "digest",
+    "named_template",
+    "tokenizer_json",
+]
 
 Span = tuple[int, int]
 """Half-open range of characters."""
@@ -94,9 +102,14 @@ class JsonTokenizer:
         tool_template: text of the template for conversations with tools; None takes ``chat_template``.
         chat_template_date: the date that templates are told (``strftime_now``).
 
+    Attributes:
+        file: where it was read from, if it was.
+
     Raises:
         ConfigError: if a named token is not in the vocabulary.
     """
+
+    file: Path | None = None
 
     def __init__(
         self,
@@ -207,6 +220,11 @@ class JsonTokenizer:
             template = self._tool_template
         return template.render(messages, add_generation_prompt, tools)
 
+    @property
+    def chat_template(self) -> str | None:
+        """The text of its chat template, if it has one."""
+        return self._template.source if self._template is not None else None
+
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
         return digest(
@@ -270,7 +288,7 @@ def tokenizer_json(
             f"tokenizer: nothing beside {file} names the EOS token (tokenizer_config.json, special_tokens_map.json, "
             "generation_config.json, config.json); set tokenizer.eos_token"
         )
-    return JsonTokenizer(
+    tokenizer = JsonTokenizer(
         definition,
         eos_token=eos,
         bos_token=bos_token or beside.token("bos"),
@@ -280,6 +298,8 @@ def tokenizer_json(
         tool_template=beside.tool_template() if chat_template is None else None,
         chat_template_date=_date(chat_template_date),
     )
+    tokenizer.file = file
+    return tokenizer
 
 
 def _date(value: object) -> datetime.date:
@@ -365,17 +385,17 @@ class _Beside:
         if file.is_file():
             return read_text(file, ConfigError)
         for settings in (self._optional("chat_template.json"), self._named[0]):
-            template = _named_template(settings.get("chat_template"), "default")
+            template = named_template(settings.get("chat_template"), "default")
             if template is not None:
                 return template
         return None
 
     def tool_template(self) -> str | None:
         """The template that transformers takes for conversations with tools, where there is one of its own."""
-        return _named_template(self._named[0].get("chat_template"), "tool_use")
+        return named_template(self._named[0].get("chat_template"), "tool_use")
 
 
-def _named_template(value: object, name: str) -> str | None:
+def named_template(value: object, name: str) -> str | None:
     """tokenizer_config.json holds one template, which is the default one, or a list of named ones."""
     if isinstance(value, str):
         return value if name == "default" else None

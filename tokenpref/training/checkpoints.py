@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tokenpref._files import digest_of, sync, write_json
+from tokenpref._files import digest_of, follow_umask, sync, write_json
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import (
     BackgroundWrite,
@@ -141,6 +141,8 @@ class Checkpoints:
             states = {f"{k}_{rank}": v for rank, (own, _) in enumerate(everyone) for k, v in own.items()}
             save_file(states, partial / RANDOM)
             save_file(_merged([own for _, own in everyone]), partial / LIVE)
+            for file in (partial / RANDOM, partial / LIVE):
+                follow_umask(file)
             self._publish(partial, name, keep_last, written)
 
         if background:

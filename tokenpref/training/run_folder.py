@@ -17,9 +17,11 @@ from tokenpref import __version__
 from tokenpref._files import try_lock, write_json
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder
+from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
 from tokenpref.training.checkpoints import MANIFEST, PROGRESS, Checkpoints, fault_of, seal
+from tokenpref.training.export import describe_export, forget_tied_head
 
 __all__ = ["RunFolder", "config_fingerprint"]
 
@@ -56,6 +58,9 @@ class RunFolder:
         config: the run's config as plain data.
         recipe: name of the recipe, for the record.
         world: the run's processes; the main one alone touches the folder.
+
+    Attributes:
+        tokenizer: what the exported folders describe, once it is known.
     """
 
     def __init__(self, path: Path, config: dict[str, Any], recipe: str, world: World) -> None:
@@ -65,6 +70,7 @@ class RunFolder:
         self._recipe = recipe
         self.checkpoints = Checkpoints(path / CHECKPOINTS, world)
         self._lock: int | None = None
+        self.tokenizer: Tokenizer | None = None
 
     def start(self, resume: bool | str) -> Path | None:
         """The checkpoint to continue from; the same on every rank. Writes nothing.
@@ -190,8 +196,10 @@ class RunFolder:
                 return
             folder = self.path / f"epoch_{epoch}"
             (folder / MANIFEST).unlink(missing_ok=True)
+            forget_tied_head(checkpointer, state)
             checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
             if folder.is_dir():  # a checkpointer of the user's own may write elsewhere
+                describe_export(folder, state, self.tokenizer)
                 seal(folder)
 
         self.world.together(write)

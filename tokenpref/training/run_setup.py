@@ -173,6 +173,7 @@ class RunSetup:
         self.validation = self._build_validation()
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         self.folder = RunFolder(Path(config.output_dir).absolute(), plain, self.recipe, self.world)
+        self.folder.tokenizer = self.tokenizer
         start = self.folder.start(config.resume_from_checkpoint)
         data = {"dataset": (self.dataset, self.needs)}
         if self.dataset_val is not None and config.run_val_every_n_steps:

@@ -1,0 +1,209 @@
+"""What lies beside exported weights: the tokenizer, template and numbers that the model was trained with.
+
+A checkpointer copies the files of the folder that the training started from. The weights may have another dtype since then, the
+tokenizer may come from another folder, and the config may have named other tokens or another chat template.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import shutil
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import torch
+from safetensors import safe_open
+from torch import Tensor
+
+from tokenpref._files import follow_umask
+from tokenpref.data import JsonTokenizer, Tokenizer
+from tokenpref.data.tokenizers import named_template
+from tokenpref.training.tied_head import HEAD, HEAD_IN_FILES
+
+__all__ = ["describe_export", "forget_tied_head"]
+
+log = logging.getLogger("tokenpref")
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+NAMED_TOKENS = ("eos", "bos", "pad")
+TEMPLATE = "chat_template.jinja"
+SETTINGS = "tokenizer_config.json"
+
+
+def forget_tied_head(checkpointer: Any, state: Mapping[str, Tensor]) -> None:
+    """Keep a checkpointer from looking for the head of a tied model whose file held one beside the embedding.
+
+    Args:
+        checkpointer: writes the weights.
+        state: the weights under torchtune's names; those of a tied model have no head.
+    """
+    files = getattr(checkpointer, "_weight_map", None)  # torchtune's list of what it read from which file
+    if isinstance(files, dict) and HEAD not in state:
+        files.pop(HEAD_IN_FILES, None)
+
+
+def describe_export(folder: Path, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
+    """Make the files beside exported weights say what was trained.
+
+    Args:
+        folder: holds the weights, and what a checkpointer has copied beside them.
+        state: the weights.
+        tokenizer: what the model was trained with; None: nothing is known of it.
+    """
+    for file in folder.glob("*.safetensors"):
+        follow_umask(file)  # safetensors writes files that their owner alone may read
+    for file in folder.glob("*.index.json"):
+        _keep_in_index(file)
+    _write_dtype(folder, state)
+    if tokenizer is None:
+        return
+    for name in ("config.json", "generation_config.json"):
+        _write_ids(folder / name, tokenizer)
+    if isinstance(tokenizer, JsonTokenizer):
+        if tokenizer.file is not None:
+            _copy_tokenizer(tokenizer.file, folder)
+        _write_tokens(folder, tokenizer)
+        _write_template(folder, tokenizer.chat_template)
+
+
+def _keep_in_index(index: Path) -> None:
+    """Leave in an index what its files hold; torchtune lists all that it read, such as the head of a tied model."""
+    record = _read(index)
+    if record is None:
+        return
+    names = record["weight_map"]
+    held = {file: _names_in(index.parent / file) for file in set(names.values())}
+    record["weight_map"] = {name: file for name, file in names.items() if name in held[file]}
+    if record["weight_map"] != names:
+        _write(index, record)
+
+
+def _names_in(file: Path) -> set[str]:
+    if file.suffix == ".safetensors":
+        with safe_open(file, framework="pt") as stream:
+            return set(stream.keys())
+    return set(torch.load(file, map_location="meta", mmap=True, weights_only=True))
+
+
+def _write_dtype(folder: Path, state: Mapping[str, Tensor]) -> None:
+    """Name the weights' dtype in ``config.json``, where and as it names one: transformers 5 loads what it says."""
+    file = folder / "config.json"
+    config = _read(file)
+    dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
+    if config is None or len(dtypes) != 1:
+        return
+    own = str(dtypes.pop()).removeprefix("torch.")
+    parts = [config, *(part for part in config.values() if isinstance(part, dict))]
+    named = [(part, key) for part in parts for key in ("dtype", "torch_dtype") if part.get(key) is not None]
+    former = sorted({str(part[key]) for part, key in named} - {own})
+    if former:
+        for part, key in named:
+            part[key] = own
+        _write(file, config)
+        log.info(
+            f"{folder.name}: the weights are {own}, and config.json says so (it said {', '.join(former)})"
+        )
+
+
+def _write_ids(file: Path, tokenizer: Tokenizer) -> None:
+    """Name the ids that were trained with: generation stops at the trained EOS, and at what it stopped at before."""
+    config = _read(file)
+    if config is None:
+        return
+    before = dict(config)
+    ends = config.get("eos_token_id")
+    listed = ends if isinstance(ends, list) else [] if ends is None else [ends]
+    if tokenizer.eos_id not in listed:
+        config["eos_token_id"] = [tokenizer.eos_id, *listed] if listed else tokenizer.eos_id
+    if tokenizer.bos_id is not None:
+        config["bos_token_id"] = tokenizer.bos_id
+    config["pad_token_id"] = tokenizer.pad_id
+    if config != before:
+        _write(file, config)
+
+
+def _copy_tokenizer(source: Path, folder: Path) -> None:
+    """The files of the tokenizer that was trained with, in the place of those that lay beside the starting weights."""
+    for name in TOKENIZER_FILES:
+        file = source if name == "tokenizer.json" else source.parent / name
+        (folder / name).unlink(missing_ok=True)
+        if file.is_file():
+            shutil.copyfile(file, folder / name)
+
+
+def _write_tokens(folder: Path, tokenizer: JsonTokenizer) -> None:
+    ids = (tokenizer.eos_id, tokenizer.bos_id, tokenizer.pad_id)
+    tokens = {
+        f"{kind}_token": tokenizer.decode_special(token_id)
+        for kind, token_id in zip(NAMED_TOKENS, ids, strict=True)
+        if token_id is not None
+    }
+    if not (folder / SETTINGS).exists():
+        # Without a class transformers takes the model's own, which may split text in another way than the file does.
+        _write(folder / SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast", **tokens})
+    for name in (SETTINGS, "special_tokens_map.json"):
+        settings = _read(folder / name)
+        if settings is None:
+            continue
+        changed = {key: token for key, token in tokens.items() if _content(settings.get(key)) != token}
+        if changed:
+            _write(folder / name, {**settings, **changed})
+
+
+def _content(token: Any) -> Any:
+    return token.get("content") if isinstance(token, dict) else token
+
+
+def _write_template(folder: Path, template: str | None) -> None:
+    """The chat template in the two places where transformers looks, unless it would find it already."""
+    if template is None:
+        return
+    settings = _read(folder / SETTINGS) or {}
+    file = folder / TEMPLATE
+    found = (
+        file.read_text(encoding="utf-8")
+        if file.is_file()
+        else named_template(settings.get("chat_template"), "default")
+    )
+    if found == template:
+        return
+    file.write_text(template, encoding="utf-8", newline="")
+    _write(folder / SETTINGS, {**settings, "chat_template": template})
+    (folder / "chat_template.json").unlink(missing_ok=True)
+    shutil.rmtree(
+        folder / "additional_chat_templates", ignore_errors=True
+    )  # such as one for tools, which would be preferred
+
+
+def _read(file: Path) -> dict[str, Any] | None:
+    """A JSON object; None if there is none. A file that cannot be read is left as it is: the weights count for more."""
+    if not file.is_file():
+        return None
+    try:
+        found = json.loads(file.read_text(encoding="utf-8"))
+    except ValueError as error:
+        log.warning(f"{file} is not valid JSON ({error}); it is left as it is")
+        return None
+    return found if isinstance(found, dict) else None
+
+
+def _write(file: Path, record: Mapping[str, Any]) -> None:
+    """In one piece, and in the place of a file that may be read-only."""
+    temporary = file.with_name(f"{file.name}.tmp")
+    temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
+    os.replace(temporary, file)
