@@ -285,6 +285,7 @@ CHECKPOINT = (f"resume_from_checkpoint={STEP}", *SCHEDULER)
 MODEL = ("checkpointer.checkpoint_dir=model",)
 EVIL = write("evil.py", f"open('{TRACE}', 'w')\n".encode())
 REACHES_OUT = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+CONTENTS = b"{%% for m in messages %%}{{ m.content%s }}{%% endfor %%}"
 WRITES_ON = b"{% for i in range(100000) %}{{ 'a' * 100000 }}{% endfor %}"
 
 
@@ -301,6 +302,13 @@ def conversations(last_role: str) -> Prepare:
         for s in ("chosen", "rejected")
     }
     return rows(sides)
+
+
+def answers(chosen: dict, rejected: dict, **columns: Any) -> Prepare:
+    """``rows.jsonl`` with one pair of assistant's messages."""
+    sides = {"chosen": chosen, "rejected": rejected}
+    messages = {side: [{"role": "assistant", **message}] for side, message in sides.items()}
+    return rows({"prompt": [{"role": "user", "content": "a"}], **messages, **columns})
 
 
 def with_scores(*chosen: Any) -> Prepare:
@@ -749,6 +757,14 @@ WEIGHTS = [
         prepare=both(model(write("chat_template.jinja", WRITES_ON)), conversations("assistant"))),
     Bad("template that is no program", "tdpo", "chat_template: cannot be compiled", (*ROWS, "tokenizer.path=model"),
         prepare=both(model(write("chat_template.jinja", b"{% break %}")), conversations("assistant"))),
+    Bad("answers that differ where the template does not look", "tdpo",
+        r"row 0 \(line 1\), column 'rejected': has the same tokens as chosen: .* leave out what differs \(reasoning_content\)",
+        (*ROWS, "tokenizer.chat_template=my.jinja"),
+        prepare=both(write("my.jinja", CONTENTS % b""), answers(
+            {"content": "b", "reasoning_content": "so"}, {"content": "b", "reasoning_content": "no"}))),
+    Bad("an incomplete answer that the template cuts", "tdpo", "does not show where that ends: it writes 'he'",
+        (*ROWS, "tokenizer.chat_template=my.jinja"),
+        prepare=both(write("my.jinja", CONTENTS % b"[:2]"), answers({"content": "hello"}, {"content": "no"}, complete=False))),
     Bad("a date that is none", "tdpo", "tokenizer.chat_template_date: must be a date such as 2024-07-26, got 'today'",
         ("tokenizer.chat_template_date=today",)),
 ]  # fmt: skip

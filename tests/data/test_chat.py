@@ -16,6 +16,34 @@ def test_layouts_become_one():
     assert normalize_messages([{"role": "user", "content": parts, "tools": None}, wanted[1]]) == wanted
 
 
+TEXT = {"type": "text", "text": "a"}
+
+
+@pytest.mark.parametrize("kind", ["thinking", "reasoning"])
+@pytest.mark.parametrize("key", ["thinking", "reasoning", "text", "content"])
+def test_reasoning_in_parts_goes_to_the_template_as_reasoning(kind, key):
+    parts = [{"type": kind, key: "so"}, {"type": kind, key: "!"}, TEXT, TEXT]
+    [message] = normalize_messages([{"role": "assistant", "content": parts}])
+    assert message == {"role": "assistant", "content": "aa", "reasoning_content": "so!"}
+    again = {"role": "assistant", "content": parts, "reasoning_content": "so!"}
+    assert normalize_messages([again]) == [message]
+
+
+@pytest.mark.parametrize(
+    "beside",
+    [
+        {"tool_calls": [{"function": {"name": "f"}}]},
+        {"function_call": {"name": "f"}},
+        {"reasoning_content": "so"},
+        {"thinking": "so"},
+    ],
+)
+def test_no_content_beside_calls_or_reasoning_is_empty_content(beside):
+    wanted = [{"role": "assistant", "content": "", **beside}]
+    assert normalize_messages([{"role": "assistant", "content": None, **beside}]) == wanted
+    assert normalize_messages([{"from": "gpt", **beside}]) == wanted
+
+
 @pytest.mark.parametrize(
     ("value", "message"),
     [
@@ -23,6 +51,32 @@ def test_layouts_become_one():
         (["text"], "message 0 is a str"),
         ([{"role": "user"}], r"message 0 has the keys \['role'\]"),
         ([{"role": "user", "content": [{"type": "image"}]}], "something other than text"),
+        (
+            [{"role": "user", "content": [{"type": "tool_use", "name": "f"}]}],
+            "a part of type 'tool_use'; only text",
+        ),
+        (
+            [{"role": "user", "content": [{"type": "thinking", "signature": "x"}]}],
+            "a part of type 'thinking'; only",
+        ),
+        (
+            [{"role": "assistant", "content": [TEXT, {"type": "thinking", "thinking": "so"}]}],
+            "message 0 holds thinking after text, which templates have no place for",
+        ),
+        (
+            [
+                {
+                    "role": "assistant",
+                    "content": [{"type": "reasoning", "text": "so"}],
+                    "reasoning_content": "no",
+                }
+            ],
+            "message 0 has reasoning in its content and another one in reasoning_content",
+        ),
+        (
+            [{"role": "assistant", "content": None, "tool_calls": []}],
+            r"has the keys \['role', 'tool_calls'\]",
+        ),
         ([{"role": "user", "content": 3}], "content of type int"),
     ],
 )

@@ -32,6 +32,7 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 CALL_KEYS = ("tool_calls", "function_call")
 """Names under which messages hold the calls that the assistant makes."""
 
+_REASONING_PARTS = ("thinking", "reasoning", "text", "content")  # where parts of these types hold their text
 _MAX_OVERRUNS = 3  # renderings that exceed the limit of time, before the template and not the row is at fault
 _LONGEST_MESSAGE = 300
 
@@ -48,8 +49,9 @@ def normalize_messages(value: object) -> list[dict[str, Any]]:
 
     Args:
         value: list of ``{"role", "content"}`` or of ``{"from", "value"}`` (sharegpt: human, gpt, system). Content may be a
-            string or a list of ``{"type": "text", "text": ...}`` parts, which are joined. Further keys that are not
-            None are kept for the template.
+            string or a list of parts: ``{"type": "text", "text": ...}`` are joined, and ``thinking`` or ``reasoning`` before
+            them becomes ``reasoning_content``. A message with calls or reasoning may have no content. Further keys that
+            are not None are kept for the template.
 
     Raises:
         TypeError: if it is no list of messages; the message says what was found.
@@ -65,32 +67,57 @@ def _normalize_message(message: object, position: int) -> dict[str, Any]:
             f"message {position} is a {type(message).__name__}, not a dictionary with role and content"
         )
     kept = {key: value for key, value in message.items() if value is not None}
+    if any(kept.get(key) for key in (*CALL_KEYS, *REASONING_KEYS)):
+        kept.setdefault("content" if "role" in kept else "value", "")
     for role_key, text_key in (("role", "content"), ("from", "value")):
         if role_key in kept and text_key in kept:
             role = kept.pop(role_key)
-            content = _content_text(kept.pop(text_key), position)
+            content, reasoning = _content_text(kept.pop(text_key), position)
             if not isinstance(role, str):
                 raise TypeError(f"message {position} has a role of type {type(role).__name__}, not a string")
+            if reasoning is not None:
+                key = reasoning_key(kept)
+                if key is not None and kept[key] != reasoning:
+                    raise TypeError(
+                        f"message {position} has reasoning in its content and another one in {key}"
+                    )
+                kept["reasoning_content"] = reasoning
             return {"role": _ROLES.get(role, role), "content": content, **kept}
     raise TypeError(
         f"message {position} has the keys {sorted(kept)}, not role and content (or from and value)"
     )
 
 
-def _content_text(content: object, position: int) -> str:
+def _content_text(content: object, position: int) -> tuple[str, str | None]:
+    """The text of a message, and the reasoning that stands before it in parts of its own."""
     if isinstance(content, str):
-        return content
-    if isinstance(content, Sequence):
-        parts = []
-        for part in content:
-            text = part.get("text", part.get("content")) if isinstance(part, Mapping) else None
-            if not isinstance(text, str) or part.get("type", "text") != "text":
-                raise TypeError(
-                    f"message {position} holds something other than text; only text can be trained on"
-                )
-            parts.append(text)
-        return "".join(parts)
-    raise TypeError(f"message {position} has content of type {type(content).__name__}, not a string")
+        return content, None
+    if not isinstance(content, Sequence):
+        raise TypeError(f"message {position} has content of type {type(content).__name__}, not a string")
+    texts: list[str] = []
+    reasoning: list[str] = []
+    for part in content:
+        kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
+        text = _part_text(part, kind)
+        if text is None:
+            raise TypeError(
+                f"message {position} holds something other than text, a part of type {kind!r}; only text can be trained on"
+            )
+        if kind == "text":
+            texts.append(text)
+        elif texts:
+            raise TypeError(f"message {position} holds {kind} after text, which templates have no place for")
+        else:
+            reasoning.append(text)
+    return "".join(texts), "".join(reasoning) if reasoning else None
+
+
+def _part_text(part: object, kind: object) -> str | None:
+    """The text of a part of a message, or None if it holds something else."""
+    keys = {"text": ("text", "content"), "thinking": _REASONING_PARTS, "reasoning": _REASONING_PARTS}
+    if not isinstance(part, Mapping) or kind not in keys:
+        return None
+    return next((part[key] for key in keys[kind] if isinstance(part.get(key), str)), None)
 
 
 class ChatTemplate:

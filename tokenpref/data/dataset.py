@@ -201,8 +201,13 @@ class PreferenceDataset:
         """The texts of a pair, sides swapped if the data set is."""
         pair = self._pair(index)
         chosen, rejected = (
-            encode_side(self.tokenizer, pair, answer, False, self._settings.add_bos)
-            for answer in (pair.chosen, pair.rejected)
+            encode_side(
+                self.tokenizer, pair, answer, wants_eos(self._settings, pair, marked), self._settings.add_bos
+            )
+            for answer, marked in (
+                (pair.chosen, pair.chosen_complete),
+                (pair.rejected, pair.rejected_complete),
+            )
         )
         return PairText(chosen.prompt_text, chosen.text, rejected.text)
 
@@ -243,7 +248,7 @@ class PreferenceDataset:
         """
         pair = self._pair(index)
         answer = self._reader.further_answer(self.raw(index), column, pair.prompt)
-        if not (answer if isinstance(answer, str) else answer["content"]):
+        if not (answer if isinstance(answer, str) else any(v for k, v in answer.items() if k != "role")):
             prompt = self.prompt_ids(index)
             return prompt, len(prompt)
         # A mark that both answers share is the row's; marks of one side say nothing about a third answer.

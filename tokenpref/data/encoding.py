@@ -71,10 +71,21 @@ def encode_pair(
     if (chosen.ids, chosen.start) == (rejected.ids, rejected.start):
         if not prompt_cut and not cuts["answers_cut"]:
             raise RowFault(
-                "equal tokens", pair.columns[1], f"has the same tokens as {pair.columns[0]}; remove the row"
+                "equal tokens",
+                pair.columns[1],
+                f"has the same tokens as {pair.columns[0]}{_left_out(pair)}; remove the row",
             )
         cuts["equal_after_cut"] = 1
     return (chosen, rejected), cuts
+
+
+def _left_out(pair: PairRow) -> str:
+    """Which parts of two messages the chat template leaves out, if the messages differ in these."""
+    if isinstance(pair.chosen, str) or isinstance(pair.rejected, str):
+        return ""
+    keys = sorted({*pair.chosen, *pair.rejected})
+    names = [key for key in keys if pair.chosen.get(key) != pair.rejected.get(key)]
+    return f": the chat template and the tokenizer leave out what differs ({', '.join(names)})"
 
 
 def wants_eos(settings: PairSettings, pair: PairRow, marked: bool | None) -> bool:

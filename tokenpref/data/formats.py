@@ -192,7 +192,9 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
     rejected: str | dict[str, Any]
     if layout == "conversational":
         prompt, chosen, rejected = conversation(row, columns)
-        not_equal(chosen["content"], rejected["content"], columns)
+        not_equal(
+            chosen, rejected, columns
+        )  # whole messages; the template may write what differs beside the text
     else:
         texts = [checked_text(row, columns[field]) for field in ("chosen", "rejected")]
         for field, text in zip(("chosen", "rejected"), texts, strict=True):

@@ -121,8 +121,10 @@ def not_empty(answer: str, column: str) -> None:
         raise RowFault("empty answer", column, "has no answer (nothing but white space); remove the row")
 
 
-def not_equal(chosen: str, rejected: str, columns: Mapping[str, str]) -> None:
-    """Refuse a pair of equal answers."""
+def not_equal(
+    chosen: str | Mapping[str, Any], rejected: str | Mapping[str, Any], columns: Mapping[str, str]
+) -> None:
+    """Refuse a pair of equal answers, texts or messages."""
     if chosen == rejected:
         raise RowFault(
             "equal answers",

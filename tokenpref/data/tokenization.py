@@ -4,11 +4,15 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Generator, Mapping, Sequence
+from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any
+from weakref import WeakKeyDictionary
 
+from tokenpref.data.answer_place import Frame, call_end, place_answer, reasoning_end
+from tokenpref.data.chat import CALL_KEYS
 from tokenpref.data.tokenizers import Span, Tokenizer
+from tokenpref.errors import TokenprefError
 
 __all__ = [
     "EncodedAnswer",
@@ -166,18 +170,23 @@ def encode_chat_answer(
 
     With a chat template the whole conversation is rendered and tokenised as one text; the prompt is what the template
     renders up to and including the header of the answer. The answer runs to the token that ends it: white space that
-    the template writes after that is dropped. torchtune's tokenizers use their own ``tokenize_messages``.
+    the template writes after that is dropped. What the template writes between the header and the answer's text, such as
+    a thinking block, belongs to the answer. torchtune's tokenizers use their own ``tokenize_messages``.
 
     Args:
         tokenizer: a tokenizer with ``has_chat``.
         prompt: messages before the answer.
         answer: the assistant's message.
-        append_eos: end with the template's end of turn, or EOS where it writes none; False ends with the answer's text.
+        append_eos: end with the template's end of turn, or EOS where it writes none; False ends with the answer's text,
+            and with its calls where it has some.
         tools: JSON schemas of the functions that the assistant may call.
 
+    Returns:
+        The answer; without tokens of its own if the template writes nothing for it.
+
     Raises:
-        ValueError: if the template renders the prompt differently when an answer follows, or there are tools and the
-            tokenizer takes none.
+        ValueError: if the template renders the prompt differently when an answer follows, does not show where the text
+            of an incomplete answer ends, or there are tools and the tokenizer takes none.
     """
     steps = chat_answer_steps(tokenizer, prompt, answer, append_eos=append_eos, tools=tools)
     return run_steps(tokenizer, steps)
@@ -200,22 +209,26 @@ def chat_answer_steps(
         return EncodedAnswer(
             chat.ids, chat.start, chat.spans, chat.has_eos, False, num_special, prompt_text, chat.text
         )
-    prompt_text = _render(tokenizer, prompt, True, tools)
-    whole = _render(tokenizer, [*prompt, dict(answer)], False, tools)
-    if not whole.startswith(prompt_text):
+    turn = _Turn(tokenizer, prompt, tools, _render(tokenizer, prompt, True, tools))
+    written = turn.written(answer)
+    place = _place(turn, written, answer)
+    if place is None and not append_eos:
         raise ValueError(
-            "the chat template renders the prompt differently when an answer follows, so the answer's beginning is not "
-            f"known: with the generation prompt it ends with {prompt_text[-40:]!r}; use a template that keeps it"
+            "the answer is to end with its text (append_eos false, or a row that is not complete), and the chat template does "
+            f"not show where that ends: it writes {written[:60]!r}; use a template that writes the text as it stands"
         )
-    tail = whole[len(prompt_text) :]
-    content_at, text = _find_content(tail, answer["content"])
-    rendered = _through_end(tokenizer, tail) if append_eos else tail[: content_at + len(text)]
+    if place is None:
+        place = _Place(0, len(_without_end(tokenizer, written)), len(written))
+    if place.stop == 0:  # the template writes nothing for this answer
+        append_eos = False
+    rendered = _through_end(tokenizer, written) if append_eos else written[: place.stop]
     # Some templates end a turn with a special token that is not the tokenizer's EOS (Gemma's <end_of_turn>).
+    end_ids = tokenizer.special_ids if append_eos else tokenizer.stop_ids
     encoded = yield from text_answer_steps(
-        tokenizer, prompt_text, rendered, add_bos=False, append_eos=append_eos, end_ids=tokenizer.special_ids
+        tokenizer, turn.prompt_text, rendered, add_bos=False, append_eos=append_eos, end_ids=end_ids
     )
-    spans = _all_within(encoded.spans, content_at, len(text))
-    return dataclasses.replace(encoded, spans=spans, text=text)
+    spans = _all_within(encoded.spans, place.start, place.end - place.start)
+    return dataclasses.replace(encoded, spans=spans, text=written[place.start : place.end])
 
 
 def _render(
@@ -246,19 +259,122 @@ def _check_tools(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> No
         )
 
 
-def _find_content(tail: str, content: str) -> tuple[int, str]:
-    """Where the answer's text stands in what the template made of it, and that text; templates may strip it."""
-    for text in (content, content.strip()):
-        at = tail.find(text)
-        if at >= 0:
-            return at, text
-    return 0, tail.rstrip()
+@dataclass(frozen=True)
+class _Turn:
+    """The assistant's turn after a prompt, as a chat template writes it."""
+
+    tokenizer: Tokenizer
+    prompt: list[dict[str, Any]]
+    tools: list[dict[str, Any]] | None
+    prompt_text: str
+
+    def written(self, answer: Mapping[str, Any]) -> str:
+        """What the template writes after the prompt for an answer.
+
+        Raises:
+            ValueError: if the template refuses the answer, or renders the prompt differently when it follows.
+        """
+        whole = _render(self.tokenizer, [*self.prompt, dict(answer)], False, self.tools)
+        if not whole.startswith(self.prompt_text):
+            raise ValueError(
+                "the chat template renders the prompt differently when an answer follows, so the answer's beginning is "
+                f"not known: with the generation prompt it ends with {self.prompt_text[-40:]!r}; use a template that "
+                "keeps it"
+            )
+        return whole[len(self.prompt_text) :]
+
+    def tried(self, answer: Mapping[str, Any]) -> str | None:
+        """The same for an answer that is not the row's own; None if the template does not take it."""
+        try:
+            return self.written(answer)
+        except TokenprefError:
+            raise
+        except ValueError:
+            return None
 
 
-def _through_end(tokenizer: Tokenizer, tail: str) -> str:
-    stripped = tail.rstrip()
-    ends = (tokenizer.decode_special(i) for i in tokenizer.special_ids)
-    return stripped if any(end and stripped.endswith(end) for end in ends) else tail
+@dataclass(frozen=True)
+class _Place:
+    """Characters of what a template writes for an answer: the answer's own text, and where an incomplete answer stops."""
+
+    start: int
+    end: int
+    stop: int
+
+
+def _place(turn: _Turn, written: str, answer: Mapping[str, Any]) -> _Place | None:
+    """Where the answer stands in what the template writes for it; None if the template does not show it.
+
+    The text of an answer without content of its own (nothing but calls or reasoning) is all that the template writes
+    before the end of the turn. If the template writes nothing for it, the place is empty.
+    """
+    if not answer["content"].strip():
+        if written == turn.tried({"role": answer["role"], "content": ""}):
+            return _Place(0, 0, 0)
+        end = _turn_end(turn, written, answer)
+        has_calls = any(answer.get(key) for key in CALL_KEYS)
+        stop = None if has_calls else reasoning_end(written, answer, turn.tried)
+        return _Place(0, end, end if stop is None else stop)
+    memory = _memory_of(turn.tokenizer)
+    place = place_answer(written, answer, turn.tried, memory.frame)
+    if place is None:
+        return None
+    memory.frame = place.frame or memory.frame
+    if any(answer.get(key) for key in CALL_KEYS):
+        return _Place(place.start, place.end, max(place.end, _turn_end(turn, written, answer)))
+    return _Place(place.start, place.end, place.end)
+
+
+def _turn_end(turn: _Turn, written: str, answer: Mapping[str, Any]) -> int:
+    """Where the end of the turn begins, behind calls and reasoning."""
+    end = call_end(written, answer, turn.tried)
+    return len(_without_end(turn.tokenizer, written)) if end is None else end
+
+
+@dataclass
+class _Memory:
+    """What is kept of a tokenizer.
+
+    Attributes:
+        ends: texts of its special tokens.
+        frame: what its template wrote around the last answer; most answers of a data set have the same around them.
+    """
+
+    ends: tuple[str, ...]
+    frame: Frame | None = None
+
+
+_memories: MutableMapping[Tokenizer, _Memory] = WeakKeyDictionary()
+
+
+def _memory_of(tokenizer: Tokenizer) -> _Memory:
+    try:
+        memory = _memories.get(tokenizer)
+    except TypeError:  # a class of the user's own that cannot be a key: nothing is kept of it
+        return _Memory(_end_texts(tokenizer))
+    if memory is None:
+        memory = _memories[tokenizer] = _Memory(_end_texts(tokenizer))
+    return memory
+
+
+def _end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
+    return tuple(filter(None, map(tokenizer.decode_special, tokenizer.special_ids)))
+
+
+def _through_end(tokenizer: Tokenizer, written: str) -> str:
+    """The turn up to its last special token, if only white space follows that."""
+    stripped = written.rstrip()
+    return stripped if stripped.endswith(_memory_of(tokenizer).ends) else written
+
+
+def _without_end(tokenizer: Tokenizer, written: str) -> str:
+    """The turn without the special tokens that end it, and without white space between and after those."""
+    ends = _memory_of(tokenizer).ends
+    kept = written
+    while kept.rstrip().endswith(ends):
+        kept = kept.rstrip()
+        kept = kept[: -max(len(end) for end in ends if kept.endswith(end))]
+    return kept
 
 
 def encode_prompt(

@@ -1,0 +1,121 @@
+"""Where the text of an answer stands in what a chat template writes for it.
+
+The text is not searched for, because it may also stand in the answer's reasoning, in a header or in the prompt. The
+conversation is rendered once more with marks around the answer's text; the marks show where the template writes it.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass
+from typing import Any
+
+from tokenpref.data.chat import reasoning_key
+
+__all__ = ["AnswerPlace", "Frame", "call_end", "place_answer", "reasoning_end"]
+
+# Digits pass through strip, upper and tojson unchanged.
+_BEFORE, _AFTER = "71834026195540386217", "93057281640826143759"
+
+Render = Callable[[Mapping[str, Any]], "str | None"]
+"""What the template writes after the prompt for an answer; None if it refuses it or changes the prompt."""
+
+
+@dataclass(frozen=True)
+class Frame:
+    """What a template writes around an answer's text.
+
+    Attributes:
+        before: between the prompt and the text, such as an empty thinking block.
+        after: behind the text, such as the end of the turn.
+    """
+
+    before: str
+    after: str
+
+
+@dataclass(frozen=True)
+class AnswerPlace:
+    """Half-open range of characters of the answer's text, in what the template writes after the prompt.
+
+    Attributes:
+        start: its first character.
+        end: behind its last character.
+        frame: what stands around it, where the same frame may stand around other answers; None where it is this one's.
+    """
+
+    start: int
+    end: int
+    frame: Frame | None = None
+
+
+def place_answer(
+    written: str, answer: Mapping[str, Any], render: Render, known: Frame | None = None
+) -> AnswerPlace | None:
+    """Find the answer's text in what a template wrote for the answer.
+
+    Args:
+        written: what the template writes after the prompt for this answer.
+        answer: the message; its content is not white space alone.
+        render: the same for another message.
+        known: a frame that was found for another answer; it is tried first and saves a rendering.
+
+    Returns:
+        The place; None if the template does not write the text, or writes it in a way that the marks do not show. Where only
+        the end of the text can be told (a template that takes a thinking block out of the text and writes it
+        anew), the place begins with what the template writes first.
+    """
+    content: str = answer["content"]
+    if known is not None and written == known.before + content + known.after:
+        return AnswerPlace(len(known.before), len(written) - len(known.after), known)
+    return _between_marks(written, answer, render) or _before_mark(written, answer, render)
+
+
+def _between_marks(written: str, answer: Mapping[str, Any], render: Render) -> AnswerPlace | None:
+    """The place by a mark on either side of the text; both are there unless the template reads the text itself."""
+    marked = render({**answer, "content": _BEFORE + answer["content"].strip() + _AFTER})
+    if marked is None or marked.count(_BEFORE) != 1 or marked.count(_AFTER) != 1:
+        return None
+    before, _, rest = marked.partition(_BEFORE)
+    inner, found, after = rest.partition(_AFTER)
+    start, end = len(before), len(written) - len(after)
+    if not found or start > end or not (written.startswith(before) and written.endswith(after)):
+        return None
+    if written[start:end].strip() != inner.strip():
+        return None
+    return AnswerPlace(start, end, Frame(before, after))
+
+
+def _before_mark(written: str, answer: Mapping[str, Any], render: Render) -> AnswerPlace | None:
+    """The place by a mark behind the text."""
+    content: str = answer["content"]
+    marked = render({**answer, "content": content.rstrip() + _AFTER})
+    if marked is None:
+        return None
+    before, found, after = marked.rpartition(_AFTER)
+    end = len(written) - len(after)
+    if not found or len(before) > end or not (written.startswith(before) and written.endswith(after)):
+        return None
+    if written[len(before) : end].strip():
+        return None
+    for text in (content, content.rstrip(), content.strip()):
+        if written[:end].endswith(text):
+            return AnswerPlace(end - len(text), end)
+    return AnswerPlace(0, end)
+
+
+def reasoning_end(written: str, answer: Mapping[str, Any], render: Render) -> int | None:
+    """Where the reasoning of an answer ends, in what the template writes after the prompt; None if unknown."""
+    key = reasoning_key(answer)
+    if key is None or not isinstance(answer[key], str):
+        return None
+    marked = render({**answer, key: answer[key].rstrip() + _AFTER})
+    before, found, _ = (marked or "").partition(_AFTER)
+    return len(before) if found and written.startswith(before) else None
+
+
+def call_end(written: str, answer: Mapping[str, Any], render: Render) -> int | None:
+    """Where the end of the turn begins, behind calls and reasoning: what a plain answer ends with. None if unknown."""
+    plain = render({"role": answer["role"], "content": _BEFORE})
+    _, found, after = (plain or "").partition(_BEFORE)
+    return len(written) - len(after) if found and after and written.endswith(after) else None
