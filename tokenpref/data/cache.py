@@ -101,7 +101,7 @@ class DataCache:
             if found is None:
                 if alone:
                     self._remove_partial(name)  # of processes that died
-                self._build(final, build)
+                self._build(final, build, what)
                 found = _opened(final, what)
         if found is None:
             raise DataError(
@@ -113,7 +113,7 @@ class DataCache:
         for left in self.folder.glob(f"{name}.*.partial"):
             shutil.rmtree(left)
 
-    def _build(self, final: Path, build: Callable[[Path], Mapping[str, Any]]) -> None:
+    def _build(self, final: Path, build: Callable[[Path], Mapping[str, Any]], what: str) -> None:
         partial = final.with_name(f"{final.name}.{secrets.token_hex(4)}.partial")
         partial.mkdir()
         try:
@@ -121,9 +121,7 @@ class DataCache:
             files = sorted(partial.iterdir())
             seals = {file.name: {"bytes": file.stat().st_size, "xxh3": digest_of(file)} for file in files}
             write_json(partial / _MANIFEST, {"files": seals, "about": about})
-            if final.exists():  # damaged, or built meanwhile by a process that could not lock
-                shutil.rmtree(final)
-            partial.rename(final)
+            _put(partial, final, what)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
 
@@ -148,6 +146,19 @@ class DataCache:
             yield True
         finally:
             os.close(descriptor)
+
+
+def _put(partial: Path, final: Path, what: str) -> None:
+    """Give a whole entry its name, unless a process that could not lock was faster."""
+    if final.exists():
+        if _opened(final, what) is not None:
+            return
+        shutil.rmtree(final)
+    try:
+        partial.rename(final)
+    except OSError as error:
+        if error.errno not in (errno.EEXIST, errno.ENOTEMPTY):
+            raise
 
 
 @contextmanager

@@ -3,8 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import hashlib
-from collections import Counter
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -12,24 +10,23 @@ from typing import Any
 
 import numpy as np
 
-from tokenpref.data.cache import AUTO
+from tokenpref.data.building import PairBuilder
+from tokenpref.data.cache import AUTO, DataCache, find_cache
 from tokenpref.data.chat import TemplateError
 from tokenpref.data.encoding import (
-    TOO_LONG,
     PairSettings,
-    encode_pair,
     encode_side,
     fitted_side,
     wants_eos,
 )
-from tokenpref.data.packed import PackedPairs, PairExample, pair_key
-from tokenpref.data.pairs import LeftOut, PairRow, RowFault
-from tokenpref.data.report import DataReport, RowFaults
+from tokenpref.data.packed import PairExample
+from tokenpref.data.pairs import PairRow, RowFault
+from tokenpref.data.report import DataReport
 from tokenpref.data.row_reader import RowReader, row_reader
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.tokenization import cut_prompt, encode_prompt
 from tokenpref.data.tokenizers import Tokenizer, adapt_tokenizer
-from tokenpref.errors import ConfigError, DataError
+from tokenpref.errors import ConfigError
 
 __all__ = ["DataReport", "PairExample", "PairText", "PreferenceDataset", "WholeAnswer", "preference_dataset"]
 
@@ -81,57 +78,44 @@ class PreferenceDataset:
     """
 
     def __init__(
-        self, tokenizer: Tokenizer, rows: Rows, reader: RowReader, settings: PairSettings, on_fault: str
+        self,
+        tokenizer: Tokenizer,
+        rows: Rows,
+        reader: RowReader,
+        settings: PairSettings,
+        on_fault: str,
+        cache: DataCache | None = None,
     ) -> None:
         self.tokenizer = tokenizer
         self.source_name = rows.name
         self._rows = rows
         self._reader = reader
         self._settings = settings
-        packed = PackedPairs()
-        faults = RowFaults(rows)
-        counts: Counter[str] = Counter()
-        for number, row in enumerate(rows.table.select_columns(list(reader.columns))):
-            for part, found in enumerate(reader.read(row)):
-                if isinstance(found, LeftOut):
-                    faults.leave_out(found)
-                    continue
-                try:
-                    sides, cuts = encode_pair(tokenizer, found, settings)
-                except RowFault as fault:
-                    too_long = settings.truncation == "drop" and fault.kind == TOO_LONG
-                    faults.add(number, fault, droppable=on_fault == "drop" or too_long)
-                    continue
-                packed.add(number + part * rows.table.num_rows, *sides)
-                counts.update(cuts)
-        faults.raise_any()
-        self._packed = packed.freeze()
-        if len(self) == 0:
-            raise DataError(f"{rows.name}: every row was left out ({faults.summary()}); no pair remains")
-        self.report = self._report(counts, faults.dropped)
+        self._packed, about = PairBuilder(tokenizer, rows, reader, settings, on_fault).build(cache)
+        self.report = self._report(about["counts"], about["dropped"])
 
-    def _report(self, counts: Counter[str], dropped: dict[str, int]) -> DataReport:
+    def _report(self, counts: Mapping[str, int], dropped: dict[str, int]) -> DataReport:
         packed = self._packed
-        lengths = [packed.lengths(side) - packed.starts[:, side] for side in (0, 1)]
+        lengths = packed.lengths() - packed.starts
         return DataReport(
             source=self.source_name,
             layout=self._settings.layout,
             rows=len(self),
-            prompts_cut=counts["prompts_cut"],
-            answers_cut=counts["answers_cut"],
-            equal_after_cut=counts["equal_after_cut"],
-            straddling_rows=counts["straddling_rows"],
+            prompts_cut=counts.get("prompts_cut", 0),
+            answers_cut=counts.get("answers_cut", 0),
+            equal_after_cut=counts.get("equal_after_cut", 0),
+            straddling_rows=counts.get("straddling_rows", 0),
             answers_with_eos=int(packed.has_eos.sum()),
             dropped=dropped,
             swapped=self._settings.swap,
             prompt_tokens=_mean_max(packed.starts[:, 0]),
-            chosen_tokens=_mean_max(lengths[0]),
-            rejected_tokens=_mean_max(lengths[1]),
+            chosen_tokens=_mean_max(lengths[:, 0]),
+            rejected_tokens=_mean_max(lengths[:, 1]),
             unused_columns=self._reader.unused,
         )
 
     def __len__(self) -> int:
-        return len(self._packed.rows)
+        return len(self._packed)
 
     def __getitem__(self, index: int) -> PairExample:
         index = self._position(index)
@@ -150,15 +134,36 @@ class PreferenceDataset:
             rejected_offsets=rejected_offsets,
             chosen_has_eos=bool(packed.has_eos[index, 0]),
             rejected_has_eos=bool(packed.has_eos[index, 1]),
-            key=pair_key(chosen_ids, chosen_start, rejected_ids, rejected_start),
+            key=packed.key(index),
         )
 
     def __iter__(self) -> Iterator[PairExample]:
         return (self[index] for index in range(len(self)))
 
-    def lengths(self) -> np.ndarray:
-        """Tokens of the chosen and the rejected sequence of every pair, prompts included: int64 ``[pairs, 2]``."""
-        return np.stack([self._packed.lengths(side) for side in (0, 1)], axis=1)
+    def lengths(self, pairs: Sequence[int] | None = None) -> np.ndarray:
+        """Tokens of the chosen and the rejected sequence of pairs, prompts included: int64 ``[pairs, 2]``.
+
+        Args:
+            pairs: positions in the data set; None for all.
+        """
+        return self._packed.lengths(slice(None) if pairs is None else np.asarray(pairs, dtype=np.int64))
+
+    def rows(self) -> np.ndarray:
+        """Number of every pair, as :class:`PairExample` has it: int64 ``[pairs]``."""
+        part, row = np.divmod(self._packed.rows, self._rows.table.num_rows)
+        if self._rows.numbers:
+            row = np.concatenate([np.arange(r.start, r.stop) for r in self._rows.numbers])[row]
+        return row + part * self._rows.size
+
+    @property
+    def longest(self) -> int:
+        """Tokens of the longest sequence."""
+        return self._packed.longest
+
+    @property
+    def highest_id(self) -> int:
+        """Largest token id."""
+        return self._packed.highest_id
 
     def _position(self, index: int) -> int:
         if not -len(self) <= index < len(self):
@@ -298,10 +303,7 @@ class PreferenceDataset:
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the keys of all pairs in their order."""
-        hasher = hashlib.sha256()
-        for example in self:
-            hasher.update(bytes.fromhex(example.key))
-        return hasher.hexdigest()
+        return self._packed.fingerprint
 
 
 def preference_dataset(
@@ -403,7 +405,7 @@ def preference_dataset(
         truncation=truncation,
         swap=swap,
     )
-    return PreferenceDataset(adapted, rows, reader, settings, on_fault)
+    return PreferenceDataset(adapted, rows, reader, settings, on_fault, find_cache(cache_dir))
 
 
 def _check_arguments(

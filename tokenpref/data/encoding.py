@@ -2,18 +2,36 @@
 
 from __future__ import annotations
 
-from collections import Counter
-from collections.abc import Mapping
+from collections.abc import Generator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from tokenpref.data.chat import TemplateError
 from tokenpref.data.pairs import PairRow, RowFault
-from tokenpref.data.tokenization import EncodedAnswer, cut_to_length, encode_chat_answer, encode_text_answer
+from tokenpref.data.tokenization import (
+    Encoded,
+    EncodedAnswer,
+    EncodingSteps,
+    Request,
+    chat_answer_steps,
+    cut_to_length,
+    encode_together,
+    run_steps,
+    text_answer_steps,
+)
 from tokenpref.data.tokenizers import Tokenizer
 from tokenpref.errors import ConfigError
 
-__all__ = ["TOO_LONG", "PairSettings", "encode_pair", "encode_side", "fitted_side", "wants_eos"]
+__all__ = [
+    "TOO_LONG",
+    "EncodedPair",
+    "PairSettings",
+    "encode_pairs",
+    "encode_side",
+    "fitted_side",
+    "pair_steps",
+    "wants_eos",
+]
 
 TOO_LONG = "too long"
 """Kind of the fault of a row that does not fit and must not be cut."""
@@ -32,29 +50,82 @@ class PairSettings:
     swap: bool
 
 
-def encode_pair(
-    tokenizer: Tokenizer, read: PairRow | RowFault, settings: PairSettings
-) -> tuple[tuple[EncodedAnswer, EncodedAnswer], Counter[str]]:
-    """Both sides of a pair, swapped where the settings say so, and what happened to them.
+@dataclass(frozen=True)
+class EncodedPair:
+    """A pair as tokens, and what happened to it on the way.
+
+    Attributes:
+        chosen: its first side.
+        rejected: its second side.
+        prompt_cut: whether the prompt lost its beginning.
+        answers_cut: how many answers lost their end.
+        straddles: whether a token lies over the boundary of prompt and answer.
+        equal: whether both sides became equal by cutting.
+    """
+
+    chosen: EncodedAnswer
+    rejected: EncodedAnswer
+    prompt_cut: bool
+    answers_cut: int
+    straddles: bool
+    equal: bool
+
+
+PairSteps = Generator[Request, Encoded, EncodedPair]
+"""A pair being tokenised; see :data:`tokenpref.data.tokenization.EncodingSteps`."""
+
+
+def encode_pairs(
+    tokenizer: Tokenizer, reads: Sequence[PairRow | RowFault], settings: PairSettings
+) -> list[EncodedPair | RowFault]:
+    """Tokenise pairs, handing many texts to the tokenizer at once.
 
     Args:
         tokenizer: the tokenizer.
-        read: the pair as :meth:`RowReader.read` gives it.
-        settings: how it becomes tokens.
+        reads: pairs as :meth:`RowReader.read` gives them.
+        settings: how they become tokens.
+
+    Returns:
+        For each pair its tokens, or why it cannot be used.
+    """
+    found: list[Any] = list(reads)
+    waiting: list[tuple[int, PairSteps, Request]] = []
+
+    def advance(place: int, steps: PairSteps, encoded: Encoded | ValueError | None) -> None:
+        try:
+            request = steps.throw(encoded) if isinstance(encoded, ValueError) else steps.send(encoded)  # type: ignore[arg-type]
+        except StopIteration as finished:
+            found[place] = finished.value
+        except RowFault as fault:
+            found[place] = fault
+        else:
+            waiting.append((place, steps, request))
+
+    for place, read in enumerate(reads):
+        if isinstance(read, PairRow):
+            advance(place, pair_steps(tokenizer, read, settings), None)
+    while waiting:
+        asked, waiting = waiting, []
+        encoded = encode_together(tokenizer, [request for _, _, request in asked])
+        for (place, steps, _), answer in zip(asked, encoded, strict=True):
+            advance(place, steps, answer)
+    return found
+
+
+def pair_steps(tokenizer: Tokenizer, read: PairRow, settings: PairSettings) -> PairSteps:
+    """Both sides of a pair, swapped where the settings say so, with the tokenizer's work left to the caller.
 
     Raises:
         RowFault: if the pair cannot be used.
     """
-    if isinstance(read, RowFault):
-        raise read
     pair = read.swapped() if settings.swap else read
     sides: list[EncodedAnswer] = []
-    cuts: Counter[str] = Counter()
     complete = (pair.chosen_complete, pair.rejected_complete)
-    prompt_cut = False
+    prompt_cut, answers_cut = False, 0
     for answer, marked, column in zip((pair.chosen, pair.rejected), complete, pair.columns, strict=True):
         try:
-            whole = encode_side(tokenizer, pair, answer, wants_eos(settings, pair, marked), settings.add_bos)
+            append_eos = wants_eos(settings, pair, marked)
+            whole = yield from _side_steps(tokenizer, pair, answer, append_eos, settings.add_bos)
         except TemplateError as error:
             raise RowFault("template", column, f"the chat template refuses it: {error}") from error
         except ConfigError:
@@ -63,20 +134,19 @@ def encode_pair(
             raise RowFault("tokenizer", column, str(error)) from error
         side, cut, answer_cut = fitted_side(whole, column, settings)
         prompt_cut |= cut
-        cuts["answers_cut"] += answer_cut
+        answers_cut += answer_cut
         sides.append(side)
     chosen, rejected = sides
-    cuts["prompts_cut"] = int(prompt_cut)
-    cuts["straddling_rows"] = int(chosen.straddles or rejected.straddles)
-    if (chosen.ids, chosen.start) == (rejected.ids, rejected.start):
-        if not prompt_cut and not cuts["answers_cut"]:
-            raise RowFault(
-                "equal tokens",
-                pair.columns[1],
-                f"has the same tokens as {pair.columns[0]}{_left_out(pair)}; remove the row",
-            )
-        cuts["equal_after_cut"] = 1
-    return (chosen, rejected), cuts
+    equal = chosen.start == rejected.start and chosen.ids == rejected.ids
+    if equal and not prompt_cut and not answers_cut:
+        raise RowFault(
+            "equal tokens",
+            pair.columns[1],
+            f"has the same tokens as {pair.columns[0]}{_left_out(pair)}; remove the row",
+        )
+    return EncodedPair(
+        chosen, rejected, prompt_cut, answers_cut, chosen.straddles or rejected.straddles, equal
+    )
 
 
 def _left_out(pair: PairRow) -> str:
@@ -105,11 +175,21 @@ def encode_side(
     add_bos: bool | None,
 ) -> EncodedAnswer:
     """Prompt and answer as tokens, before cutting."""
+    return run_steps(tokenizer, _side_steps(tokenizer, pair, answer, append_eos, add_bos))
+
+
+def _side_steps(
+    tokenizer: Tokenizer,
+    pair: PairRow,
+    answer: str | Mapping[str, Any],
+    append_eos: bool,
+    add_bos: bool | None,
+) -> EncodingSteps:
     if isinstance(answer, str):
         text = str(pair.prompt)  # a text answer comes with a text prompt
-        return encode_text_answer(tokenizer, text, answer, add_bos=add_bos, append_eos=append_eos)
+        return text_answer_steps(tokenizer, text, answer, add_bos=add_bos, append_eos=append_eos)
     messages: list[dict[str, Any]] = list(pair.prompt)  # type: ignore[arg-type]
-    return encode_chat_answer(tokenizer, messages, answer, append_eos=append_eos, tools=pair.tools)
+    return chat_answer_steps(tokenizer, messages, answer, append_eos=append_eos, tools=pair.tools)
 
 
 def fitted_side(
@@ -130,18 +210,25 @@ def fitted_side(
             "a prompt, or set add_bos: true",
         )
     side, prompt_cut, answer_cut = cut_to_length(whole, settings.max_seq_len, settings.max_prompt_len)
-    lengths = f"prompt {whole.start} tokens, answer {len(whole.ids) - whole.start}, max_seq_len {settings.max_seq_len}"
-    lengths += f", max_prompt_len {settings.max_prompt_len}"
     if (prompt_cut or answer_cut) and settings.truncation != "keep_prompt_end":
         raise RowFault(
             TOO_LONG,
             column,
-            f"is too long ({lengths}); raise the limit, or set truncation: keep_prompt_end (cuts) or drop (leaves out)",
+            f"is too long ({_lengths(whole, settings)}); raise the limit, or set truncation: keep_prompt_end (cuts) or drop "
+            "(leaves out)",
         )
     if side.start >= len(side.ids):
         raise RowFault(
             "prompt leaves no room",
             column,
-            f"has no room for a single answer token ({lengths}); set max_prompt_len below max_seq_len, or raise max_seq_len",
+            f"has no room for a single answer token ({_lengths(whole, settings)}); set max_prompt_len below max_seq_len, or "
+            "raise max_seq_len",
         )
     return side, prompt_cut, answer_cut
+
+
+def _lengths(whole: EncodedAnswer, settings: PairSettings) -> str:
+    return (
+        f"prompt {whole.start} tokens, answer {len(whole.ids) - whole.start}, max_seq_len {settings.max_seq_len}, "
+        f"max_prompt_len {settings.max_prompt_len}"
+    )

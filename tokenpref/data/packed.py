@@ -1,10 +1,15 @@
-"""Tokenised pairs in flat arrays."""
+"""Tokenised pairs in flat arrays, in memory or in files that are mapped into it."""
 
 from __future__ import annotations
 
 import hashlib
-from collections.abc import Sequence
-from dataclasses import dataclass, field
+import io
+import sys
+from array import array
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -12,7 +17,16 @@ import numpy as np
 from tokenpref.data.tokenization import EncodedAnswer
 from tokenpref.data.tokenizers import Span
 
-__all__ = ["PackedPairs", "PairExample", "pair_key"]
+__all__ = [
+    "COLUMNS",
+    "Chunk",
+    "PackedPairs",
+    "PairExample",
+    "PairPacker",
+    "PairWriter",
+    "pair_digest",
+    "pair_key",
+]
 
 
 @dataclass(frozen=True)
@@ -50,53 +64,175 @@ def pair_key(
     chosen_ids: Sequence[int], chosen_start: int, rejected_ids: Sequence[int], rejected_start: int
 ) -> str:
     """sha256 (hex) of the training token ids: for each side its length, its start and its ids, as little-endian int64."""
-    numbers = [len(chosen_ids), chosen_start, *chosen_ids, len(rejected_ids), rejected_start, *rejected_ids]
-    return hashlib.sha256(np.asarray(numbers, dtype="<i8").tobytes()).hexdigest()
+    return pair_digest(chosen_ids, chosen_start, rejected_ids, rejected_start).hex()
 
 
-@dataclass
-class PackedPairs:
-    """Token ids and spans of all pairs in flat arrays; side 0 is chosen, side 1 rejected."""
+def pair_digest(
+    chosen_ids: Sequence[int], chosen_start: int, rejected_ids: Sequence[int], rejected_start: int
+) -> bytes:
+    """:func:`pair_key` as 32 bytes."""
+    numbers = array("q", [len(chosen_ids), chosen_start, *chosen_ids])
+    numbers.extend([len(rejected_ids), rejected_start, *rejected_ids])
+    if sys.byteorder == "big":
+        numbers.byteswap()
+    return hashlib.sha256(numbers).digest()
 
-    rows: Any = field(default_factory=list)
-    ids: Any = field(default_factory=list)
-    spans: Any = field(default_factory=list)
-    ends: Any = field(default_factory=lambda: [0])  # of each side's ids, in the order chosen, rejected
-    span_ends: Any = field(default_factory=lambda: [0])
-    starts: Any = field(default_factory=list)
-    has_eos: Any = field(default_factory=list)
+
+COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
+    "rows": ("<i8", ()),  # row in the table + part * rows of the table
+    "starts": ("<i4", (2,)),
+    "has_eos": ("|b1", (2,)),
+    "keys": ("|u1", (32,)),
+    "ends": ("<i8", ()),  # of each side's ids, in the order chosen, rejected
+    "span_ends": ("<i8", ()),
+    "ids": ("<i4", ()),
+    "spans": ("<i4", (2,)),
+}
+"""NumPy type and the shape of one item of the arrays in which pairs are kept."""
+
+Chunk = dict[str, bytes]
+"""Some pairs, column by column; ends count from the chunk's own beginning."""
+
+
+class PairPacker:
+    """Collects tokenised pairs."""
+
+    def __init__(self) -> None:
+        self._rows, self._starts, self._has_eos = array("q"), array("i"), bytearray()
+        self._keys = bytearray()
+        self._ids, self._spans = array("i"), array("i")
+        self._ends, self._span_ends = array("q"), array("q")
 
     def add(self, row: int, chosen: EncodedAnswer, rejected: EncodedAnswer) -> None:
-        """Append a pair of a source's row."""
-        self.rows.append(row)
-        self.starts.append((chosen.start, rejected.start))
-        self.has_eos.append((chosen.has_eos, rejected.has_eos))
+        """Append a pair of a table's row."""
+        self._rows.append(row)
+        self._keys += pair_digest(chosen.ids, chosen.start, rejected.ids, rejected.start)
         for side in (chosen, rejected):
-            self.ids.append(np.asarray(side.ids, dtype=np.int32))
-            self.spans.append(np.asarray(side.spans, dtype=np.int32).reshape(-1, 2))
-            self.ends.append(self.ends[-1] + len(side.ids))
-            self.span_ends.append(self.span_ends[-1] + len(side.spans))
+            self._starts.append(side.start)
+            self._has_eos.append(side.has_eos)
+            self._ids.extend(side.ids)
+            self._spans.extend(chain.from_iterable(side.spans))
+            self._ends.append(len(self._ids))
+            self._span_ends.append(len(self._spans) // 2)
 
-    def freeze(self) -> PackedPairs:
-        """The same pairs in NumPy arrays; no pair can be added to those."""
-        nothing = np.zeros((0,), dtype=np.int32)
+    def chunk(self) -> Chunk:
+        """What was collected."""
+        columns = {
+            name: np.frombuffer(getattr(self, f"_{name}"), _OWN.get(name, kind))
+            for name, (kind, _) in COLUMNS.items()
+        }
+        return {
+            name: values.astype(COLUMNS[name][0], copy=False).tobytes() for name, values in columns.items()
+        }
+
+
+_OWN = {"rows": "=i8", "ends": "=i8", "span_ends": "=i8", "starts": "=i4", "ids": "=i4", "spans": "=i4"}
+
+
+class PairWriter:
+    """Puts chunks one after another, into files or into memory.
+
+    Args:
+        folder: gets a file for each column; None keeps them in memory.
+    """
+
+    def __init__(self, folder: Path | None) -> None:
+        self._folder = folder
+        self._sinks: dict[str, Any] = {
+            name: io.BytesIO() if folder is None else _file_of(folder, name).open("wb") for name in COLUMNS
+        }
+        self._keys = hashlib.sha256()
+        self._offsets = {"ends": 0, "span_ends": 0}
+        self.about: dict[str, Any] = {"pairs": 0, "longest": 0, "highest_id": -1}
+        for name in self._offsets:
+            self._sinks[name].write(np.zeros(1, COLUMNS[name][0]).tobytes())
+
+    def __enter__(self) -> PairWriter:
+        return self
+
+    def __exit__(self, *_error: object) -> None:
+        if self._folder is not None:
+            for sink in self._sinks.values():
+                sink.close()
+
+    def write(self, chunk: Chunk) -> None:
+        """Append a chunk."""
+        about, columns = self.about, {name: np.frombuffer(chunk[name], COLUMNS[name][0]) for name in COLUMNS}
+        if len(columns["rows"]) == 0:
+            return
+        about["pairs"] += len(columns["rows"])
+        about["longest"] = max(about["longest"], int(np.diff(columns["ends"], prepend=0).max()))
+        about["highest_id"] = max(about["highest_id"], int(columns["ids"].max()))
+        self._keys.update(chunk["keys"])
+        about["fingerprint"] = self._keys.hexdigest()
+        for name, offset in self._offsets.items():
+            columns[name] = columns[name] + offset
+            self._offsets[name] = int(columns[name][-1])
+        for name, sink in self._sinks.items():
+            sink.write(columns[name].tobytes())
+
+    def packed(self) -> PackedPairs:
+        """The pairs that were written into memory."""
         return PackedPairs(
-            rows=np.asarray(self.rows, dtype=np.int64),
-            ids=np.concatenate([nothing, *self.ids]),
-            spans=np.concatenate([nothing.reshape(0, 2), *self.spans]),
-            ends=np.asarray(self.ends, dtype=np.int64),
-            span_ends=np.asarray(self.span_ends, dtype=np.int64),
-            starts=np.asarray(self.starts, dtype=np.int64).reshape(-1, 2),
-            has_eos=np.asarray(self.has_eos, dtype=bool).reshape(-1, 2),
+            {
+                name: _shaped(np.frombuffer(sink.getbuffer(), COLUMNS[name][0]), name)
+                for name, sink in self._sinks.items()
+            },
+            self.about,
         )
 
-    def lengths(self, side: int) -> np.ndarray:
-        """Tokens of one side of every pair, the prompt included: int64 ``[pairs]``."""
-        return np.diff(self.ends)[side::2]
+
+def _file_of(folder: Path, name: str) -> Path:
+    return folder / f"{name}.bin"
+
+
+def _shaped(values: np.ndarray, name: str) -> np.ndarray:
+    return values.reshape(-1, *COLUMNS[name][1])
+
+
+class PackedPairs:
+    """Token ids and spans of all pairs in flat arrays; side 0 is chosen, side 1 rejected.
+
+    Args:
+        columns: an array for each of :data:`COLUMNS`.
+        about: plain data: ``pairs``, ``longest`` sequence in tokens, ``highest_id`` of the tokens, and ``fingerprint``, the
+            sha256 over the keys of all pairs.
+    """
+
+    def __init__(self, columns: Mapping[str, np.ndarray], about: Mapping[str, Any]) -> None:
+        self.rows, self.starts, self.has_eos = columns["rows"], columns["starts"], columns["has_eos"]
+        self._keys, self._ids, self._spans = columns["keys"], columns["ids"], columns["spans"]
+        self._ends, self._span_ends = columns["ends"], columns["span_ends"]
+        self.longest, self.highest_id = int(about["longest"]), int(about["highest_id"])
+        self.fingerprint = str(about["fingerprint"])
+
+    @classmethod
+    def open(cls, folder: Path, about: Mapping[str, Any]) -> PackedPairs:
+        """The pairs that a :class:`PairWriter` wrote into a folder, mapped into memory; ``about`` is what it says of them."""
+        # Plain arrays over the maps: slices of a memmap object cost more than what they hold.
+        maps = {
+            name: np.memmap(_file_of(folder, name), kind, mode="r") for name, (kind, _) in COLUMNS.items()
+        }
+        return cls({name: _shaped(np.asarray(values), name) for name, values in maps.items()}, about)
+
+    def __len__(self) -> int:
+        return len(self.rows)
+
+    def key(self, index: int) -> str:
+        """sha256 (hex) of a pair's token ids and starts."""
+        return self._keys[index].tobytes().hex()
+
+    def lengths(self, pairs: Any = slice(None)) -> np.ndarray:
+        """Tokens of the chosen and the rejected sequence of pairs, prompts included: int64 ``[pairs, 2]``."""
+        ends = self._ends
+        return np.stack(
+            [(ends[side + 1 :: 2][: len(self)] - ends[side::2][: len(self)])[pairs] for side in (0, 1)],
+            axis=1,
+        )
 
     def side(self, index: int, side: int) -> tuple[list[int], list[Span]]:
         """Token ids of one side of a pair, and the spans of its answer."""
         place = 2 * index + side
-        ids = self.ids[self.ends[place] : self.ends[place + 1]].tolist()
-        spans = self.spans[self.span_ends[place] : self.span_ends[place + 1]].tolist()
+        ids = self._ids[self._ends[place] : self._ends[place + 1]].tolist()
+        spans = self._spans[self._span_ends[place] : self._span_ends[place + 1]].tolist()
         return ids, [(start, end) for start, end in spans]

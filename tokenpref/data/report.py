@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 
 from tokenpref.data.pairs import LeftOut, RowFault
@@ -92,6 +93,21 @@ class RowFaults:
     def leave_out(self, pair: LeftOut) -> None:
         """Count a pair that is left out though nothing is wrong with it."""
         self.dropped[pair.reason] = self.dropped.get(pair.reason, 0) + 1
+
+    def found(self) -> list[tuple[int, str, str, str]]:
+        """The errors as plain data: row, kind, column and message; for :meth:`merge`."""
+        return [
+            (row, fault.kind, fault.column, fault.message)
+            for alike in self._found.values()
+            for row, fault in alike
+        ]
+
+    def merge(self, dropped: Mapping[str, int], found: Sequence[tuple[int, str, str, str]]) -> None:
+        """Take in what another part of the rows gave; parts come in their order."""
+        for kind, count in dropped.items():
+            self.dropped[kind] = self.dropped.get(kind, 0) + count
+        for row, kind, column, message in sorted(found, key=lambda fault: fault[0]):
+            self.add(row, RowFault(kind, column, message), droppable=False)
 
     def summary(self) -> str:
         """How many rows were left out for which reason."""

@@ -6,7 +6,7 @@ import dataclasses
 import inspect
 from collections.abc import Generator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
 
 from tokenpref.data.answer_place import Frame, call_end, place_answer, reasoning_end
@@ -15,13 +15,16 @@ from tokenpref.data.tokenizers import Span, Tokenizer
 from tokenpref.errors import TokenprefError
 
 __all__ = [
+    "Encoded",
     "EncodedAnswer",
     "EncodingSteps",
+    "Request",
     "chat_answer_steps",
     "cut_to_length",
     "encode_chat_answer",
     "encode_prompt",
     "encode_text_answer",
+    "encode_together",
     "run_steps",
     "text_answer_steps",
 ]
@@ -52,24 +55,55 @@ class EncodedAnswer:
     text: str
 
 
-Encoded = tuple[list[int], list[Span]]
-"""What :meth:`Tokenizer.encode_with_offsets` returns."""
+Request = tuple[str, bool | None]
+"""What :meth:`Tokenizer.encode_with_offsets` is asked for: a text and ``add_bos``."""
 
-EncodingSteps = Generator[tuple[str, bool | None], Encoded, EncodedAnswer]
-"""An answer being tokenised: yields a text and ``add_bos``, is sent the ids and spans of the text, returns the answer.
+Encoded = tuple[list[int], list[Span]]
+"""What it returns: ids and spans."""
+
+EncodingSteps = Generator[Request, Encoded, EncodedAnswer]
+"""An answer being tokenised: yields a request, is sent the ids and spans of the text, returns the answer.
 
 So the texts of many answers can be handed to the tokenizer at once, and one answer is tokenised by the same code.
 """
 
+T = TypeVar("T")
 
-def run_steps(tokenizer: Tokenizer, steps: EncodingSteps) -> EncodedAnswer:
-    """Tokenise one answer alone."""
+
+def run_steps(tokenizer: Tokenizer, steps: Generator[Request, Encoded, T]) -> T:
+    """Tokenise one answer, or one pair, alone."""
     try:
         request = next(steps)
         while True:
-            request = steps.send(tokenizer.encode_with_offsets(*request))
+            (encoded,) = _one_by_one(tokenizer, [request])
+            request = steps.throw(encoded) if isinstance(encoded, ValueError) else steps.send(encoded)
     except StopIteration as finished:
         return finished.value
+
+
+def encode_together(tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Encoded | ValueError]:
+    """Ids and spans of many texts, or why a text has none.
+
+    A tokenizer with a method ``encode_batch_with_offsets(texts, add_bos)`` is given all texts at once.
+    """
+    together = getattr(tokenizer, "encode_batch_with_offsets", None)
+    kinds = {add_bos for _, add_bos in requests}
+    if together is None or len(kinds) > 1:
+        return _one_by_one(tokenizer, requests)
+    try:
+        return list(together([text for text, _ in requests], kinds.pop()))
+    except ValueError:  # one of the texts is at fault; it is found and named below
+        return _one_by_one(tokenizer, requests)
+
+
+def _one_by_one(tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Encoded | ValueError]:
+    found: list[Encoded | ValueError] = []
+    for text, add_bos in requests:
+        try:
+            found.append(tokenizer.encode_with_offsets(text, add_bos))
+        except ValueError as error:
+            found.append(error)
+    return found
 
 
 def encode_text_answer(

@@ -172,14 +172,29 @@ class JsonTokenizer:
         Raises:
             ConfigError: if ``add_bos`` is True and the tokenizer has no BOS token.
         """
-        encoding = self._tokenizer.encode(text, add_special_tokens=False)
+        return self._with_offsets(
+            self._tokenizer.encode(text, add_special_tokens=False), self._bos_prefix(add_bos)
+        )
+
+    def encode_batch_with_offsets(
+        self, texts: Sequence[str], add_bos: bool | None = None
+    ) -> list[tuple[list[int], list[Span]]]:
+        """:meth:`encode_with_offsets` of many texts, in less time.
+
+        Raises:
+            ConfigError: if ``add_bos`` is True and the tokenizer has no BOS token.
+        """
+        prefix = self._bos_prefix(add_bos)
+        encodings = self._tokenizer.encode_batch(list(texts), add_special_tokens=False)
+        return [self._with_offsets(encoding, prefix) for encoding in encodings]
+
+    def _with_offsets(self, encoding: tokenizers.Encoding, prefix: list[int]) -> tuple[list[int], list[Span]]:
         ids, spans = encoding.ids, encoding.offsets
         if not self.special_ids.isdisjoint(ids):
             spans = [
                 (span[0], span[0]) if i in self.special_ids else span
                 for i, span in zip(ids, spans, strict=True)
             ]
-        prefix = self._bos_prefix(add_bos)
         return prefix + ids, [(0, 0)] * len(prefix) + spans
 
     def _bos_prefix(self, add_bos: bool | None) -> list[int]:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Iterator
+from collections.abc import Sequence
 from functools import lru_cache
 from typing import Any
 
@@ -332,23 +332,19 @@ def check_data_fits(dataset: PreferenceDataset, component: Component, model: Tra
     Raises:
         ConfigError: if a sequence is longer than the model's context, or an id lies outside its vocabulary.
     """
-    longest = max(max(len(e.chosen_ids), len(e.rejected_ids)) for e in _examples(dataset))
+    longest = dataset.longest
     if longest > model.max_seq_len:
         raise ConfigError(
             f"{component.key}: the longest sequence has {longest} tokens and the model's context is "
             f"{model.max_seq_len}; set {component.key}.max_seq_len={model.max_seq_len} or raise the model's"
         )
-    highest = max(max(*e.chosen_ids, *e.rejected_ids) for e in _examples(dataset))
+    highest = dataset.highest_id
     vocabulary = model.tok_embeddings.num_embeddings
     if highest >= vocabulary:
         raise ConfigError(
             f"tokenizer: it makes token id {highest} ({dataset.tokenizer.decode_special(highest)!r}) of {component.key} and the "
             f"model embeds {vocabulary} tokens; set the tokenizer that belongs to the model"
         )
-
-
-def _examples(dataset: PreferenceDataset) -> Iterator[Any]:
-    return (dataset[i] for i in range(len(dataset)))
 
 
 def planned_steps(config: TrainConfig, rows: int, world_size: int) -> int:
@@ -383,8 +379,9 @@ def check_tokens_per_batch(
         )
 
 
-def _pair_tokens(dataset: PreferenceDataset, padded: bool) -> np.ndarray:
-    lengths = dataset.lengths()
+def _pair_tokens(dataset: PreferenceDataset, padded: bool, pairs: Sequence[int] | None = None) -> np.ndarray:
+    """Tokens of some pairs, or of all; of a large data set one step needs only its own."""
+    lengths = dataset.lengths(pairs)
     return 2 * lengths.max(1) if padded else lengths.sum(1)
 
 
@@ -415,7 +412,7 @@ def pair_batches(
         pairs = step_pairs(order, step=step, **shape)
         rows = micro_batches_by_tokens(
             pairs,
-            _pair_tokens(dataset, padded)[pairs].tolist(),
+            _pair_tokens(dataset, padded, pairs).tolist(),
             budget=tokens,
             rank=world.rank,
             world_size=world.size,

@@ -92,12 +92,12 @@ class PreferenceTrainer(RunSetup):
         try:
             return self._step()
         except TrainingDiverged as error:
-            places = {self.dataset[i].row: self.dataset.locate(i) for i in range(len(self.dataset))}
+            positions = {int(row): i for i, row in enumerate(self.dataset.rows())}
             file = self.folder.note_divergence(
                 {
                     "step": error.step,
                     "cause": error.cause,
-                    "rows": {str(row): places[row] for row in error.rows},
+                    "rows": {str(row): self.dataset.locate(positions[row]) for row in error.rows},
                     "not_finite": error.bad_rows,
                 }
             )
