@@ -90,6 +90,38 @@ def test_no_second_eos(tokenizer, vocab, write_jsonl, append_eos):
     assert data[0].rejected_offsets[-1] == (7, 7)
 
 
+@pytest.mark.parametrize("append_eos", [True, False])
+@pytest.mark.parametrize(("end", "token"), [("</s>\n", 1), ("<|im_end|>", 4), ("<|im_end|> \n\n", 4)])
+def test_the_end_of_a_turn_in_rendered_text_is_the_end(
+    make_tokenizer_folder, vocab, write_jsonl, append_eos, end, token
+):
+    from tokenpref.data import tokenizer_json
+
+    folder = make_tokenizer_folder()
+    (folder / "generation_config.json").write_text(json.dumps({"eos_token_id": [1, 4]}))
+    rows = [{**ROW, "rejected": f" no{end}"}]
+    data = preference_dataset(tokenizer_json(folder), write_jsonl(rows), append_eos=append_eos)
+    assert data[0].rejected_ids == [*ids_of(vocab, "hello Ġ no"), token] and data[0].rejected_has_eos
+
+
+@pytest.mark.parametrize("add_bos", ["auto", True, False])
+@pytest.mark.parametrize("bos", [True, False])
+def test_rendered_text_begins_with_one_bos(make_tokenizer_folder, vocab, write_jsonl, add_bos, bos):
+    from tokenpref.data import tokenizer_json
+
+    tokenizer = tokenizer_json(make_tokenizer_folder(bos=bos))
+    rows = [{**ROW, "prompt": "<s>hello"}]
+    data = preference_dataset(tokenizer, write_jsonl(rows), add_bos=add_bos, max_prompt_len=2)
+    assert data[0].rejected_ids == [0, *ids_of(vocab, "hello Ġ no")] and data[0].rejected_start == 2
+    assert data.prompt_ids(0) == [0, *ids_of(vocab, "hello")]
+    assert data.text(0).prompt == "<s>hello" and data[0].rejected_offsets == [(0, 1), (1, 3)]
+    # Cutting a prompt keeps the BOS that the text brought.
+    long = preference_dataset(
+        tokenizer, write_jsonl([{**ROW, "prompt": "<s>yes hello"}]), add_bos=add_bos, max_prompt_len=2
+    )
+    assert long[0].rejected_ids == data[0].rejected_ids
+
+
 def test_hh_rows_end_with_eos(tokenizer, write_jsonl):
     start = "\n\nHuman: hello\n\nAssistant:"
     data = preference_dataset(tokenizer, write_jsonl([{"chosen": start + " yes", "rejected": start + " no"}]))

@@ -155,6 +155,18 @@ def test_fingerprints_differ(tiktoken_file, sentencepiece_file, qwen2):
     assert len(prints) == 4
 
 
+def test_text_that_begins_with_bos_gets_one(llama3, sentencepiece_file):
+    for add_bos in (None, True, False):
+        ids, spans = llama3.encode_with_offsets("<|begin_of_text|>hello", add_bos)
+        assert (ids, spans) == ([128000, 259], [(0, 0), (17, 22)])
+    llama2 = adapt_tokenizer(Llama2Tokenizer(sentencepiece_file))
+    plain, rendered = (llama2.encode_with_offsets(text) for text in ("hello the", "<s>hello the"))
+    assert rendered[0] == plain[0] and rendered[0].count(llama2.bos_id) == 1
+    assert rendered[1][1:] == [(start + 3, end + 3) for start, end in plain[1][1:]]
+    side = encode_text_answer(llama3, "<|begin_of_text|>the", " hello<|end_of_text|>\n", append_eos=True)
+    assert side.ids.count(128000) == 1 and side.ids[-2:] == [259, 128001]
+
+
 @pytest.mark.parametrize(
     ("message", "key"), [(CALL, "tool_calls"), ({**ANSWER, "reasoning_content": "so"}, "reasoning_content")]
 )

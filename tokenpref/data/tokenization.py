@@ -118,7 +118,8 @@ def encode_text_answer(
     """Tokenise ``prompt + answer`` once, as one text.
 
     A token that covers characters of both belongs to the answer: it cannot be predicted without saying something about
-    the answer. The text of the EOS token at the end of an answer is that token, in every kind of vocabulary.
+    the answer. The text of the EOS token at the end of an answer is that token, in every kind of vocabulary; white space
+    after it, or after another token that ends a turn, is dropped.
 
     Args:
         tokenizer: the tokenizer.
@@ -146,8 +147,13 @@ def text_answer_steps(
     """:func:`encode_text_answer`, with the tokenizer's work left to the caller."""
     body = answer
     eos_text = tokenizer.decode_special(tokenizer.eos_id)
-    if eos_text and answer.endswith(eos_text):
-        body, append_eos = answer[: -len(eos_text)], True
+    stripped = answer.rstrip()
+    if eos_text and stripped.endswith(
+        eos_text
+    ):  # white space after it is a template's, and nothing that a model writes
+        body, append_eos = stripped[: -len(eos_text)], True
+    elif any(stripped.endswith(end) for end in map(tokenizer.decode_special, tokenizer.stop_ids) if end):
+        body = stripped
     ids, spans = yield prompt + body, add_bos
     num_special = _leading_special(tokenizer, ids, spans)
     start = _answer_start(spans, len(prompt), num_special)

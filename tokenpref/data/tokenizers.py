@@ -56,7 +56,9 @@ class Tokenizer(Protocol):
         """Ids of a text and the characters that each token covers.
 
         Tokens that are parts of one character (byte-level vocabularies) all get that character's span; special tokens
-        get an empty span. ``add_bos`` None does what the model's own tokenizer does for plain text. No EOS is added.
+        get an empty span. ``add_bos`` None does what the model's own tokenizer does for plain text. A text that begins
+        with the text of BOS, because a chat template wrote it, begins with one BOS whatever ``add_bos`` says. No EOS is
+        added.
         """
         ...
 
@@ -195,6 +197,9 @@ class JsonTokenizer:
                 (span[0], span[0]) if i in self.special_ids else span
                 for i, span in zip(ids, spans, strict=True)
             ]
+        if prefix and ids[:1] == prefix[:1]:  # the text brings its BOS along
+            own = len(prefix) if ids[: len(prefix)] == prefix else 1
+            ids, spans = ids[own:], spans[own:]
         return prefix + ids, [(0, 0)] * len(prefix) + spans
 
     def _bos_prefix(self, add_bos: bool | None) -> list[int]:

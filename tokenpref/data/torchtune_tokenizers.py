@@ -253,14 +253,22 @@ class TorchtuneTokenizer:
         Raises:
             ConfigError: if ``add_bos`` is True and the tokenizer has no BOS token.
         """
-        ids, spans = self._codec.encode(text)
+        written = self._written_bos(text)
+        ids, spans = self._codec.encode(text[written:])
+        if written:
+            spans = [(start + written, end + written) for start, end in spans]
         if not self.special_ids.isdisjoint(ids):
             spans = [(s[0], s[0]) if i in self.special_ids else s for i, s in zip(ids, spans, strict=True)]
         if add_bos and self.bos_id is None:
             raise ConfigError("add_bos: true, but the tokenizer has no BOS token; set it to auto or false")
-        if self.bos_id is not None and add_bos is not False:
+        if self.bos_id is not None and (written or add_bos is not False):
             return [self.bos_id, *ids], [(0, 0), *spans]
         return ids, spans
+
+    def _written_bos(self, text: str) -> int:
+        """Characters of the BOS that a text begins with; torchtune's tokenizers would read it as ordinary text."""
+        bos = self.decode_special(self.bos_id) if self.bos_id is not None else ""
+        return len(bos) if bos and text.startswith(bos) else 0
 
     def decode(self, ids: list[int]) -> str:
         """See :class:`~tokenpref.data.tokenizers.Tokenizer`; bytes that are no character come out as U+FFFD."""
