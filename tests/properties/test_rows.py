@@ -91,7 +91,8 @@ declared = st.sampled_from(["auto"] * 8 + ["explicit", "implicit", "conversation
 
 # What is wrong with a file as a whole names no row.
 OF_THE_FILE = re.compile(
-    r"has no column '|its rows have no columns|has no rows|format: \w+ was set, but |every row was left out|is empty"
+    r"has no column '|needs either score|"
+    r"its rows have no columns|has no rows|format: \w+ was set, but |every row was left out|is empty"
 )
 NO_NAME = re.compile("[\0\ud800-\udfff]")
 PLACE = re.compile(r"pairs\.jsonl, row (\d+) \(line (\d+)\)")
@@ -188,6 +189,68 @@ def test_every_value_of_a_file_is_kept(path, rows, as_list):
     for place, row in enumerate(rows):
         assert same(table[place], row) and list(table[place]) == columns
     assert all(same(found, row) for found, row in zip(table, rows, strict=True))
+
+
+# Two answers with a label, and lists of answers with scores.
+labels = st.sampled_from([1, 2, 0, 1.0, "1", "2"])
+LABELLED = {"format": "labelled", "labels": {"column": "label", "first": 1, "second": 2, "tie": 0}}
+RANKED = {"format": "ranked", "column_map": {"answers": "answers[].text", "score": "answers[].score"}}
+labelled_rows = st.fixed_dictionaries({"prompt": said, "first": said, "second": said, "label": labels})
+scored = st.fixed_dictionaries({"text": said, "score": st.integers(-2, 2) | st.floats(-2, 2)})
+ranked_rows = st.fixed_dictionaries({"prompt": said, "answers": st.lists(scored, min_size=2, max_size=4)})
+
+
+def spoilt(good: st.SearchStrategy[dict[str, Any]], names: list[str]) -> st.SearchStrategy[dict[str, Any]]:
+    one_field = st.builds(
+        lambda row, name, value: {**row, name: value},
+        good,
+        st.sampled_from(names),
+        any_fields | st.lists(values),
+    )
+    return st.one_of(good, good, good, one_field, any_rows)
+
+
+@settings(max_examples=100)
+@given(st.lists(spoilt(labelled_rows, ["prompt", "first", "second", "label"]), min_size=1, max_size=5))
+def test_labelled_rows_are_read_left_out_or_named(path, byte_tokenizer, rows):
+    write(path, [json.dumps(row) for row in rows])
+    found = read(path, byte_tokenizer, on_fault="drop", **LABELLED)
+    if isinstance(found, str):
+        return
+    kept = [example.row for example in found]
+    assert kept == sorted(set(kept)) and sum(found.report.dropped.values()) == len(rows) - len(kept)
+    for index, number in enumerate(kept):
+        row, text = rows[number], found.text(index)
+        sides = ("first", "second") if float(row["label"]) == 1 else ("second", "first")
+        assert [text.chosen, text.rejected] == [row[side] for side in sides]
+
+
+@settings(max_examples=100)
+@given(
+    st.lists(spoilt(ranked_rows, ["prompt", "answers"]), min_size=1, max_size=4),
+    st.sampled_from(["best_worst", "all", "adjacent"]),
+    st.sampled_from([0, 1.5]),
+)
+def test_ranked_rows_give_the_pairs_of_their_scores(path, byte_tokenizer, rows, pairs, min_gap):
+    write(path, [json.dumps(row) for row in rows])
+    found = read(path, byte_tokenizer, on_fault="drop", pairs=pairs, min_gap=min_gap, **RANKED)
+    if isinstance(found, str):
+        return
+    assert len({example.row for example in found}) == len(found)
+    for index, example in enumerate(found):
+        row, text, margin = rows[example.row % len(rows)], found.text(index), found.margin(index)
+        assert same(found.raw(index), row)
+        values = [float(answer["score"]) for answer in row["answers"]]
+        texts = [answer["text"] for answer in row["answers"]]
+        gaps = {
+            a - b
+            for a, chosen in zip(values, texts, strict=True)
+            for b, worse in zip(values, texts, strict=True)
+            if (chosen, worse) == (text.chosen, text.rejected)
+        }
+        assert margin in gaps and margin > 0 and margin >= min_gap
+        if pairs == "best_worst":
+            assert margin == max(values) - min(values)
 
 
 GOOD = '{"prompt": "q", "chosen": " a", "rejected": " b"}'

@@ -12,6 +12,7 @@ __all__ = ["shared_prefix"]
 _WORDS = regex.compile(r"(?w)\b")
 _CHARACTERS = regex.compile(r"\X")
 _SPACES = " \t\n"
+_WINDOW = 500  # characters that are looked at on either side; a run of flags takes its square in time
 # What stands between the digits of a number, a date, a time or a version; Unicode knows only the point and the comma.
 _BETWEEN_DIGITS = frozenset(".,:/'\u2019-_\u00a0\u2009\u202f\u066b\u066c")
 _BEFORE_DIGITS = frozenset("+-\u2212\u00b1$\u00a3\u20ac\u00a5#.")
@@ -28,12 +29,11 @@ def shared_prefix(chosen: str, rejected: str) -> int:
     """
     end = _common_length(chosen, rejected)
     # Words and characters do not reach over a space, so a text is looked at from the last one on.
-    start = max(chosen.rfind(space, 0, end) for space in _SPACES)
-    start = max(start, 0)
+    start = max(0, *(chosen.rfind(space, 0, end) for space in _SPACES))
     places = _boundaries(chosen, start, end) & _boundaries(rejected, start, end)
     while start < end and (end not in places or _inside(chosen, end) or _inside(rejected, end)):
         end -= 1
-    while 0 < end and _is_blank(chosen[end - 1]):
+    while 0 < end and (_is_blank(chosen[end - 1]) or _marks_blank(chosen[max(end - 2, 0) : end])):
         end -= 1
     return end
 
@@ -51,10 +51,12 @@ def _common_length(first: str, second: str) -> int:
 
 def _boundaries(text: str, start: int, end: int) -> set[int]:
     """Places from ``start`` to ``end`` where a word and a character end."""
-    stops = [at for at in (text.find(space, end) for space in _SPACES) if at >= 0]
-    part = text[start : min(stops, default=len(text)) + 1]
-    words = {start + found.start() for found in _WORDS.finditer(part)}
-    characters = {start + found.end() for found in _CHARACTERS.finditer(part)}
+    first = max(start, end - _WINDOW)
+    stops = [at for at in (text.find(space, end, end + _WINDOW) for space in _SPACES) if at >= 0]
+    part = text[first : min(stops, default=end + _WINDOW) + 1]
+    words = {first + found.start() for found in _WORDS.finditer(part)}
+    characters = {first + found.end() for found in _CHARACTERS.finditer(part)}
+    # Where the window begins inside a text without spaces nothing is known of what stands before.
     return words & characters | {start}
 
 
@@ -93,6 +95,11 @@ def _is_word(char: str) -> bool:
 
 def _is_blank(char: str) -> bool:
     return char == "\t" or unicodedata.category(char) == "Zs"
+
+
+def _marks_blank(text: str) -> bool:
+    """Whether a text ends with a mark of direction after a space: it belongs to what follows."""
+    return len(text) > 1 and unicodedata.category(text[-1]) == "Cf" and _is_blank(text[-2])
 
 
 def _without_spaces(char: str) -> bool:

@@ -340,7 +340,7 @@ def preference_dataset(
         name: configuration of a hub data set.
         split: split, or slice of one such as ``train[:90%]``, rounded as ``datasets`` does; see :func:`load_rows`.
         format: ``auto``, ``explicit`` (prompt, chosen, rejected as text), ``implicit`` (chosen and rejected as text with a
-            shared beginning), ``conversational`` (lists of messages, or text of which messages are made), ``hh``
+            shared beginning), ``conversational`` (lists of messages), ``hh``
             (Anthropic's Human/Assistant text), ``labelled`` (two answers and a label) or ``ranked`` (a list of answers with
             scores or ranks).
         column_map: field to column, such as ``{prompt: question, chosen: win, rejected: lose}``, or to a path such as

@@ -148,15 +148,12 @@ def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], declared: 
     """
     check_format(declared)
     found, why = _looks_like(row, columns)
-    # HH-RLHF text is text with a shared beginning too, so reading it as such is a choice that may be made, and so is making
-    # messages of a text prompt and text answers.
-    if declared in ("auto", found) or (declared, found) in (
-        ("implicit", "hh"),
-        ("conversational", "explicit"),
-    ):
+    # HH-RLHF text is text with a shared beginning too, so reading it as such is a choice that may be made.
+    if declared in ("auto", found) or (declared, found) == ("implicit", "hh"):
         return found if declared == "auto" else declared
     raise DataError(
         f"format: {declared} was set, but {source} looks like {found} ({why}); set format: {found} or auto"
+        + (", and as_messages: true to make messages of text" if declared == "conversational" else "")
     )
 
 

@@ -103,7 +103,7 @@ def labels_from(given: Mapping[str, Any], only_ties: bool = False) -> Labels:
         if not values[side]:
             raise ConfigError(f"labels: {side} is missing; set it to the label of such rows")
     flat = [value for side in values.values() for value in side]
-    twice = [a for place, a in enumerate(flat) for b in flat[:place] if _matches(a, b)]
+    twice = [a for place, a in enumerate(flat) for b in flat[:place] if _matches(a, b) or _matches(b, a)]
     if twice:
         raise ConfigError(f"labels: {twice[0]!r} stands for two of first, second and tie")
     return Labels(column, values["first"], values["second"], values["tie"])

@@ -92,8 +92,8 @@ class RowReader:
 
     def _values(self, row: Mapping[str, Any]) -> dict[str, Any]:
         """What stands at the paths of the fields."""
-        paths = {*self.fields.values(), *([self.judge.column] if isinstance(self.judge, Labels) else [])}
-        return {path: value_at(row, path) for path in paths}
+        paths = [*self.fields.values(), *([self.judge.column] if isinstance(self.judge, Labels) else [])]
+        return {path: value_at(row, path) for path in dict.fromkeys(paths)}
 
     def _choices(self, values: Mapping[str, Any], row: Mapping[str, Any]) -> Sequence[Choice | LeftOut]:
         if isinstance(self.judge, Ranking):
@@ -201,7 +201,7 @@ def _declared_format(declared: str, known: Preset | None, preset: str | None) ->
     own = "auto" if known.format == "conversational" else known.format
     if declared not in ("auto", known.format):
         raise ConfigError(
-            f"preset: {preset} has format: {known.format}, but format: {declared} was set; leave it out"
+            f"preset: {preset} has format: {known.format}, but format: {declared} was set; set format: auto"
         )
     return own
 
@@ -305,7 +305,7 @@ def _usable(field: str, value: Any) -> bool:
     """Whether the value of a column that happens to be called ``system``, ``history`` or ``tools`` is one."""
     if value is None:
         return True
-    return isinstance(value, str) if field == "system" else value == "" or is_history(value)
+    return isinstance(value, str) if field == "system" else value in ("", "null") or is_history(value)
 
 
 def _refuse_lost_prompt(
