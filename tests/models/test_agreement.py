@@ -1,6 +1,7 @@
 """Decoders against config.json files as the models' makers publish them."""
 
 import copy
+import json
 
 import pytest
 import torch
@@ -18,6 +19,7 @@ from torchtune.models import (
     qwen2,
     qwen2_5,
 )
+from torchtune.training import FullModelHFCheckpointer
 
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models import smollm2, smollm2_135m, tiny_llama
@@ -241,6 +243,13 @@ def test_rotary_scaling_is_compared_in_both_spellings(changed, key, spelling):
     assert keys({**config, spelling: {**scaling, **changed}}, make) == [f"{spelling}.{key}"]
 
 
+def test_scaling_that_begins_beyond_the_trained_positions_matters_to_longer_sequences():
+    make, config = FAMILIES["llama2"]
+    config = {**config, "max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
+    assert keys(config, make, longest=4096) == []
+    assert keys(config, make, longest=4097) == keys(config, make, longest=None) == ["rope_scaling.rope_type"]
+
+
 def test_both_spellings_have_to_agree_with_the_builder():
     make, config = FAMILIES["mistral"]
     both = {**config, "rope_parameters": {"rope_type": "default", "rope_theta": 1e6}}
@@ -366,3 +375,56 @@ def test_odd_values_are_differences_and_not_tracebacks(name):
         "rms_norm_eps",
         "sliding_window",
     ]
+
+
+TINY = {
+    "vocab_size": 64,
+    "hidden_size": 32,
+    "intermediate_size": 48,
+    "num_hidden_layers": 2,
+    "num_attention_heads": 4,
+    "num_key_value_heads": 2,
+    "max_position_embeddings": 64,
+}
+BUILT = {
+    "vocab_size": 64,
+    "embed_dim": 32,
+    "intermediate_dim": 48,
+    "num_layers": 2,
+    "num_heads": 4,
+    "num_kv_heads": 2,
+    "max_seq_len": 64,
+}
+LLAMA3_SCALING = {**SCALING, "factor": 8.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+PARITY = {
+    "Llama": (llama2.llama2, {"norm_eps": 1e-6}, {}, "LLAMA2"),
+    "Llama 3.1": (llama3_1.llama3_1, {"norm_eps": 1e-6}, {"rope_parameters": LLAMA3_SCALING}, "LLAMA3"),
+    "Mistral": (mistral.mistral, {"norm_eps": 1e-6}, {"sliding_window": None}, "MISTRAL"),
+    "Qwen2": (qwen2.qwen2, {"norm_eps": 1e-6, "rope_base": 10000}, {}, "QWEN2"),
+    "Phi3": (phi3.phi3, {}, {"pad_token_id": 0, "sliding_window": None}, "PHI3_MINI"),
+    "Gemma": (gemma.gemma, {"head_dim": 16}, {"head_dim": 16}, "GEMMA"),
+}
+
+
+@pytest.mark.parametrize("name", PARITY)
+def test_what_agrees_computes_what_transformers_computes(name, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    make, arguments, settings, model_type = PARITY[name]
+    family = name.split()[0]
+    config = getattr(transformers, f"{family}Config")(**TINY, **settings)
+    theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    theirs.save_pretrained(tmp_path / "model")
+    file = tmp_path / "model" / "config.json"
+    written = json.loads(file.read_text())
+    # torchtune's reader of Qwen wants a key that transformers leaves out.
+    file.write_text(json.dumps({"tie_word_embeddings": False, **written} if family == "Qwen2" else written))
+    decoder = make(**BUILT, **arguments)
+    found = compare_with_config(written, decoder, longest=64)
+    assert found.differences == [] and found.notes == []
+    reader = FullModelHFCheckpointer(
+        str(tmp_path / "model"), ["model.safetensors"], model_type, str(tmp_path / "out")
+    )
+    decoder.load_state_dict(reader.load_checkpoint()["model"])
+    tokens = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
+    with torch.no_grad():
+        torch.testing.assert_close(decoder(tokens), theirs(tokens).logits, atol=2e-5, rtol=2e-4)

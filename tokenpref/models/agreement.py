@@ -61,12 +61,14 @@ class Difference:
         file: what the file says, or what transformers takes where the file says nothing.
         built: what the decoder has.
         argument: the argument of torchtune's builders that sets it, if there is one.
+        given: whether the file has the key.
     """
 
     key: str
     file: Any
     built: Any
     argument: str | None = None
+    given: bool = True
 
 
 @dataclass
@@ -107,8 +109,8 @@ def compare_with_config(
         if built is _UNKNOWN:
             found.notes.append(f"{key} was not compared: it cannot be read off the decoder")
         elif not _same(expected, built):
-            found.differences.append(Difference(key, expected, built, argument))
-    _compare_rope(config, decoder, found)
+            found.differences.append(Difference(key, expected, built, argument, key.split(" ")[0] in config))
+    _compare_rope(config, decoder, longest, found)
     _compare_windows(config, decoder, longest, found)
     return found
 
@@ -183,7 +185,7 @@ def _numbers(
         (
             "query_pre_attn_scalar",
             "query_pre_attn_scalar",
-            _query_scalar(config, family, head_dim),
+            _query_scalar(config, family),
             _each(decoder, lambda layer: _query_scalar_of(layer.attn)),
         ),
         ("model_type", None, "gemma" if family in _GEMMA else "not gemma", _norm_family(decoder)),
@@ -290,12 +292,14 @@ def _final_cap(decoder: TransformerDecoder) -> Any:
     return None
 
 
-def _query_scalar(config: Mapping[str, Any], family: str, head_dim: Any) -> Any:
+def _query_scalar(config: Mapping[str, Any], family: str) -> Any:
     """Queries are divided by the root of this."""
     multiplier = config.get("attention_multiplier")  # Granite
     if isinstance(multiplier, float) and multiplier > 0:
         return round(multiplier**-2, 6)
-    return config.get("query_pre_attn_scalar", 256 if family == "gemma2" else head_dim)
+    if family == "gemma2":
+        return _first(config.get("query_pre_attn_scalar"), 256)
+    return config.get("query_pre_attn_scalar", _UNKNOWN)
 
 
 def _query_scalar_of(attention: Any) -> Any:
@@ -331,7 +335,9 @@ def _ropes(decoder: TransformerDecoder) -> list[Any]:
     return [] if ropes is _UNKNOWN else [rope for rope in ropes if rope is not None]
 
 
-def _compare_rope(config: Mapping[str, Any], decoder: TransformerDecoder, found: Agreement) -> None:
+def _compare_rope(
+    config: Mapping[str, Any], decoder: TransformerDecoder, longest: int | None, found: Agreement
+) -> None:
     """Base, scaling and share of rotary embeddings, in the spelling of transformers 4 and of 5, or both."""
     ropes = _ropes(decoder)
     given = {key: config[key] for key in ("rope_parameters", "rope_scaling") if config.get(key)}
@@ -355,10 +361,12 @@ def _compare_rope(config: Mapping[str, Any], decoder: TransformerDecoder, found:
         found.notes.append("rope_theta was not compared: it cannot be read off the decoder")
     else:
         found.differences += [
-            Difference(key, base, built, "rope_base") for key, base in bases.items() if not _same(base, built)
+            Difference(key, base, built, "rope_base", "." in key or key in config)
+            for key, base in bases.items()
+            if not _same(base, built)
         ]
     for key, node in given.items() or (("rope_scaling", {}),):
-        _compare_scaling(key, node, config, ropes, found)
+        _compare_scaling(key, node, config, ropes, longest, found)
     share = {key: node.get("partial_rotary_factor") for key, node in given.items()}
     factor = config.get("partial_rotary_factor") or next((v for v in share.values() if v), 1.0)
     rotated = _each(decoder, lambda layer: layer.attn.pos_embeddings.dim / layer.attn.head_dim)
@@ -374,7 +382,12 @@ def _all_of(modules: Sequence[Any], of: Callable[[Any], Any]) -> Any:
 
 
 def _compare_scaling(
-    key: str, node: Mapping[str, Any], config: Mapping[str, Any], ropes: Sequence[Any], found: Agreement
+    key: str,
+    node: Mapping[str, Any],
+    config: Mapping[str, Any],
+    ropes: Sequence[Any],
+    longest: int | None,
+    found: Agreement,
 ) -> None:
     if not ropes or any(type(rope) not in (*_PLAIN_ROPE, Llama3ScaledRoPE) for rope in ropes):
         found.notes.append(f"{key} was not compared: the decoder's rotary embeddings are not torchtune's")
@@ -382,6 +395,9 @@ def _compare_scaling(
     kind = node.get("rope_type") or node.get("type") or "default"
     if kind in ("linear", "llama3") and node.get("factor") == 1:
         kind = "default"
+    trained = node.get("original_max_position_embeddings") or config.get("max_position_embeddings")
+    if kind == "dynamic" and isinstance(trained, int) and longest is not None and longest <= trained:
+        kind = "default"  # it begins to scale beyond the positions that the model was trained on
     scaled = [rope for rope in ropes if isinstance(rope, Llama3ScaledRoPE) and rope.scale_factor != 1]
     if kind != "llama3":
         if scaled:

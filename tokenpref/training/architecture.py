@@ -84,7 +84,10 @@ def _read_config(file: Path, key: str) -> Mapping[str, Any]:
 
 
 def _said(difference: Difference, model: Component) -> str:
-    text = f"{difference.key} is {_shown(difference.file)} there and {_shown(difference.built)} in the model"
+    there = "there" if difference.given else "by default, the file naming none,"
+    text = (
+        f"{difference.key} is {_shown(difference.file)} {there} and {_shown(difference.built)} in the model"
+    )
     argument = difference.argument
     if argument is None:
         return text
