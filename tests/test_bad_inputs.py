@@ -31,6 +31,7 @@ from tokenpref.training import ContrastiveReference, PreferenceTrainer, TripletT
 from tokenpref.training.checkpoints import MANIFEST, PROGRESS, seal
 from tokenpref.training.cli import load_config
 
+TRAINED = "model-00001-of-00001.safetensors"
 TRACE = "it_ran"  # what hostile input would make
 TINY = data_root() / "data" / "tiny"
 FEW = ("dataset.max_rows=16", "batch_size=4", "log_stats=[]", "run_val_every_n_steps=null")
@@ -806,7 +807,32 @@ WEIGHTS = [
         ("tokenizer.chat_template_date=today",)),
 ]  # fmt: skip
 
-TABLE = CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS
+
+def best(harm: Prepare) -> Prepare:
+    """The run's last weights as its best ones too, harmed."""
+    return both(lambda f: shutil.copytree(f / "run/epoch_0", f / "run/best"), harm)
+
+
+def store_in_place(harm: Prepare) -> Prepare:
+    """The store where the estimation would write it, harmed."""
+    return both(lambda f: shutil.copytree(f / "store", f / "never/weights"), harm)
+
+
+GOES_ON = (*SCHEDULER, "output_dir=run", "checkpoint_every_n_steps=2", "resume_from_checkpoint=auto")
+EXPORTS = [
+    Bad("best weights with a flipped bit", "tdpo", f"run/best holds damaged weights: {TRAINED} is not what was written.*remove",
+        GOES_ON, ("run",), best(flip(f"run/best/{TRAINED}", 0.9))),
+    Bad("best weights that are gone", "tdpo", f"run/best holds damaged weights: {TRAINED} is missing", GOES_ON, ("run",),
+        best(remove(f"run/best/{TRAINED}"))),
+    Bad("best weights without a manifest", "tdpo", "run/best holds damaged weights: it has no manifest.json", GOES_ON, ("run",),
+        best(remove(f"run/best/{MANIFEST}"))),
+    Bad("store to go on with whose record is cut", "estimate", "never/weights/job.json: cannot be read .*remove that folder",
+        needs=("pair", "store"), prepare=store_in_place(cut("never/weights/job.json"))),
+    Bad("store to go on with whose record is harmed", "estimate", "another job .*job.json is not what was written",
+        needs=("pair", "store"), prepare=store_in_place(record("never/weights/job.json", lambda r: r.update(dtype="fp3")))),
+]  # fmt: skip
+
+TABLE = CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS + EXPORTS
 
 
 # --- the test -------------------------------------------------------------------------------------------------

@@ -8,7 +8,7 @@ from tokenpref._registry import config_files
 from tokenpref.components import COMPONENT
 from tokenpref.errors import DataError
 from tokenpref.training.checkpoints import seal
-from tokenpref.training.pair import PAIR_FILE, check_weights, read_pair, weights_digest, write_pair
+from tokenpref.training.pair import PAIR_FILE, SIDES, check_weights, read_pair, weights_digest, write_pair
 from tokenpref.training.schema import Component
 
 MODEL = Component("model", "tokenpref.models.tiny_llama", {})
@@ -159,8 +159,15 @@ def test_a_checkpointer_of_the_readers_own(pair):
 
 
 def test_damaged_weights_of_a_side(pair):
-    seal(pair / "positive" / "epoch_0")
-    check_weights(read_pair(pair).positive)
-    (pair / "positive/epoch_0/model.safetensors").write_bytes(b"positivf")
-    with pytest.raises(DataError, match="model.safetensors is not what was written"):
-        check_weights(read_pair(pair).positive)
+    check_weights(read_pair(pair))  # sides without a manifest are taken as they are
+    for side in SIDES:
+        seal(pair / side / "epoch_0")
+    (pair / "negative/epoch_0/README.md").write_text("a note that somebody added")
+    check_weights(read_pair(pair))
+    for side in SIDES:
+        file = pair / side / "epoch_0" / "model.safetensors"
+        whole = file.read_bytes()
+        file.write_bytes(whole[:-1] + b"f")
+        with pytest.raises(DataError, match=f"{side}/epoch_0: model.safetensors is not what was written"):
+            check_weights(read_pair(pair))
+        file.write_bytes(whole)

@@ -1,4 +1,7 @@
 import json
+import logging
+import random
+import shutil
 
 import numpy as np
 import pytest
@@ -47,8 +50,97 @@ def test_an_unfinished_store_is_not_opened_and_continues(writer):
         WeightStore.open(writer.path)
     again = StoreWriter(writer.path, kind="log_ratio", job={"data": "d"}, shards=2)
     assert again.missing() == [1]
-    with pytest.raises(DataError, match=r"shards \[1\] are missing"):
+    with pytest.raises(DataError, match="shard-00001.parquet has no checksum .*the store cannot be sealed"):
         again.finish()
+
+
+def flip(file, bit):
+    data = bytearray(file.read_bytes())
+    data[bit // 8] ^= 1 << bit % 8
+    file.write_bytes(data)
+
+
+def cut(file, bit):
+    file.write_bytes(file.read_bytes()[: bit // 8])
+
+
+def remove(file, bit):
+    file.unlink()
+
+
+def rewritten(folder, shards=3):
+    """Continue a store as an estimation does; the scores at its end."""
+    writer = StoreWriter(folder, kind="log_ratio", job={"data": "d"}, shards=shards)
+    for shard in writer.missing():
+        writer.write(shard, [stored(2 * shard), stored(2 * shard + 1)])
+    return [(row.row, row.key, row.chosen.tolist(), row.rejected.tolist()) for row in writer.finish()]
+
+
+@pytest.mark.parametrize("finished", [False, True], ids=["half built", "finished"])
+def test_a_harmed_store_ends_with_the_same_scores_or_with_an_error_that_names_the_file(
+    tmp_path, caplog, finished
+):
+    """Flips and cuts everywhere in shards, checksums and records, before a store is continued."""
+    draw = random.Random(7)
+    expected = rewritten(tmp_path / "whole")
+    if not finished:
+        (tmp_path / "whole" / "metadata.json").unlink()
+        (tmp_path / "whole" / "shard-00002.parquet").unlink()
+    refused, made_anew = [], 0
+    for number in range(60):
+        folder = shutil.copytree(tmp_path / "whole", tmp_path / str(number))
+        files = sorted(file for file in folder.iterdir())
+        file = files[number % len(files)]
+        harm = (flip, flip, flip, cut, remove)[number // len(files) % 5]
+        harm(file, draw.randrange(8 * file.stat().st_size))
+        caplog.clear()
+        try:
+            found = rewritten(folder)
+        except DataError as error:
+            refused.append((file.name, str(error)))
+            continue
+        assert found == expected, file
+        if file.suffix == ".parquet" and harm is not remove:
+            assert f"{file.name} " in caplog.text and "that shard is made anew" in caplog.text
+            made_anew += 1
+    assert refused and made_anew > 10
+    assert all(name == "job.json" and name in error for name, error in refused), refused
+
+
+def test_a_damaged_shard_is_named_and_made_anew_alone(tmp_path, caplog):
+    expected = rewritten(tmp_path)
+    shard = tmp_path / "shard-00001.parquet"
+    flip(shard, 8 * 771 + 7)
+    with pytest.raises(DataError, match="shard-00001.parquet is not what was written"):
+        WeightStore.open(tmp_path)
+    writer = StoreWriter(tmp_path, kind="log_ratio", job={"data": "d"}, shards=3)
+    with caplog.at_level(logging.WARNING, logger="tokenpref"):
+        assert writer.missing() == [1]
+    assert f"{shard} is not what was written (its checksum differs); that shard is made anew" in caplog.text
+    with pytest.raises(DataError, match="shard-00001.parquet .*cannot be sealed"):
+        writer.finish()
+    writer.write(1, [stored(2), stored(3)])
+    assert not (tmp_path / "metadata.json").exists()  # nobody reads it before it is sealed again
+    assert rewritten(tmp_path) == expected
+
+
+def test_a_line_of_checksums_that_was_cut_costs_its_shard_alone(tmp_path):
+    rewritten(tmp_path)
+    (tmp_path / "metadata.json").unlink()
+    lines = tmp_path / "shards.jsonl"
+    lines.write_bytes(lines.read_bytes()[:-20])
+    writer = StoreWriter(tmp_path, kind="log_ratio", job={"data": "d"}, shards=3)
+    assert writer.missing() == [2]
+    writer.write(2, [stored(4), stored(5)])
+    assert StoreWriter(tmp_path, kind="log_ratio", job={"data": "d"}, shards=3).missing() == []
+
+
+def test_a_record_that_was_changed_says_so(tmp_path, caplog):
+    rewritten(tmp_path)
+    record = json.loads((tmp_path / "metadata.json").read_text())
+    (tmp_path / "metadata.json").write_text(json.dumps({**record, "data": "e"}))
+    assert len(WeightStore.open(tmp_path)) == 6
+    assert "metadata.json is not what was written (its checksum differs). The scores are whole" in caplog.text
 
 
 def test_another_job_is_refused(writer):
@@ -92,7 +184,9 @@ def test_a_shard_that_cannot_be_read_is_not_sealed(writer):
         writer.write(number, [stored(number)])
     shard = writer.path / "shard-00001.parquet"
     shard.write_bytes(shard.read_bytes()[:-9])
-    with pytest.raises(DataError, match="shard-00001.parquet: the shard cannot be read .*run the command"):
+    with pytest.raises(
+        DataError, match="shard-00001.parquet has .* bytes and was written with .*run the command"
+    ):
         writer.finish()
     assert not (writer.path / "metadata.json").exists()
 

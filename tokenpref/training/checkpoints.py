@@ -343,8 +343,13 @@ def seal(folder: Path, written: Mapping[str, Written] | None = None) -> None:
     sync(folder)
 
 
-def fault_of(folder: Path) -> str | None:
-    """Why a folder must not be read as a checkpoint; None if it is sealed and every byte is as it was written."""
+def fault_of(folder: Path, *, others: bool = False) -> str | None:
+    """Why a folder must not be read as a checkpoint; None if it is sealed and every byte is as it was written.
+
+    Args:
+        folder: what was sealed.
+        others: whether further files may lie in it, such as those that people add to exported weights.
+    """
     try:
         files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
         sizes = {str(name): (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
@@ -357,7 +362,8 @@ def fault_of(folder: Path) -> str | None:
     )
     if missing := sorted(sizes.keys() - present.keys()):
         return f"{missing[0]} is missing"
-    if surplus := sorted(present.keys() - sizes.keys()):
+    surplus = [] if others else sorted(present.keys() - sizes.keys())
+    if surplus:
         return f"{surplus[0]} does not belong to it"
     for name, (size, digest) in sizes.items():
         found = present[name].stat().st_size

@@ -14,6 +14,7 @@ from tokenpref.data import adapt_tokenizer
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import DryRun
 from tokenpref.training.config import TrainConfig, loss_faults
+from tokenpref.training.export_check import check_exports, epochs_until
 from tokenpref.training.pair import METHODS, SIDES, nested_components, write_pair
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.schema import Component, component, read_config, text
@@ -108,6 +109,7 @@ class ContrastiveReference:
 
         Raises:
             DryRun: after the checks, with ``dry_run: true``.
+            ConfigError: if weights of a side are damaged; then the pair is not declared whole.
         """
         config = self.config
         folder = Path(config.output_dir).absolute()
@@ -126,6 +128,15 @@ class ContrastiveReference:
         if config.dry_run:  # a side that is still to be trained has ended the run in its own checks
             raise DryRun(f"dry run: nothing is left to train, nothing was written to {folder}")
         own.claim_once()
+
+        def check_sides() -> None:
+            """The first side may have been harmed while the second was trained."""
+            for side in sides.values() if own.world.is_main else ():
+                if side["checkpoint"] is not None:
+                    weights = folder / side["checkpoint"]
+                    check_exports(weights.parent, epochs_until(weights.name))
+
+        self.world.together(check_sides)
         if self.world.is_main:
             write_pair(
                 folder,
@@ -147,7 +158,8 @@ class ContrastiveReference:
         plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
         run = RunFolder(folder / side, plain, PreferenceTrainer.recipe, self.world)
         weights = run.finished()
-        if weights is not None:
+        # Where somebody removed them the training goes on from its last checkpoint and writes them again.
+        if weights is not None and self.world.broadcast_object(weights.is_dir()):
             self._say(f"{side} side: done already ({weights})")
             return weights
         goes_on = self.world.broadcast_object(self.world.is_main and run.checkpoints.newest()[0] is not None)
@@ -160,7 +172,7 @@ class ContrastiveReference:
             trainer.train()
         finally:
             trainer.close()
-        done = run.finished()
+        done = run.finished(compare=False)  # train() has done so
         assert done is not None  # train() marked it, or raised
         return done
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any, ClassVar, Protocol
 
@@ -154,6 +155,8 @@ class ContrastiveEstimator:
             model, reader = self.pair.model.path, self.pair.positive.checkpointer.path
             log.info(f"components of {self.pair.folder}: model={model}, checkpointer={reader}")
         self._dataset, self._pad_id, self._device = dataset, tokenizer.pad_id, world.device
+        # Both sides before a weight of either is read.
+        world.together(lambda: check_weights(self.pair) if world.is_main else None)
         self._positive = self._scorer(config, self.pair.positive, "positive", world)
         self._negative = (
             self._positive
@@ -163,7 +166,6 @@ class ContrastiveEstimator:
 
     def _scorer(self, config: EstimateConfig, side: PairSide, name: str, world: World) -> ScoringModel:
         key = f"pair's {name} side"
-        world.together(lambda: check_weights(side) if world.is_main else None)
         state = read_weights(side.checkpointer.build(), key, world)
         return build_scorer(config, state, world, model=self.pair.model, key=key)
 
@@ -233,21 +235,27 @@ class WeightEstimation:
             self.estimator.check(config, self.dataset, tokenizer, world)
         if config.dry_run:
             raise DryRun(f"dry run: nothing stands against this estimation, nothing was written to {path}")
-        # The models come before the folder: a pair that does not fit leaves nothing behind.
-        self.estimator.setup(config, self.dataset, tokenizer, world)
-        writer = world.together(
-            lambda: (
-                StoreWriter(path, kind=self.estimator.kind, job=job, shards=shards) if world.is_main else None
-            )
-        )
-        missing: list[int] = world.broadcast_object(writer.missing() if writer is not None else None)
+        begun = world.broadcast_object(world.is_main and StoreWriter.is_begun(path))
+        if not begun:
+            # The models come before the folder: a pair that does not fit leaves nothing behind.
+            self.estimator.setup(config, self.dataset, tokenizer, world)
+
+        def look() -> tuple[StoreWriter | None, list[int]]:
+            if not world.is_main:
+                return None, []
+            writer = StoreWriter(path, kind=self.estimator.kind, job=job, shards=shards)
+            return writer, writer.missing()
+
+        writer, found = world.together(look)
+        missing: list[int] = world.broadcast_object(found)
         if len(missing) < shards:
             self._say(f"{shards - len(missing)} of {shards} shards are there already")
+        if begun and missing:
+            # What is there comes before the models: a damaged store is named before weights are read.
+            self.estimator.setup(config, self.dataset, tokenizer, world)
         self._score(missing, writer)
-        if writer is not None:
-            writer.finish()
-            self._say(f"weight store in {path}")
-        world.barrier()
+        world.together(lambda: writer.finish() if writer is not None else None)
+        self._say(f"weight store in {path}")
         return path
 
     def _score(self, shards: Sequence[int], writer: StoreWriter | None) -> None:
@@ -267,10 +275,15 @@ class WeightEstimation:
                     sum(self._tokens(a) for batch in batches[start : start + world.size] for a in batch)
                 )
             parts = world.gather_objects(found)
-            if writer is not None:
-                whole = {answer: scores for part in parts for answer, scores in part.items()}
-                writer.write(shard, [self._row(index, whole) for index in self._rows(shard)])
+            whole = {answer: scores for part in parts for answer, scores in part.items()}
+            world.together(partial(self._write, writer, shard, whole))
         bar.close()
+
+    def _write(
+        self, writer: StoreWriter | None, shard: int, scores: dict[tuple[int, int], np.ndarray]
+    ) -> None:
+        if writer is not None:
+            writer.write(shard, [self._row(index, scores) for index in self._rows(shard)])
 
     def _rows(self, shard: int) -> range:
         size = self.config.shard_rows

@@ -297,15 +297,17 @@ def _side(folder: Path, side: str, node: Mapping[str, Any], base: Component) -> 
     return PairSide(Component(side, base.path, kwargs), prompt)
 
 
-def check_weights(side: PairSide) -> None:
-    """Compare a trained side's weights with their manifest; a base model has none.
+def check_weights(pair: ContrastivePair) -> None:
+    """Compare the weights of both sides with their manifests; a base model need not have one.
 
     Raises:
         DataError: if a file is not as it was written.
     """
-    folder = Path(str(side.checkpointer.kwargs.get("checkpoint_dir", "")))
-    if (folder / MANIFEST).is_file() and (fault := fault_of(folder)):
-        raise DataError(f"{folder}: {fault}; build the pair anew")
+    sides = [pair.positive] if pair.shares_weights else [pair.positive, pair.negative]
+    for side in sides:
+        folder = Path(str(side.checkpointer.kwargs.get("checkpoint_dir", "")))
+        if (folder / MANIFEST).is_file() and (fault := fault_of(folder, others=True)):
+            raise DataError(f"{folder}: {fault}; restore it from a copy, or build the pair anew")
 
 
 def weights_digest(checkpointer: Component) -> str:

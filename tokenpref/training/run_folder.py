@@ -20,8 +20,9 @@ from tokenpref._torchtune import TransformerDecoder
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
-from tokenpref.training.checkpoints import MANIFEST, PROGRESS, Checkpoints, fault_of, seal
+from tokenpref.training.checkpoints import MANIFEST, PROGRESS, Checkpoints, fault_of, read_progress, seal
 from tokenpref.training.export import describe_export, forget_tied_head
+from tokenpref.training.export_check import BEST, check_exports, epochs_until, finished_epochs
 
 __all__ = ["RunFolder", "config_fingerprint"]
 
@@ -30,7 +31,6 @@ log = logging.getLogger("tokenpref")
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 LOCK_FILE = ".lock"
-BEST = "best"
 CHECKPOINTS = "checkpoints"
 # Keys that change how a run is carried out or watched, not what it computes.
 INCIDENTAL = frozenset(
@@ -81,8 +81,8 @@ class RunFolder:
                 one of the run in that folder.
 
         Raises:
-            ConfigError: on every rank: for a folder that another run owns or is writing to, or if no checkpoint can be read
-                where there has to be one; damaged ones are named.
+            ConfigError: on every rank: for a folder that another run owns or is writing to, if no checkpoint can be read
+                where there has to be one (damaged ones are named), or if weights that the run exported here are damaged.
         """
 
         def find() -> Path | None:
@@ -90,6 +90,8 @@ class RunFolder:
                 return None
             self._refuse_if_locked()
             found = self._find(resume)
+            if found is not None and found.parent.resolve() == self.checkpoints.path.resolve():
+                check_exports(self.path, finished_epochs(read_progress(found)))
             owner = self._owner()
             if found is None and owner is not None and owner["config"] != self._fingerprint:
                 raise ConfigError(
@@ -242,18 +244,34 @@ class RunFolder:
         return file
 
     def finish(self, export: str) -> None:
-        """Mark the run as complete; ``export`` names the folder of its last weights."""
-        if self.world.is_main:
-            write_json(self.path / FINISHED_FILE, {"weights": export})
+        """Mark the run as complete; ``export`` names the folder of its last weights.
+
+        Raises:
+            ConfigError: on every rank, if weights that the run exported are damaged.
+        """
+
+        def mark() -> None:
+            if self.world.is_main:
+                check_exports(self.path, epochs_until(export))
+                write_json(self.path / FINISHED_FILE, {"weights": export})
+
+        self.world.together(mark)
         self.world.barrier()
 
-    def finished(self) -> Path | None:
-        """Folder of the last weights if this very run (same config) is complete; the same on every rank."""
+    def finished(self, *, compare: bool = True) -> Path | None:
+        """Folder of the last weights if this very run (same config) is complete; the same on every rank.
+
+        Args:
+            compare: whether the exported weights are compared with their manifests.
+
+        Raises:
+            ConfigError: on every rank, if what the run left is damaged.
+        """
         # The main process alone looks: files may appear while another process does.
-        weights = self.world.together(lambda: self._finished() if self.world.is_main else None)
+        weights = self.world.together(lambda: self._finished(compare) if self.world.is_main else None)
         return self.world.broadcast_object(weights)
 
-    def _finished(self) -> Path | None:
+    def _finished(self, compare: bool) -> Path | None:
         file = self.path / FINISHED_FILE
         owner = self._owner()
         if owner is None or owner["config"] != self._fingerprint or not file.is_file():
@@ -268,7 +286,10 @@ class RunFolder:
             raise ConfigError(
                 f"output_dir: {file} is damaged ({fault}); remove it and run again: the last epoch is done anew"
             )
-        return self.path / str(name)
+        weights = self.path / str(name)
+        if compare:
+            check_exports(self.path, epochs_until(weights.name))
+        return weights
 
     def claim(self, *, resume: bool) -> None:
         """Make the folder this run's. A run of the same config started anew replaces the earlier one's checkpoints."""

@@ -88,8 +88,9 @@ class RunSetup:
         raise ConfigError(f"loss: {self.recipe} has no anchors; use recipes/ti_dpo_distributed")
 
     def keep(self, dataset: PreferenceDataset, name: str, source: Any) -> None:
-        """Save a source's results by row with the run; those of the validation data under a name of their own."""
-        self._sources[name if dataset is self.dataset else f"{name}_val"] = source
+        """Save a source's results by row with the run; those of validation data for as long as these data are the same."""
+        own = dataset is self.dataset
+        self._sources[name if own else f"{name}_val_{dataset.fingerprint()[:16]}"] = source
 
     def live(self) -> LiveModels:
         """The models as they are, for weights and anchors that are made along the training."""

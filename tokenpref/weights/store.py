@@ -1,15 +1,19 @@
 """The weight store: raw scores of every answer token on disk, so that transforms can change without a model.
 
 A folder of Parquet shards and ``metadata.json``, which is written last: a folder without it is unfinished. It has the sizes
-and checksums of the shards, so that a damaged one is never read. Each row holds a hash of the training token ids that the
-scores belong to, the scores of both answers, and the texts with each token's characters, so that a row can be read without
-the data or the tokenizer.
+and checksums of the shards, so that a damaged one is never read. They are taken when a shard is written and kept in
+``shards.jsonl``, one line a shard, so that an unfinished store is never continued over a damaged shard.
+
+Each row holds a hash of the training token ids that the scores belong to, the scores of both answers, and the texts with each
+token's characters, so that a row can be read without the data or the tokenizer.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import json
+import logging
 import os
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
@@ -31,8 +35,12 @@ __all__ = ["SCORE_KINDS", "StoreWriter", "StoredRow", "WeightStore"]
 SCORE_KINDS = ("weight", "log_ratio", "tis_release")
 """What scores are: weights to use as they are; log pi+ - log pi-; or the TIS-DPO release's log pi- - log pi+."""
 
+log = logging.getLogger("tokenpref")
+
 FORMAT = "tokenpref-weights/1"
-METADATA, JOB = "metadata.json", "job.json"
+METADATA, JOB, WRITTEN = "metadata.json", "job.json", "shards.jsonl"
+CHECKSUM = "checksum"
+_AGAIN = "make the store anew"
 # Of a column in a shard: a gigabyte of scores.
 _MOST_VALUES = 1 << 28
 _MOST_BYTES = 1 << 30
@@ -83,8 +91,41 @@ class StoredRow:
     rejected_spans: list[tuple[int, int]]
 
 
+@dataclass(frozen=True)
+class _Seal:
+    """What a shard is when it is whole.
+
+    Args:
+        bytes: its size.
+        sha256: its checksum, in hexadecimal.
+    """
+
+    bytes: int
+    sha256: str
+
+    @classmethod
+    def read(cls, found: Any) -> _Seal | None:
+        """A seal from plain data; None for anything else."""
+        size, digest = (found.get(name) if isinstance(found, dict) else None for name in ("bytes", "sha256"))
+        return cls(size, digest) if type(size) is int and isinstance(digest, str) else None
+
+    def fault_of(self, file: Path) -> str | None:
+        """How a file differs from what was written."""
+        if not file.is_file():
+            return f"{file} is missing"
+        size = file.stat().st_size
+        if size != self.bytes:
+            return f"{file} has {size} bytes and was written with {self.bytes}"
+        if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
+            return f"{file} is not what was written (its checksum differs)"
+        return None
+
+
 class StoreWriter:
     """Writes a store shard by shard; a folder that holds shards of the same job already is continued.
+
+    A shard counts as written if it is as its checksum says, which was taken before it went to the disk. A damaged one is named in
+    the log and belongs to :meth:`missing`.
 
     Args:
         path: the store's folder; made if it does not exist.
@@ -93,7 +134,7 @@ class StoreWriter:
         shards: number of shards that make the store complete.
 
     Raises:
-        DataError: if the folder holds scores of another job.
+        DataError: if the folder holds scores of another job, or its record of the job is damaged.
     """
 
     def __init__(self, path: Path, *, kind: str, job: dict[str, Any], shards: int) -> None:
@@ -107,50 +148,125 @@ class StoreWriter:
         path.mkdir(parents=True, exist_ok=True)
         file = path / JOB
         if file.is_file():
-            found = _read_json(file)
+            mend = "set another output_dir, or remove that folder"
+            found = _read_record(file, mend)
             differing = sorted(
-                k for k in found.keys() | self._record.keys() if found.get(k) != self._record.get(k)
+                k
+                for k in found.keys() | self._record.keys()
+                if k != CHECKSUM and found.get(k) != self._record.get(k)
             )
             if differing:
-                raise DataError(
-                    f"{path}: holds weights of another job (it differs in {', '.join(differing)}); set another "
-                    "output_dir, or remove that folder"
-                )
+                harm = _harm_of(found)
+                reason = f"{file} {harm}" if harm else f"it differs in {', '.join(differing)}, as {JOB} says"
+                raise DataError(f"{path}: holds weights of another job ({reason}); {mend}")
         else:
-            _write_json(file, self._record)
+            _write_json(file, _sealed(self._record))
+        self._seals = {**self._finished_seals(), **_written_seals(path / WRITTEN)}
+
+    @staticmethod
+    def is_begun(path: Path) -> bool:
+        """Whether a folder holds a store, or a part of one."""
+        return (path / JOB).is_file()
+
+    def _finished_seals(self) -> dict[str, _Seal]:
+        """Seals of a store that was finished already; its record is of no other use here."""
+        file = self.path / METADATA
+        if not file.is_file():
+            return {}
+        try:
+            record = _read_record(file, "it is written anew")
+            if harm := _harm_of(record):
+                raise DataError(f"{file} {harm}; it is written anew")
+        except DataError as error:
+            log.warning(str(error))
+            return {}
+        files = record.get("files")
+        found = {name: _Seal.read(seal) for name, seal in files.items()} if isinstance(files, dict) else {}
+        return {name: seal for name, seal in found.items() if seal is not None}
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet."""
-        return [n for n in range(self._record["shards"]) if not (self.path / shard_name(n)).is_file()]
+        """Shards that are not there yet, or not as they were written; every byte is read."""
+        faults = {shard: self._fault_of(shard) for shard in range(self._record["shards"])}
+        for shard, fault in faults.items():
+            if fault is not None and (self.path / shard_name(shard)).is_file():
+                log.warning(f"{fault}; that shard is made anew")
+        return [shard for shard, fault in faults.items() if fault is not None]
+
+    def _fault_of(self, shard: int) -> str | None:
+        name = shard_name(shard)
+        seal = self._seals.get(name)
+        return (
+            f"{self.path / name} has no checksum in {WRITTEN}"
+            if seal is None
+            else seal.fault_of(self.path / name)
+        )
 
     def write(self, shard: int, rows: Sequence[StoredRow]) -> None:
-        """Write a shard; it gets its name only when it is whole."""
+        """Write a shard; it gets its name only when it is whole and on the disk, and counts when its checksum is there too."""
         columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
         for row in rows:
             for name, column in columns.items():
                 value = getattr(row, name)
                 column.append([c for span in value for c in span] if name.endswith("_spans") else value)
+        content = io.BytesIO()
+        with _no_progress_bar():
+            datasets.Dataset.from_dict(columns, features=_FEATURES).to_parquet(content)
+        written = content.getvalue()
+        # A store that is mended is unfinished until then.
+        (self.path / METADATA).unlink(missing_ok=True)
         final = self.path / shard_name(shard)
         temporary = final.with_suffix(".partial")
-        table = datasets.Dataset.from_dict(columns, features=_FEATURES)
-        with temporary.open("wb") as stream, _no_progress_bar():
-            table.to_parquet(stream)
+        with temporary.open("wb") as stream:
+            stream.write(written)
+            stream.flush()
+            os.fsync(stream.fileno())
         os.replace(temporary, final)
+        _sync(self.path)
+        self._seals[final.name] = seal = _Seal(len(written), hashlib.sha256(written).hexdigest())
+        with (self.path / WRITTEN).open("a", encoding="utf-8") as lines:
+            # A line of its own, also after one that was cut.
+            lines.write("\n" + _line(final.name, seal))
+            lines.flush()
+            os.fsync(lines.fileno())
 
     def finish(self) -> WeightStore:
         """Seal the store and open it.
 
         Raises:
-            DataError: if shards are missing.
+            DataError: if shards are missing or damaged; one of them is named.
         """
-        if missing := self.missing():
-            raise DataError(f"{self.path}: shards {missing} are missing; the store cannot be sealed")
-        files = [self.path / shard_name(n) for n in range(self._record["shards"])]
-        for file in files:
-            _read_shard(file)
-        seals = {file.name: {"bytes": file.stat().st_size, "sha256": _digest(file)} for file in files}
-        _write_json(self.path / METADATA, {**self._record, "files": seals})
+        names = [shard_name(shard) for shard in range(self._record["shards"])]
+        for shard in range(len(names)):
+            if fault := self._fault_of(shard):
+                raise DataError(
+                    f"{fault}; the store cannot be sealed: run the command that makes it again, which makes what is missing"
+                )
+        # In order: a store that was continued has the bytes of one that was not.
+        lines = self.path / f"{WRITTEN}.tmp"
+        lines.write_text("".join(_line(name, self._seals[name]) for name in names), encoding="utf-8")
+        os.replace(lines, self.path / WRITTEN)
+        seals = {name: vars(self._seals[name]) for name in names}
+        _write_json(self.path / METADATA, _sealed({**self._record, "files": seals}))
+        _sync(self.path / METADATA)
         return WeightStore.open(self.path)
+
+
+def _line(shard: str, seal: _Seal) -> str:
+    return json.dumps({"shard": shard, **vars(seal)}) + "\n"
+
+
+def _written_seals(file: Path) -> dict[str, _Seal]:
+    """Seals of the shards written so far, the newest of each; a line that is damaged seals nothing."""
+    seals: dict[str, _Seal] = {}
+    for line in file.read_bytes().split(b"\n") if file.is_file() else ():
+        try:
+            found = json.loads(line)
+        except ValueError:
+            continue  # its shard is made anew
+        seal = _Seal.read(found)
+        if seal is not None:
+            seals[str(found.get("shard"))] = seal
+    return seals
 
 
 class WeightStore:
@@ -186,7 +302,7 @@ class WeightStore:
                 else "check the path"
             )
             raise DataError(f"{folder}: {state} (no {METADATA}); {mend}")
-        metadata = _read_json(folder / METADATA)
+        metadata = _read_record(folder / METADATA, _AGAIN)
         if metadata.get("format") != FORMAT or metadata.get("kind") not in SCORE_KINDS:
             raise DataError(
                 f"{folder / METADATA}: format {metadata.get('format')!r} of kind {metadata.get('kind')!r} is not known "
@@ -194,6 +310,11 @@ class WeightStore:
             )
         files = _shards(folder, metadata)
         _check_seals(folder, metadata.get("files", {}), files)
+        if harm := _harm_of(metadata):
+            log.warning(
+                f"{folder / METADATA} {harm}. The scores are whole, but what it says of their origin may be wrong; make the "
+                "store anew if in doubt"
+            )
         # Read directly: datasets' own reader would first copy every shard into its cache.
         table = pyarrow.concat_tables([_read_shard(file) for file in files])
         return cls(folder, metadata, datasets.Dataset(table))
@@ -285,17 +406,14 @@ def _check_seals(folder: Path, seals: Any, files: Sequence[Path]) -> None:
             f"{folder / METADATA}: files names {strange[0]!r}, which is no shard of it; make the store anew"
         )
     for file in files if seals else ():
-        seal, size = seals.get(file.name, {}), file.stat().st_size
-        if size != seal.get("bytes"):
-            raise DataError(
-                f"{file} has {size} bytes and was written with {seal.get('bytes')}; make the store anew"
-            )
-        if _digest(file) != seal.get("sha256"):
-            raise DataError(f"{file} is not what was written (its checksum differs); make the store anew")
-
-
-def _digest(file: Path) -> str:
-    return hashlib.sha256(file.read_bytes()).hexdigest()
+        seal = _Seal.read(seals.get(file.name))
+        fault = (
+            f"{folder / METADATA} has no size and checksum of {file.name}"
+            if seal is None
+            else seal.fault_of(file)
+        )
+        if fault is not None:
+            raise DataError(f"{fault}; {_AGAIN}")
 
 
 def _read_shard(file: Path) -> pyarrow.Table:
@@ -367,13 +485,30 @@ def _no_progress_bar() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _read_json(file: Path) -> dict[str, Any]:
+def _sealed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with a checksum of all else that it says."""
+    return {**record, CHECKSUM: _checksum(record)}
+
+
+def _checksum(record: dict[str, Any]) -> str:
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def _harm_of(record: dict[str, Any]) -> str | None:
+    """Whether a record was changed after it was written; one of an earlier version has no checksum."""
+    rest = {key: value for key, value in record.items() if key != CHECKSUM}
+    if record.get(CHECKSUM, _checksum(rest)) == _checksum(rest):
+        return None
+    return "is not what was written (its checksum differs)"
+
+
+def _read_record(file: Path, mend: str) -> dict[str, Any]:
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); make the store anew") from error
+    except (ValueError, OSError, RecursionError) as error:
+        raise DataError(f"{file}: cannot be read ({error}); {mend}") from error
     if not isinstance(found, dict):
-        raise DataError(f"{file}: expected a mapping, found a {type(found).__name__}; make the store anew")
+        raise DataError(f"{file}: expected a mapping, found a {type(found).__name__}; {mend}")
     return found
 
 
@@ -381,3 +516,12 @@ def _write_json(file: Path, record: dict[str, Any]) -> None:
     temporary = file.with_suffix(".tmp")
     temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
     os.replace(temporary, file)
+
+
+def _sync(path: Path) -> None:
+    """Wait until a file, or the names in a folder, are on the disk."""
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

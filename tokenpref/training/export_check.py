@@ -1,0 +1,63 @@
+"""Weights that a run has exported, compared with their manifests before the run goes on or is declared finished."""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+from tokenpref.errors import ConfigError
+from tokenpref.training.checkpoints import fault_of
+
+__all__ = ["BEST", "check_exports", "epochs_until", "finished_epochs"]
+
+BEST = "best"
+
+
+def finished_epochs(progress: dict[str, Any]) -> int:
+    """Epochs whose weights were exported before a checkpoint was written.
+
+    Args:
+        progress: what the checkpoint says about itself, as :func:`tokenpref.training.checkpoints.read_progress` gives it.
+    """
+    steps = progress["facts"].get("steps_per_epoch")
+    return int(progress["step"]) // steps if isinstance(steps, int) and steps > 0 else 0
+
+
+def epochs_until(export: str) -> int:
+    """Epochs of a run whose last weights lie in the folder of this name."""
+    number = export.removeprefix("epoch_")
+    return int(number) + 1 if number.isdecimal() else 0
+
+
+def check_exports(folder: Path, epochs: int) -> None:
+    """Compare the weights in ``epoch_0`` to ``epoch_{epochs - 1}`` and ``best`` with their manifests, byte by byte.
+
+    A folder that is not there is no fault: people move weights away, and a checkpointer of their own may write elsewhere. Files
+    that were added are none either. Every byte is read, at about 4 GB/s from the page cache and else as fast as the disk delivers;
+    the main process alone should call this.
+
+    Args:
+        folder: the run's folder.
+        epochs: epochs whose weights must be whole; a later folder may be half written, and is written again.
+
+    Raises:
+        ConfigError: naming each damaged folder, the file in it and what to do.
+    """
+    exports = [folder / name for name in (*(f"epoch_{n}" for n in range(epochs)), BEST)]
+    faults = {export: fault_of(export, others=True) for export in exports if export.is_dir()}
+    damaged = {export: fault for export, fault in faults.items() if fault is not None}
+    if damaged:
+        export, fault = next(iter(damaged.items()))
+        others = "".join(f"; so does {other} ({fault})" for other, fault in list(damaged.items())[1:])
+        raise ConfigError(
+            f"output_dir: {export} holds damaged weights: {fault}{others}. Restore them from a copy, or remove {export} and "
+            f"start again; {_what_comes_again(export, epochs)}"
+        )
+
+
+def _what_comes_again(export: Path, epochs: int) -> str:
+    if export.name == BEST:
+        return "best is then written again by the next validation that is better than those before"
+    if export.name == f"epoch_{epochs - 1}":
+        return "where the run goes on from the end of its last epoch, that epoch's weights are written again"
+    return "the weights of an earlier epoch are not written again"
