@@ -5,177 +5,24 @@ import json
 
 import pytest
 import torch
+from support.published import FAMILIES, GEMMA_2B, PHI_3_MINI, SCALING
 from torch import nn
 from torchtune.models import (
     gemma,
     gemma2,
     llama2,
-    llama3,
     llama3_1,
-    llama3_2,
     mistral,
     phi3,
     phi4,
     qwen2,
-    qwen2_5,
 )
 from torchtune.training import FullModelHFCheckpointer
 
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.models import smollm2, smollm2_135m, tiny_llama
+from tokenpref.models import tiny_llama
 from tokenpref.models.agreement import compare_with_config, is_tied, pairs_interleaved
 
-LLAMA_3 = {
-    "model_type": "llama",
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "mlp_bias": False,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 500000.0,
-    "vocab_size": 128256,
-}
-SCALING = {
-    "high_freq_factor": 4.0,
-    "low_freq_factor": 1.0,
-    "original_max_position_embeddings": 8192,
-    "rope_type": "llama3",
-}
-LLAMA_3_2_1B = {
-    **LLAMA_3,
-    "head_dim": 64,
-    "hidden_size": 2048,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 131072,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 16,
-    "rope_scaling": {**SCALING, "factor": 32.0},
-    "tie_word_embeddings": True,
-}
-LLAMA_8B = {
-    **LLAMA_3,
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "tie_word_embeddings": False,
-}
-MISTRAL_7B = {
-    "model_type": "mistral",
-    "hidden_act": "silu",
-    "hidden_size": 4096,
-    "intermediate_size": 14336,
-    "max_position_embeddings": 32768,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 8,
-    "rms_norm_eps": 1e-05,
-    "rope_theta": 10000.0,
-    "sliding_window": 4096,
-    "tie_word_embeddings": False,
-    "vocab_size": 32000,
-}
-QWEN_0_5B = {
-    "model_type": "qwen2",
-    "attention_dropout": 0.0,
-    "hidden_act": "silu",
-    "hidden_size": 896,
-    "intermediate_size": 4864,
-    "max_position_embeddings": 32768,
-    "max_window_layers": 21,
-    "num_attention_heads": 14,
-    "num_hidden_layers": 24,
-    "num_key_value_heads": 2,
-    "rms_norm_eps": 1e-06,
-    "rope_theta": 1000000.0,
-    "sliding_window": 32768,
-    "tie_word_embeddings": True,
-    "use_sliding_window": False,
-    "vocab_size": 151936,
-}
-PHI_3_MINI = {
-    "model_type": "phi3",
-    "attention_bias": False,
-    "hidden_act": "silu",
-    "hidden_size": 3072,
-    "intermediate_size": 8192,
-    "max_position_embeddings": 4096,
-    "num_attention_heads": 32,
-    "num_hidden_layers": 32,
-    "num_key_value_heads": 32,
-    "original_max_position_embeddings": 4096,
-    "rms_norm_eps": 1e-05,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "sliding_window": 2047,
-    "tie_word_embeddings": False,
-    "vocab_size": 32064,
-}
-GEMMA_2B = {
-    "model_type": "gemma",
-    "attention_bias": False,
-    "head_dim": 256,
-    "hidden_act": "gelu",
-    "hidden_size": 2048,
-    "intermediate_size": 16384,
-    "max_position_embeddings": 8192,
-    "num_attention_heads": 8,
-    "num_hidden_layers": 18,
-    "num_key_value_heads": 1,
-    "rms_norm_eps": 1e-06,
-    "rope_scaling": None,
-    "rope_theta": 10000.0,
-    "vocab_size": 256000,
-}
-FAMILIES = {
-    "llama2": (
-        llama2.llama2_7b,
-        {
-            "model_type": "llama",
-            "hidden_act": "silu",
-            "hidden_size": 4096,
-            "intermediate_size": 11008,
-            "num_attention_heads": 32,
-            "num_hidden_layers": 32,
-            "num_key_value_heads": 32,
-            "rms_norm_eps": 1e-05,
-            "rope_scaling": None,
-            "tie_word_embeddings": False,
-            "vocab_size": 32000,
-        },
-    ),
-    "llama3": (llama3.llama3_8b, {**LLAMA_8B, "rope_scaling": None}),
-    "llama3_1": (llama3_1.llama3_1_8b, {**LLAMA_8B, "rope_scaling": {**SCALING, "factor": 8.0}}),
-    "llama3_2": (llama3_2.llama3_2_1b, LLAMA_3_2_1B),
-    "llama3_2_3b": (
-        llama3_2.llama3_2_3b,
-        {
-            **LLAMA_3_2_1B,
-            "head_dim": 128,
-            "hidden_size": 3072,
-            "num_attention_heads": 24,
-            "num_hidden_layers": 28,
-        },
-    ),
-    "mistral": (mistral.mistral_7b, MISTRAL_7B),
-    "qwen2": (qwen2.qwen2_0_5b, QWEN_0_5B),
-    "qwen2_5": (qwen2_5.qwen2_5_0_5b, QWEN_0_5B),
-    "qwen2_5_3b": (
-        qwen2_5.qwen2_5_3b,
-        {
-            **QWEN_0_5B,
-            "hidden_size": 2048,
-            "intermediate_size": 11008,
-            "num_attention_heads": 16,
-            "num_hidden_layers": 36,
-        },
-    ),
-    "phi3": (phi3.phi3_mini, PHI_3_MINI),
-    "gemma": (gemma.gemma_2b, GEMMA_2B),
-    "smollm2": (smollm2_135m, smollm2._config(dict.fromkeys(
-        [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")], 0
-    ))),
-}  # fmt: skip
 LONGEST = 512
 
 
@@ -248,6 +95,13 @@ def test_scaling_that_begins_beyond_the_trained_positions_matters_to_longer_sequ
     config = {**config, "max_position_embeddings": 4096, "rope_scaling": {"type": "dynamic", "factor": 2.0}}
     assert keys(config, make, longest=4096) == []
     assert keys(config, make, longest=4097) == keys(config, make, longest=None) == ["rope_scaling.rope_type"]
+
+
+def test_positions_beyond_the_trained_ones_are_noted():
+    make, config = FAMILIES["qwen2"]
+    assert keys({**config, "max_position_embeddings": 256}, make) == []
+    (note,) = compare_with_config({**config, "max_position_embeddings": 256}, built(make), longest=257).notes
+    assert "257 tokens" in note and "256" in note
 
 
 def test_both_spellings_have_to_agree_with_the_builder():

@@ -2,14 +2,30 @@
 
 import json
 import shutil
+from dataclasses import replace
 
 import pytest
+from omegaconf import OmegaConf
+from support.published import FAMILIES
 
 from tokenpref._paths import data_root
+from tokenpref._registry import config_files
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.training import Evaluator, PreferenceTrainer, WeightEstimation
+from tokenpref.training.architecture import check_architecture
 from tokenpref.training.cli import load_config
+from tokenpref.training.preflight import meta_model
+from tokenpref.training.schema import Component
 
+PUBLISHED = {
+    "tokenpref.models.smollm2_135m": "smollm2",
+    "torchtune.models.llama2.llama2_7b": "llama2",
+    "torchtune.models.llama3_2.llama3_2_1b": "llama3_2",
+    "torchtune.models.llama3_2.llama3_2_3b": "llama3_2_3b",
+    "torchtune.models.mistral.mistral_7b": "mistral",
+    "torchtune.models.qwen2_5.qwen2_5_0_5b": "qwen2_5",
+    "torchtune.models.qwen2_5.qwen2_5_3b": "qwen2_5_3b",
+}
 TINY = data_root() / "data" / "tiny" / "model"
 
 
@@ -139,3 +155,26 @@ def test_without_a_config_the_log_says_that_nothing_was_compared(other, tmp_path
             "checkpointer.model_type=LLAMA3_2",
         )
     assert "holds no config.json" in caplog.text
+
+
+@pytest.mark.parametrize(
+    "name", sorted(name for name, file in config_files().items() if "model:" in file.read_text())
+)
+def test_the_shipped_configs_name_the_model_of_their_checkpoint(name, tmp_path):
+    config = OmegaConf.to_container(OmegaConf.load(config_files()[name]), resolve=True)
+    parts = {}
+    for key in ("model", "checkpointer"):
+        node = dict(config[key])
+        parts[key] = Component(key, node.pop("_component_"), node)
+    path = parts["model"].path
+    if path == "tokenpref.models.tiny_llama":
+        shutil.copy(TINY / "config.json", tmp_path)
+    else:
+        (tmp_path / "config.json").write_text(json.dumps(FAMILIES[PUBLISHED[path]][1]))
+    reader = replace(
+        parts["checkpointer"], kwargs=parts["checkpointer"].kwargs | {"checkpoint_dir": str(tmp_path)}
+    )
+    longest = config.get("dataset", {}).get("max_seq_len", 512)
+    assert (
+        check_architecture(reader, parts["model"], meta_model(parts["model"], "bf16"), longest=longest) == []
+    )

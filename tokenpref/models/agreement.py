@@ -112,6 +112,12 @@ def compare_with_config(
             found.differences.append(Difference(key, expected, built, argument, key.split(" ")[0] in config))
     _compare_rope(config, decoder, longest, found)
     _compare_windows(config, decoder, longest, found)
+    positions = config.get("max_position_embeddings")
+    if isinstance(positions, int) and longest is not None and longest > positions:
+        found.notes.append(
+            f"the longest sequence has {longest} tokens and max_position_embeddings is {positions}: the model has not been "
+            "trained on the positions behind"
+        )
     return found
 
 
