@@ -270,3 +270,14 @@ def test_text_becomes_messages_where_that_is_asked_for(chat, tokenizer, write_js
     with pytest.raises(DataError, match="looks like explicit .*as_messages: true to make messages of text"):
         preference_dataset(chat, path, format="conversational")
     assert preference_dataset(chat, path).report.layout == "explicit"
+
+
+def test_a_text_prompt_that_the_messages_do_not_hold_is_not_lost(chat, write_jsonl):
+    whole = {side: [USER, *said(text)] for side, text in (("chosen", "yes"), ("rejected", "no"))}
+    assert prompt_of(chat, write_jsonl([{"prompt": " hello\n", **whole}])) == PLAIN
+    other = write_jsonl([{"prompt": "Answer in French.", **whole}], "b.jsonl")
+    with pytest.raises(
+        DataError, match="column 'prompt': is in none of the messages that chosen and rejected share"
+    ):
+        preference_dataset(chat, other)
+    assert prompt_of(chat, other, column_map={"prompt": None}) == PLAIN

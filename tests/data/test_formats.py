@@ -78,6 +78,8 @@ def test_explicit_and_marks():
     columns = mapped_columns([*WITH_PROMPT, "complete", "rejected_complete"], None, "f")
     row = {"prompt": "q", "chosen": " a", "rejected": " b", "complete": True, "rejected_complete": False}
     assert parse_row(row, columns, "explicit") == PairRow("q", " a", " b", True, False)
+    as_text = {**row, "complete": "True", "rejected_complete": ""}  # from a CSV file
+    assert parse_row(as_text, columns, "explicit") == PairRow("q", " a", " b", True, True)
     with pytest.raises(RowFault, match="must be true or false, found 'yes'"):
         parse_row({**row, "complete": "yes"}, columns, "explicit")
 

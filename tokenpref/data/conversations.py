@@ -174,8 +174,22 @@ def _with_text_prompt(
     """A text prompt beside lists of messages: the user's message, unless the lists hold the whole conversation already."""
     if all(len(side) > 1 for side in sides):
         shared = _shared_messages(sides[0], sides[1], columns)
-        return sides[0][:shared], [side[shared:] for side in sides]
+        before = sides[0][:shared]
+        if before and not any(_says(message["content"], prompt) for message in before):
+            raise RowFault(
+                "prompt not in messages",
+                columns["prompt"],
+                f"is in none of the messages that {columns['chosen']} and {columns['rejected']} share, which hold a prompt of "
+                "their own; leave it out with column_map: {prompt: null}, or keep the answers alone",
+            )
+        return before, [side[shared:] for side in sides]
     return [{"role": "user", "content": prompt}], sides
+
+
+def _says(content: str, prompt: str) -> bool:
+    """Whether a message is the prompt or a part of it, or holds it; both are often stripped or joined differently."""
+    content, prompt = content.strip(), prompt.strip()
+    return bool(content) and (content in prompt or prompt in content)
 
 
 def _answer(side: Messages, column: str) -> dict[str, Any]:

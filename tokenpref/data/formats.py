@@ -262,8 +262,10 @@ def _split_texts(
 
 def _mark(row: Mapping[str, Any], columns: Mapping[str, str], field: str) -> bool | None:
     value = row[columns[field]] if field in columns else None
+    if isinstance(value, str):  # as CSV files keep it
+        value = {"true": True, "false": False, "": None}.get(value.strip().lower(), value)
     if value is not None and not isinstance(value, bool):
-        raise RowFault("wrong type", columns[field], f"must be true or false, found {value!r}")
+        raise RowFault("wrong type", columns[field], f"must be true or false, found {repr(value)[:60]}")
     return value
 
 

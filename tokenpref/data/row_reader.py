@@ -123,6 +123,8 @@ class RowReader:
                 margin = as_number(values[fields["margin"]], fields["margin"], "margin")
         except RowFault as fault:
             return fault
+        if margin is None and not self.complete and not self.after_prompt:
+            return pair
         prompt = pair.prompt + self.after_prompt if isinstance(pair.prompt, str) else pair.prompt
         return dataclasses.replace(pair, prompt=prompt, margin=margin, turns=pair.turns or self.complete)
 
