@@ -51,6 +51,31 @@ def test_all_faults_come_together_with_the_nearest_names(cfg):
         assert expected in faults
 
 
+def test_a_list_of_data_sets_is_a_mixture(cfg):
+    one = {"_component_": "tokenpref.data.preference_dataset", "source": "package://data/tiny/train.jsonl"}
+    cfg.dataset = [one, {**one, "weight": 0.5, "max_rows": 8}]
+    config = read_config(TrainConfig, cfg)
+    assert [part.key for part in config.dataset.parts] == ["dataset[0]", "dataset[1]"]
+    mixed = config.dataset.build(config.tokenizer.build())
+    assert len(mixed) == len(mixed.parts[0]) + 4 and len(mixed.parts[1]) == 4
+    assert len(config.dataset.build(config.tokenizer.build(), max_rows=2).parts[0]) == 2
+    cfg.dataset = [{**one, "wieght": 1}, {"source": "x"}, 3]
+    faults = "\n".join(faults_of(cfg))
+    for expected in (
+        "dataset[0].wieght: ",
+        "dataset[1]: expected a mapping with _component_",
+        "dataset[2]: expected",
+    ):
+        assert expected in faults
+    cfg.dataset = []
+    assert faults_of(cfg) == ["dataset: the list is empty; name at least one data set"]
+    cfg.dataset = [{"_component_": "builtins.dict"}]
+    with pytest.raises(
+        ConfigError, match=r"dataset\[0\] \(builtins.dict\): makes a dict, which cannot be mixed"
+    ):
+        read_config(TrainConfig, cfg).dataset.build({})
+
+
 def test_a_loss_that_refuses_its_settings_is_a_fault(cfg):
     cfg.loss.beta = -1.0
     (fault,) = faults_of(cfg)

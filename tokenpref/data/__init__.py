@@ -22,6 +22,7 @@ from tokenpref.data.dataset import (
     WholeAnswer,
     preference_dataset,
 )
+from tokenpref.data.mixture import PairMixture
 from tokenpref.data.order import (
     epoch_order,
     micro_batches_by_tokens,
@@ -47,6 +48,7 @@ __all__ = [
     "JsonTokenizer",
     "PairBatch",
     "PairExample",
+    "PairMixture",
     "PairScores",
     "PairText",
     "PreferenceDataset",

@@ -88,6 +88,8 @@ class ColumnScores:
             DataError: if a column is missing, or for the first row whose scores cannot be used, with the number of rows
                 like it.
         """
+        if len(dataset.parts) > 1:  # each has settings, and perhaps columns, of its own
+            return [scores for part in dataset.parts for scores in self.load(part)]
         if dataset.report.layout in ("labelled", "ranked"):
             raise DataError(
                 f"{dataset.source_name} is read with format: {dataset.report.layout}, where label or rank decide which answer is "

@@ -19,6 +19,7 @@ from tokenpref.data.encoding import (
     fitted_side,
     wants_eos,
 )
+from tokenpref.data.order import weighted_selection
 from tokenpref.data.packed import PairExample
 from tokenpref.data.pairs import PairRow, RowFault
 from tokenpref.data.report import DataReport
@@ -26,12 +27,13 @@ from tokenpref.data.row_reader import RowReader, row_reader
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.tokenization import cut_prompt, encode_prompt
 from tokenpref.data.tokenizers import Tokenizer, adapt_tokenizer
-from tokenpref.errors import ConfigError
+from tokenpref.errors import ConfigError, DataError
 
 __all__ = ["DataReport", "PairExample", "PairText", "PreferenceDataset", "WholeAnswer", "preference_dataset"]
 
 TRUNCATIONS = ("keep_prompt_end", "drop", "error")
 ON_FAULT = ("error", "drop")
+_MOST_ROUNDS = 1000
 
 
 @dataclass(frozen=True)
@@ -85,6 +87,7 @@ class PreferenceDataset:
         settings: PairSettings,
         on_fault: str,
         cache: DataCache | None = None,
+        weight: float = 1.0,
     ) -> None:
         self.tokenizer = tokenizer
         self.source_name = rows.name
@@ -92,6 +95,11 @@ class PreferenceDataset:
         self._reader = reader
         self._settings = settings
         self._packed, about = PairBuilder(tokenizer, rows, reader, settings, on_fault).build(cache)
+        self._selected = weighted_selection(len(self._packed), weight)
+        if self._selected is not None and len(self._selected) == 0:
+            raise DataError(
+                f"{rows.name}: weight {weight:g} of {len(self._packed)} pairs is none; set a larger weight"
+            )
         self.report = self._report(about["counts"], about["dropped"])
 
     def _report(self, counts: Mapping[str, int], dropped: dict[str, int]) -> DataReport:
@@ -100,7 +108,8 @@ class PreferenceDataset:
         return DataReport(
             source=self.source_name,
             layout=self._settings.layout,
-            rows=len(self),
+            rows=len(packed),
+            used=len(self),
             prompts_cut=counts.get("prompts_cut", 0),
             answers_cut=counts.get("answers_cut", 0),
             equal_after_cut=counts.get("equal_after_cut", 0),
@@ -115,26 +124,30 @@ class PreferenceDataset:
         )
 
     def __len__(self) -> int:
-        return len(self._packed)
+        return len(self._packed if self._selected is None else self._selected)
+
+    @property
+    def parts(self) -> tuple[PreferenceDataset, ...]:
+        """The data sets that this one is mixed of; itself if it is not mixed."""
+        return (self,)
 
     def __getitem__(self, index: int) -> PairExample:
-        index = self._position(index)
-        packed = self._packed
+        packed, place = self._packed, self._place_of(index)
         (chosen_ids, chosen_offsets), (rejected_ids, rejected_offsets) = (
-            packed.side(index, side) for side in (0, 1)
+            packed.side(place, side) for side in (0, 1)
         )
-        chosen_start, rejected_start = (int(start) for start in packed.starts[index])
+        chosen_start, rejected_start = (int(start) for start in packed.starts[place])
         return PairExample(
-            row=self._number(index),
+            row=self._number(place),
             chosen_ids=chosen_ids,
             chosen_start=chosen_start,
             rejected_ids=rejected_ids,
             rejected_start=rejected_start,
             chosen_offsets=chosen_offsets,
             rejected_offsets=rejected_offsets,
-            chosen_has_eos=bool(packed.has_eos[index, 0]),
-            rejected_has_eos=bool(packed.has_eos[index, 1]),
-            key=packed.key(index),
+            chosen_has_eos=bool(packed.has_eos[place, 0]),
+            rejected_has_eos=bool(packed.has_eos[place, 1]),
+            key=packed.key(place),
         )
 
     def __iter__(self) -> Iterator[PairExample]:
@@ -146,11 +159,11 @@ class PreferenceDataset:
         Args:
             pairs: positions in the data set; None for all.
         """
-        return self._packed.lengths(slice(None) if pairs is None else np.asarray(pairs, dtype=np.int64))
+        return self._packed.lengths(self._places(pairs))
 
     def rows(self) -> np.ndarray:
         """Number of every pair, as :class:`PairExample` has it: int64 ``[pairs]``."""
-        part, row = np.divmod(self._packed.rows, self._rows.table.num_rows)
+        part, row = np.divmod(self._packed.rows[self._places(None)], self._rows.table.num_rows)
         if self._rows.numbers:
             row = np.concatenate([np.arange(r.start, r.stop) for r in self._rows.numbers])[row]
         return row + part * self._rows.size
@@ -158,12 +171,24 @@ class PreferenceDataset:
     @property
     def longest(self) -> int:
         """Tokens of the longest sequence."""
-        return self._packed.longest
+        return self._packed.longest if self._selected is None else int(self.lengths().max())
 
     @property
     def highest_id(self) -> int:
         """Largest token id."""
         return self._packed.highest_id
+
+    def _places(self, pairs: Sequence[int] | None) -> Any:
+        """Where pairs, or all of them, lie among the packed ones."""
+        if pairs is None:
+            return slice(None) if self._selected is None else self._selected
+        positions = np.asarray(pairs, dtype=np.int64)
+        return positions if self._selected is None else self._selected[positions]
+
+    def _place_of(self, index: int) -> int:
+        """Where a pair lies among the packed ones."""
+        position = self._position(index)
+        return position if self._selected is None else int(self._selected[position])
 
     def _position(self, index: int) -> int:
         if not -len(self) <= index < len(self):
@@ -177,24 +202,24 @@ class PreferenceDataset:
 
     def raw(self, index: int) -> dict[str, Any]:
         """The source's row of a pair, all columns, as it was read (``swap`` does not touch it)."""
-        return self._rows.table[self._place(index)[0]]
+        return self._rows.table[self._source_of(self._place_of(index))[0]]
 
     def locate(self, index: int) -> str:
         """Where a pair stands in the source, for messages."""
-        row, part = self._place(index)
+        row, part = self._source_of(self._place_of(index))
         return self._rows.locate(row) + (f", pair {part} of the row" if part else "")
 
-    def _place(self, index: int) -> tuple[int, int]:
-        """Row of a pair in the table, and which of the row's pairs it is."""
-        part, row = divmod(int(self._packed.rows[self._position(index)]), self._rows.table.num_rows)
+    def _source_of(self, place: int) -> tuple[int, int]:
+        """Row of a packed pair in the table, and which of the row's pairs it is."""
+        part, row = divmod(int(self._packed.rows[place]), self._rows.table.num_rows)
         return row, part
 
-    def _number(self, index: int) -> int:
-        row, part = self._place(index)
+    def _number(self, place: int) -> int:
+        row, part = self._source_of(place)
         return self._rows.number(row) + part * self._rows.size
 
     def _pair(self, index: int) -> PairRow:
-        pair = self._reader.read(self.raw(index))[self._place(index)[1]]
+        pair = self._reader.read(self.raw(index))[self._source_of(self._place_of(index))[1]]
         assert isinstance(pair, PairRow)  # it was one when it was tokenised
         return pair.swapped() if self._settings.swap else pair
 
@@ -303,7 +328,9 @@ class PreferenceDataset:
 
     def fingerprint(self) -> str:
         """sha256 (hex) over the keys of all pairs in their order."""
-        return self._packed.fingerprint
+        if self._selected is None:
+            return self._packed.fingerprint
+        return self._packed.fingerprint_of(self._selected)
 
 
 def preference_dataset(
@@ -327,6 +354,7 @@ def preference_dataset(
     truncation: str = "keep_prompt_end",
     on_fault: str = "error",
     max_rows: int | None = None,
+    weight: float = 1.0,
     swap: bool = False,
     cache_dir: str | Path | None = AUTO,
 ) -> PreferenceDataset:
@@ -365,6 +393,7 @@ def preference_dataset(
             answers at their end, ``drop`` leaves such rows out, ``error`` stops.
         on_fault: ``error`` stops at rows that cannot be used, ``drop`` leaves them out; both say how many there are.
         max_rows: read only the first rows.
+        weight: how often an epoch sees a pair: 2.0 each of them twice, 0.5 a fixed half of them. To mix data sets.
         swap: exchange chosen and rejected.
         cache_dir: where what was read is kept for later starts: ``auto`` (the folder that the environment variable
             ``TOKENPREF_CACHE`` names, or ``tokenpref`` in the cache of ``datasets``), a folder, or None to keep nothing.
@@ -375,6 +404,7 @@ def preference_dataset(
     """
     if not isinstance(source, str) or not source:
         raise ConfigError(f"source must be a path or the name of a data set, got {source!r}")
+    _check_weight(weight)
     _check_arguments(append_eos, add_bos, max_seq_len, max_prompt_len, truncation, on_fault, max_rows)
     adapted = adapt_tokenizer(tokenizer)
     rows = load_rows(source, data_files=data_files, name=name, split=split, cache_dir=cache_dir)
@@ -405,7 +435,15 @@ def preference_dataset(
         truncation=truncation,
         swap=swap,
     )
-    return PreferenceDataset(adapted, rows, reader, settings, on_fault, find_cache(cache_dir))
+    return PreferenceDataset(adapted, rows, reader, settings, on_fault, find_cache(cache_dir), weight)
+
+
+def _check_weight(weight: object) -> None:
+    right = isinstance(weight, int | float) and not isinstance(weight, bool) and 0 < weight <= _MOST_ROUNDS
+    if not right:
+        raise ConfigError(
+            f"weight must be a number above 0 and at most {_MOST_ROUNDS}, got {weight!r}; 1 sees every pair once an epoch"
+        )
 
 
 def _check_arguments(

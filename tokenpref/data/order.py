@@ -6,7 +6,14 @@ from collections.abc import Sequence
 
 import numpy as np
 
-__all__ = ["epoch_order", "micro_batches_by_tokens", "step_micro_batches", "step_pairs", "steps_per_epoch"]
+__all__ = [
+    "epoch_order",
+    "micro_batches_by_tokens",
+    "step_micro_batches",
+    "step_pairs",
+    "steps_per_epoch",
+    "weighted_selection",
+]
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
@@ -32,6 +39,26 @@ def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> np.nd
         return np.arange(num_rows, dtype=np.int64)
     draws = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64)).random_raw(num_rows)
     return np.argsort(draws, kind="stable").astype(np.int64)
+
+
+def weighted_selection(num_rows: int, weight: float) -> np.ndarray | None:
+    """Positions that an epoch sees of rows with a weight: 2.0 sees each twice, 0.5 a fixed half.
+
+    The half is the same at every start, whatever the run's seed is: its rows are drawn by :func:`epoch_order` with seed 0.
+
+    Args:
+        num_rows: number of rows, at least 1.
+        weight: above 0.
+
+    Returns:
+        int64 positions in ascending order within each round; None if every row is seen once.
+    """
+    _at_least(1, num_rows=num_rows)
+    if weight == 1:
+        return None
+    rounds = int(weight)
+    part = epoch_order(num_rows, seed=0, epoch=0, shuffle=True)[: round((weight - rounds) * num_rows)]
+    return np.concatenate([*[np.arange(num_rows, dtype=np.int64)] * rounds, np.sort(part)])
 
 
 def steps_per_epoch(num_rows: int, *, batch_size: int, accumulation: int, world_size: int) -> int:

@@ -222,6 +222,10 @@ class PackedPairs:
         """sha256 (hex) of a pair's token ids and starts."""
         return self._keys[index].tobytes().hex()
 
+    def fingerprint_of(self, pairs: np.ndarray) -> str:
+        """sha256 (hex) over the keys of some pairs."""
+        return hashlib.sha256(self._keys[pairs].tobytes()).hexdigest()
+
     def lengths(self, pairs: Any = slice(None)) -> np.ndarray:
         """Tokens of the chosen and the rejected sequence of pairs, prompts included: int64 ``[pairs, 2]``."""
         ends = self._ends

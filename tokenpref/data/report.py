@@ -21,7 +21,8 @@ class DataReport:
     Attributes:
         source: the data's name.
         layout: format of the rows, found or declared.
-        rows: pairs in the data set.
+        rows: pairs that were read.
+        used: pairs that an epoch sees, counted as often as it sees them.
         prompts_cut: pairs whose prompt lost its beginning.
         answers_cut: answers (of 2 * rows) that lost their end, and with it their EOS.
         equal_after_cut: pairs whose sides became equal by cutting; they train nothing.
@@ -38,6 +39,7 @@ class DataReport:
     source: str
     layout: str
     rows: int
+    used: int
     prompts_cut: int
     answers_cut: int
     equal_after_cut: int
@@ -60,7 +62,8 @@ class DataReport:
                 ("rejected", self.rejected_tokens),
             )
         )
-        text = f"{self.source}: {self.rows} pairs, format {self.layout}{', sides swapped' if self.swapped else ''}; "
+        used = f" ({self.used} an epoch)" if self.used != self.rows else ""
+        text = f"{self.source}: {self.rows} pairs{used}, format {self.layout}{', sides swapped' if self.swapped else ''}; "
         text += f"mean tokens: {lengths}. EOS ends {self.answers_with_eos} of {2 * self.rows} answers; "
         text += f"cut: {self.prompts_cut} prompts, {self.answers_cut} answers"
         if self.equal_after_cut:

@@ -137,8 +137,8 @@ class BestConfig:
 class TrainConfig(ComputeConfig, ModelConfig):
     """A preference training run; keys are named as in torchtune's recipes."""
 
-    dataset: Component = component(positional=1)
-    dataset_val: Component | None = component(positional=1, optional=True)
+    dataset: Component = component(positional=1, mixed=True)
+    dataset_val: Component | None = component(positional=1, optional=True, mixed=True)
     loss: Component = component()
     optimizer: Component = component(positional=1)
     lr_scheduler: Component | None = component(
@@ -249,7 +249,7 @@ class TripletConfig(WeightedConfig):
 class EvaluateConfig(ModelConfig):
     """Held-out loss, accuracy, margins and KL, and samples with their reward."""
 
-    dataset: Component | None = component(positional=1, optional=True)
+    dataset: Component | None = component(positional=1, optional=True, mixed=True)
     loss: Component | None = component(optional=True)
     sampling: SamplingConfig | None = section(SamplingConfig)
 

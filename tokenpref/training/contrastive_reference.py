@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, ClassVar
 
-from omegaconf import DictConfig, OmegaConf
+from omegaconf import DictConfig, ListConfig, OmegaConf
 
 from tokenpref.components import COMPONENT, accepts
 from tokenpref.data import adapt_tokenizer
@@ -62,7 +62,7 @@ class ContrastiveConfig(TrainConfig):
         if (
             self.method in DEFAULT_LOSS
             and self.dataset is not None
-            and not accepts(self.dataset.target(), "swap")
+            and not all(accepts(part.target(), "swap") for part in self.dataset.parts)
         ):
             faults.append(
                 f"dataset ({self.dataset.path}): takes no `swap`, which the negative side is trained with; use "
@@ -185,8 +185,10 @@ class ContrastiveReference:
             cfg.loss = DEFAULT_LOSS[self.config.method]
         if side == "negative":
             for key in ("dataset", "dataset_val"):
-                if cfg.get(key) is not None:
-                    cfg[key].swap = not cfg[key].get("swap", False)
+                named = cfg.get(key)
+                for part in named if isinstance(named, ListConfig) else [named]:
+                    if part is not None:
+                        part.swap = not part.get("swap", False)
         return cfg
 
     def _say(self, message: str) -> None:

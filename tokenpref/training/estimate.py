@@ -41,7 +41,7 @@ SIDES = ("chosen", "rejected")
 class EstimateConfig(ScoringConfig):
     """What is scored, with what, and in which portions."""
 
-    dataset: Component = component(positional=1)
+    dataset: Component = component(positional=1, mixed=True)
     estimator: Component = component()
     model: Component | None = component(optional=True)
     """For an estimator that runs one model, such as attribution; a contrastive pair brings its own."""
@@ -219,7 +219,7 @@ class WeightEstimation:
         self.dataset: PreferenceDataset = world.together(lambda: config.dataset.build(tokenizer))
         check_pairs(self.dataset, config.dataset)
         self._say(f"dataset: {self.dataset.report.summary()}")
-        self._lengths = [(len(e.chosen_ids), len(e.rejected_ids)) for e in self.dataset]
+        self._lengths = self.dataset.lengths().tolist()
         self.estimator: Estimator = world.together(config.estimator.build)
         path = Path(config.output_dir).absolute() / STORE
         shards = -(-len(self.dataset) // config.shard_rows)

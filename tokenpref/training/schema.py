@@ -41,6 +41,7 @@ log = logging.getLogger("tokenpref")
 
 S = TypeVar("S")
 _MOST = 2**31 - 1
+_MIXTURE = "tokenpref.data.PairMixture"
 
 
 @dataclass(frozen=True)
@@ -56,6 +57,11 @@ class Component:
     key: str
     path: str
     kwargs: Mapping[str, Any]
+
+    @property
+    def parts(self) -> tuple[Component, ...]:
+        """The components that a list names; itself if it is not a list."""
+        return (self,)
 
     def target(self) -> Any:
         """The class or function at the path."""
@@ -88,6 +94,32 @@ class Component:
         return {k: v.build() if isinstance(v, Component) else v for k, v in self.kwargs.items()}
 
 
+@dataclass(frozen=True)
+class Mixture(Component):
+    """A list of data sets; ``kwargs`` has each under its number."""
+
+    @property
+    def parts(self) -> tuple[Component, ...]:
+        """The data sets."""
+        return tuple(self.kwargs.values())
+
+    def build(self, *args: Any, **kwargs: Any) -> Any:
+        """Build each, and mix them.
+
+        Raises:
+            ConfigError: if one of them is no data set of this package.
+        """
+        built = []
+        for part in self.parts:
+            built.append(part.build(*args, **kwargs))
+            if not hasattr(built[-1], "parts"):
+                raise ConfigError(
+                    f"{part.key} ({part.path}): makes a {type(built[-1]).__name__}, which cannot be mixed; name "
+                    "tokenpref.data.preference_dataset, or a function of your own that calls it"
+                )
+        return self.target()(built)
+
+
 # --- fields -----------------------------------------------------------------------------------------------------
 
 
@@ -97,13 +129,17 @@ def component(
     provided: tuple[str, ...] = (),
     optional: bool = False,
     function: int | None = None,
+    mixed: bool = False,
 ) -> Any:
     """A component node; ``positional`` and ``provided`` are the arguments that the recipe passes when it builds it.
 
     With ``function`` a plain function is used as it is, called with that many arguments (:meth:`Component.callable`).
+    With ``mixed`` the node may be a list of data sets.
     """
 
     def read(key: str, value: Any) -> Component:
+        if mixed and isinstance(value, list):
+            return _read_mixture(key, value, positional)
         return _read_component(key, value, provided, positional, function)
 
     return _field(read, default=None if optional else dataclasses.MISSING)
@@ -134,6 +170,20 @@ def _read_component(
     if faults:
         raise ConfigError(faults)
     return Component(key, str(value[COMPONENT]), kwargs)
+
+
+def _read_mixture(key: str, values: list[Any], positional: int) -> Mixture:
+    parts, faults = {}, []
+    for number, value in enumerate(values):
+        try:
+            parts[str(number)] = _read_component(f"{key}[{number}]", value, positional=positional)
+        except ConfigError as error:
+            faults += error.faults
+    if not values:
+        faults.append(f"{key}: the list is empty; name at least one data set")
+    if faults:
+        raise ConfigError(faults)
+    return Mixture(key, _MIXTURE, parts)
 
 
 def integer(default: Any = dataclasses.MISSING, *, low: int = 1, high: int = _MOST) -> Any:

@@ -265,7 +265,8 @@ def build_pairs(component: Component, tokenizer: Tokenizer, world: World) -> Pre
     dataset: PreferenceDataset = world.together(lambda: component.build(tokenizer))
     check_pairs(dataset, component)
     if world.is_main:
-        log.info(f"{component.key}: {dataset.report.summary()}")
+        for part, own in zip(dataset.parts, component.parts, strict=False):
+            log.info(f"{own.key}: {part.report.summary()}")
     if len(dataset) < world.size:
         raise ConfigError(
             f"{component.key}: {len(dataset)} pairs for {world.size} processes; "
