@@ -11,7 +11,7 @@ from support.published import FAMILIES
 from tokenpref._paths import data_root
 from tokenpref._registry import config_files
 from tokenpref.errors import ConfigError, DryRun
-from tokenpref.training import Evaluator, PreferenceTrainer, WeightEstimation
+from tokenpref.training import ContrastiveReference, Evaluator, PreferenceTrainer, WeightEstimation
 from tokenpref.training.architecture import check_architecture
 from tokenpref.training.cli import load_config
 from tokenpref.training.preflight import meta_model
@@ -61,6 +61,16 @@ RECIPES = {
             "ref_checkpointer={_component_: torchtune.training.FullModelHFCheckpointer, checkpoint_dir: other, "
             "checkpoint_files: [model.safetensors], output_dir: out, model_type: LLAMA3_2}",
         ),
+    ),
+    "pair of prompts": (
+        ContrastiveReference,
+        "tiny/contrastive_reference",
+        ("checkpointer.checkpoint_dir=other", "method=prompt", "positive_prompt=a", "negative_prompt=b"),
+    ),
+    "pair of trained sides": (
+        ContrastiveReference,
+        "tiny/contrastive_reference",
+        ("checkpointer.checkpoint_dir=other",),
     ),
     "evaluation": (Evaluator, "tiny/evaluate", ("checkpointer.checkpoint_dir=other",)),
     "attribution": (

@@ -208,6 +208,22 @@ def test_weights_are_as_readable_as_their_neighbours(folder, tmp_path, mask):
     assert {stat.S_IMODE(file.stat().st_mode) for file in made} == {0o666 & ~mask}
 
 
+def test_pickled_weights_and_indexes_of_other_files_are_exported_too(folder):
+    state = load_file(folder / "model.safetensors")
+    torch.save(
+        {**state, "lm_head.weight": state["model.embed_tokens.weight"].clone()}, folder / "pytorch_model.bin"
+    )
+    (folder / "model.safetensors").unlink()
+    other = {"weight_map": {"a": "model-00001-of-00002.safetensors"}}
+    (folder / "consolidated.safetensors.index.json").write_text(json.dumps(other))
+    _, written = train(
+        "checkpointer.checkpoint_files=[pytorch_model.bin]", "checkpointer.safe_serialization=false"
+    )
+    names = json.loads((written / "pytorch_model.bin.index.json").read_text())["weight_map"]
+    assert set(names) == set(torch.load(written / "model-00001-of-00001.bin")) == set(state)
+    assert json.loads((written / "consolidated.safetensors.index.json").read_text()) == other
+
+
 def test_best_weights_are_described_too(folder, tmp_path):
     (tmp_path / "mine.jinja").write_text(MINE)
     train(

@@ -16,6 +16,7 @@ from tokenpref.errors import DryRun
 from tokenpref.training.config import TrainConfig, loss_faults
 from tokenpref.training.export_check import check_exports, epochs_until
 from tokenpref.training.pair import METHODS, SIDES, nested_components, write_pair
+from tokenpref.training.preflight import check_scored
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.schema import Component, component, read_config, text
 from tokenpref.training.trainer import PreferenceTrainer
@@ -119,6 +120,10 @@ class ContrastiveReference:
         own.start(False)
         sides: dict[str, dict[str, Any]] = {}
         if config.method == "prompt":
+            tokenizer = adapt_tokenizer(config.tokenizer.build())
+            check_scored(
+                config.model, config.dtype, {"checkpointer": config.checkpointer}, tokenizer, self.world
+            )
             prompts = (config.positive_prompt, config.negative_prompt)
             sides = {s: {"checkpoint": None, "prompt": p} for s, p in zip(SIDES, prompts, strict=True)}
         else:

@@ -84,9 +84,14 @@ def describe_export(folder: Path, state: Mapping[str, Tensor], tokenizer: Tokeni
 def _keep_in_index(index: Path) -> None:
     """Leave in an index what its files hold; torchtune lists all that it read, such as the head of a tied model."""
     record = _read(index)
-    if record is None:
+    names = (record or {}).get("weight_map")
+    # One that was copied from beside the starting weights may speak of files that are not here.
+    if (
+        record is None
+        or not isinstance(names, dict)
+        or not all((index.parent / n).is_file() for n in names.values())
+    ):
         return
-    names = record["weight_map"]
     held = {file: _names_in(index.parent / file) for file in set(names.values())}
     record["weight_map"] = {name: file for name, file in names.items() if name in held[file]}
     if record["weight_map"] != names:
