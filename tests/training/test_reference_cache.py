@@ -2,7 +2,9 @@
 
 import json
 import logging
+import random
 import re
+import shutil
 import weakref
 from collections import namedtuple
 from functools import partial
@@ -247,6 +249,26 @@ def test_a_killed_build_goes_on_also_with_another_number_of_processes(tmp_path, 
     whole = cached(tmp_path / "whole", "logps")
     for file in whole.store.layout.path.glob("*.safetensors"):
         assert (reference.store.layout.path / file.name).read_bytes() == file.read_bytes()
+
+
+@pytest.mark.parametrize("kind", ["logps", "hidden"])
+def test_a_build_that_goes_on_makes_damaged_files_anew(tmp_path, kind, caplog):
+    """Flips and cuts anywhere in the files of an unfinished cache."""
+    whole = cached(tmp_path / "whole", kind).store.layout.path
+    expected = {file.name: file.read_bytes() for file in whole.glob("*.safetensors")}
+    draw = random.Random(5)
+    for number in range(12):
+        folder = tmp_path / str(number) / whole.name
+        shutil.copytree(whole, folder)
+        (folder / "metadata.json").unlink()
+        file = draw.choice(sorted(folder.glob("*.safetensors")))
+        data = bytearray(file.read_bytes())
+        data[draw.randrange(len(data))] ^= 1 << draw.randrange(8)
+        file.write_bytes(data[: draw.randrange(len(data))] if number % 3 == 2 else data)
+        caplog.clear()
+        cached(folder.parent, kind)
+        assert f"{file} is not what was written (its checksum differs); it is made anew" in caplog.text
+        assert {file.name: file.read_bytes() for file in folder.glob("*.safetensors")} == expected
 
 
 def test_the_model_is_gone_when_the_cache_is_open(tmp_path):

@@ -10,6 +10,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import logging
 import os
 from collections import OrderedDict
 from collections.abc import Mapping, Sequence
@@ -35,6 +36,8 @@ __all__ = ["STORED_KINDS", "ReferenceStore", "ReferenceWriter", "StoreLayout", "
 
 STORED_KINDS = ("logps", "hidden")
 """Log-probabilities, one number a token; or last hidden states, D numbers a token, from which a KL can be made."""
+
+log = logging.getLogger("tokenpref")
 
 FORMAT = "tokenpref-reference/1"
 METADATA, JOB, LOCK = "metadata.json", "job.json", ".lock"
@@ -179,6 +182,11 @@ def _stem(shard: int) -> str:
     return f"shard-{shard:05d}"
 
 
+def _digest_in(name: str) -> str:
+    """The checksum in a file's name."""
+    return name.removesuffix(".safetensors").rpartition("-")[2]
+
+
 class ReferenceWriter:
     """Writes a store shard by shard; what is there already is kept.
 
@@ -194,7 +202,7 @@ class ReferenceWriter:
         """Make the folder and keep other writers out of it; for the main process.
 
         Returns:
-            Shards to write.
+            Shards to write: those that are not there, or were damaged before the store was finished.
 
         Raises:
             ConfigError: if another process is writing here.
@@ -208,7 +216,15 @@ class ReferenceWriter:
             # Where a file of a finished store was removed, the seal is of another one.
             (path / METADATA).unlink(missing_ok=True)
             write_json(path / JOB, self.layout.record)
+            self._drop_damaged()
         return self.layout.missing()
+
+    def _drop_damaged(self) -> None:
+        """Remove files that are not as they were written, before an unfinished store goes on; every byte is read."""
+        for file in self.layout.found().values():
+            if digest_of(file) != _digest_in(file.name):
+                log.warning(f"{file} is not what was written (its checksum differs); it is made anew")
+                file.unlink()
 
     def write(self, shard: int, answers: Sequence[Tensor]) -> dict[str, int]:
         """Write a shard.
@@ -319,14 +335,14 @@ class ReferenceStore:
             found = file.stat().st_size
             if found != size:
                 raise DataError(f"{file} has {found} bytes and was written with {size}; {_AGAIN}")
-            if number % world_size == rank and digest_of(file) != file.stem.rpartition("-")[2]:
+            if number % world_size == rank and digest_of(file) != _digest_in(name):
                 raise DataError(f"{file} is not what was written (its checksum differs); {_AGAIN}")
         return cls(layout, metadata)
 
     @property
     def head_digest(self) -> str:
         """Checksum of the LM head: equal for stores of one model."""
-        return self._files[HEAD].stem.rpartition("-")[2]
+        return _digest_in(self._files[HEAD].name)
 
     def head_weight(self, device: torch.device | str) -> Tensor:
         """The LM head ``[V, D]``, on a device and in memory of its own."""

@@ -33,7 +33,7 @@ def check_exports(folder: Path, epochs: int) -> None:
     """Compare the weights in ``epoch_0`` to ``epoch_{epochs - 1}`` and ``best`` with their manifests, byte by byte.
 
     A folder that is not there is no fault: people move weights away, and a checkpointer of their own may write elsewhere. Files
-    that were added are none either. Every byte is read, at about 4 GB/s from the page cache and else as fast as the disk delivers;
+    that were added are none either. Every byte is read, at about 4 GB/s from the page cache and else as fast as the disk is;
     the main process alone should call this.
 
     Args:
