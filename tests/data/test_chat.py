@@ -4,6 +4,7 @@ import datetime
 import pickle
 
 import pytest
+import tokenizers
 
 from tokenpref.data import ChatTemplate, TemplateError, normalize_messages
 from tokenpref.errors import ConfigError
@@ -112,7 +113,7 @@ CONVERSATION = [
         "tool_calls": [{"type": "function", "function": {"name": "add", "arguments": {"b": 2, "a": 2}}}],
     },
     {"role": "tool", "content": "4"},
-    {"role": "assistant", "content": "It is 4.", "thinking": "easy"},
+    {"role": "assistant", "content": "It is 4.", "reasoning_content": "easy"},
 ]
 TOOLS = [
     {"type": "function", "function": {"name": "add", "description": "é", "parameters": {"z": 1, "a": 2}}}
@@ -129,7 +130,7 @@ TEMPLATES = {
     "calls and thoughts": (
         "{%- for m in messages -%}<|{{ m.role }}|>"
         "{%- if m.reasoning_content is defined %}<think>{{ m.reasoning_content.strip() }}</think>{% endif -%}"
-        "{{ m.thinking }}{{ m.content | trim }}"
+        "{{ m.content | trim }}"
         "{%- for c in m.tool_calls or [] %}{{ c.function.name ~ (c.function.arguments | tojson) }}{% endfor -%}"
         "{%- endfor -%}{% if add_generation_prompt %}<|assistant|>{% endif %}"
     ),
@@ -148,19 +149,34 @@ TEMPLATES = {
 }
 
 
+@pytest.fixture(scope="module")
+def of_transformers():
+    transformers = pytest.importorskip("transformers")
+    words = tokenizers.Tokenizer(tokenizers.models.WordLevel({"<s>": 0, "</s>": 1, "a": 2}, unk_token="a"))
+    return transformers.PreTrainedTokenizerFast(tokenizer_object=words, bos_token="<s>", eos_token="</s>")
+
+
 @pytest.mark.parametrize("name", TEMPLATES)
 @pytest.mark.parametrize("add_generation_prompt", [False, True])
-def test_rendering_equals_that_of_transformers(name, add_generation_prompt):
-    utils = pytest.importorskip("transformers.utils.chat_template_utils")
-    names = {"bos_token": "<s>", "eos_token": "</s>"}
-    [wanted], _ = utils.render_jinja_template(
-        conversations=[CONVERSATION],
-        tools=TOOLS,
+@pytest.mark.parametrize("tools", [None, TOOLS])
+def test_rendering_equals_that_of_transformers(of_transformers, name, add_generation_prompt, tools):
+    wanted = of_transformers.apply_chat_template(
+        CONVERSATION,
+        tools=tools,
         chat_template=TEMPLATES[name],
         add_generation_prompt=add_generation_prompt,
-        **names,
+        tokenize=False,
     )
-    assert ChatTemplate(TEMPLATES[name], names).render(CONVERSATION, add_generation_prompt, TOOLS) == wanted
+    template = ChatTemplate(TEMPLATES[name], {"bos_token": "<s>", "eos_token": "</s>"})
+    assert template.render(CONVERSATION, add_generation_prompt, tools) == wanted
+
+
+@pytest.mark.parametrize("key", ["reasoning_content", "thinking", "reasoning"])
+def test_reasoning_has_the_names_that_templates_read(key):
+    template = ChatTemplate(
+        "{% for m in messages %}{{ m.thinking }}|{{ m.reasoning_content }}{% endfor %}", {}
+    )
+    assert template.render([{"role": "assistant", "content": "", key: "so"}], False) == "so|so"
 
 
 def test_the_date_is_fixed_and_can_be_set():

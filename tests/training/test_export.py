@@ -134,6 +134,22 @@ def test_named_templates_stay_where_the_default_one_was_trained_with(folder):
     assert json.loads((written / "tokenizer_config.json").read_text())["chat_template"] == named
 
 
+def test_a_template_for_tools_is_exported_beside_the_other_one(folder, tmp_path):
+    transformers = pytest.importorskip("transformers")
+    (folder / "chat_template.jinja").write_text(MINE)
+    (folder / "additional_chat_templates").mkdir()
+    (folder / "additional_chat_templates" / "tool_use.jinja").write_text("{{ tools | length }} tools")
+    tokenizer = tokenizer_json("model")
+    tools = [{"type": "function", "function": {"name": "add"}}]
+    assert tokenizer.render_chat(TALK, False, tools=tools) == "1 tools"
+    describe_export(tmp_path, {}, tokenizer)
+    loaded = transformers.AutoTokenizer.from_pretrained(tmp_path)
+    for given in (None, tools):
+        wanted = loaded.apply_chat_template(TALK, tools=given, tokenize=False)
+        assert tokenizer_json(tmp_path).render_chat(TALK, False, tools=given) == wanted
+        assert tokenizer.render_chat(TALK, False, tools=given) == wanted
+
+
 def test_tokens_of_the_config_are_exported(folder):
     change(
         folder / "generation_config.json", eos_token_id=[0], pad_token_id=1, temperature=0.7, do_sample=True

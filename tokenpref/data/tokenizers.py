@@ -17,6 +17,7 @@ from tokenpref.data.chat import DEFAULT_DATE, ChatTemplate
 from tokenpref.errors import ConfigError
 
 __all__ = [
+    "TOOL_TEMPLATE",
     "JsonTokenizer",
     "Span",
     "Tokenizer",
@@ -25,6 +26,9 @@ __all__ = [
     "named_template",
     "tokenizer_json",
 ]
+
+TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
+"""Where transformers keeps a template for conversations with tools, beside ``chat_template.jinja``."""
 
 Span = tuple[int, int]
 """Half-open range of characters."""
@@ -245,6 +249,11 @@ class JsonTokenizer:
         """The text of its chat template, if it has one."""
         return self._template.source if self._template is not None else None
 
+    @property
+    def tool_template(self) -> str | None:
+        """The text of its template for conversations with tools, if that is another one."""
+        return self._tool_template.source if self._tool_template is not None else None
+
     def fingerprint(self) -> str:
         """See :class:`Tokenizer`."""
         return digest(
@@ -412,6 +421,11 @@ class _Beside:
 
     def tool_template(self) -> str | None:
         """The template that transformers takes for conversations with tools, where there is one of its own."""
+        file = self._folder / TOOL_TEMPLATE
+        if file.is_file():
+            return read_text(file, ConfigError)
+        if (self._folder / "chat_template.jinja").is_file():
+            return None  # transformers then reads none from the configuration
         return named_template(self._named[0].get("chat_template"), "tool_use")
 
 

@@ -20,7 +20,7 @@ from torch import Tensor
 
 from tokenpref._files import follow_umask
 from tokenpref.data import JsonTokenizer, Tokenizer
-from tokenpref.data.tokenizers import named_template
+from tokenpref.data.tokenizers import TOOL_TEMPLATE, named_template
 from tokenpref.training.tied_head import HEAD, HEAD_IN_FILES
 
 __all__ = ["describe_export", "forget_tied_head"]
@@ -79,6 +79,7 @@ def describe_export(folder: Path, state: Mapping[str, Tensor], tokenizer: Tokeni
             _copy_tokenizer(tokenizer.file, folder)
         _write_tokens(folder, tokenizer)
         _write_template(folder, tokenizer.chat_template)
+        _write_tool_template(folder, tokenizer)
 
 
 def _keep_in_index(index: Path) -> None:
@@ -193,6 +194,20 @@ def _write_template(folder: Path, template: str | None) -> None:
     shutil.rmtree(
         folder / "additional_chat_templates", ignore_errors=True
     )  # such as one for tools, which would be preferred
+
+
+def _write_tool_template(folder: Path, tokenizer: JsonTokenizer) -> None:
+    """The template for conversations with tools where transformers looks for it, unless it would find it already."""
+    settings = _read(folder / SETTINGS) or {}
+    default = folder / TEMPLATE
+    found = None if default.is_file() else named_template(settings.get("chat_template"), "tool_use")
+    if tokenizer.chat_template is None or tokenizer.tool_template in (None, found):
+        return
+    file = folder / TOOL_TEMPLATE
+    file.parent.mkdir(exist_ok=True)
+    file.write_text(tokenizer.tool_template, encoding="utf-8", newline="")
+    # Without this file transformers would take the other one for every conversation.
+    default.write_text(tokenizer.chat_template, encoding="utf-8", newline="")
 
 
 def _read(file: Path) -> dict[str, Any] | None:
