@@ -95,6 +95,9 @@ def test_json_text_in_csv(chat, tmp_path):
         "[{'content': 'yes', 'role': 'assistant'}]",
         '[{"role": "assistant", "content": "yes"',
         "[{'from': 'gpt', 'value': 'yes'}]",
+        "[{'content': '" + "yes " * 100 + "', 'role': 'assistant'}\n {'content': 'no', 'role': 'user'}]",
+        "array([{'content': 'yes', 'role': 'assistant'}], dtype=object)",
+        "{'role': 'assistant', 'content': 'yes'}",
     ],
 )
 @pytest.mark.parametrize("declared", ["auto", "explicit"])
@@ -281,3 +284,22 @@ def test_a_text_prompt_that_the_messages_do_not_hold_is_not_lost(chat, write_jso
     ):
         preference_dataset(chat, other)
     assert prompt_of(chat, other, column_map={"prompt": None}) == PLAIN
+
+
+def test_history_comes_after_the_system_message(chat, write_jsonl):
+    begun = [{"role": "system", "content": "Be brief."}, USER]
+    prompt = prompt_of(chat, write_jsonl([{**ROW, "prompt": begun, "history": [["one", "two"]]}]))
+    assert prompt == "<system>Be brief.<|im_end|><user>one<|im_end|><assistant>two<|im_end|>" + PLAIN
+
+
+def test_a_prompt_alone_may_be_json_text(chat, write_jsonl):
+    assert prompt_of(chat, write_jsonl([{**TEXT, "prompt": json.dumps([USER])}])) == PLAIN
+
+
+def test_nested_columns_of_every_format(chat, tokenizer, write_jsonl):
+    row = {"info": {"q": "hello", "sys": "Be brief."}, "answers": [{"text": "yes"}, {"text": "no"}]}
+    paths = {"prompt": "info.q", "chosen": "answers[0].text", "rejected": "answers[1].text"}
+    path = write_jsonl([row])
+    assert preference_dataset(tokenizer, path, column_map=paths).text(0).prompt == "hello"
+    with_system = prompt_of(chat, path, column_map={**paths, "system": "info.sys"})
+    assert with_system == "<system>Be brief.<|im_end|>" + PLAIN

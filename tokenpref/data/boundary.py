@@ -15,6 +15,8 @@ _SPACES = " \t\n"
 _WINDOW = 500  # characters that are looked at on either side; a run of flags takes its square in time
 # What stands between the digits of a number, a date, a time or a version; Unicode knows only the point and the comma.
 _BETWEEN_DIGITS = frozenset(".,:/'\u2019-_\u00a0\u2009\u202f\u066b\u066c")
+_HYPHENS = frozenset("-\u2010\u2011")
+_EXPONENT = regex.compile(r"\d[eE][+-]\d")
 _BEFORE_DIGITS = frozenset("+-\u2212\u00b1$\u00a3\u20ac\u00a5#.")
 _AFTER_DIGITS = frozenset("%\u2030\u00b0\u066a")
 
@@ -73,15 +75,17 @@ def _inside(text: str, end: int) -> bool:
         return True
     if after.isdecimal() and before in _BEFORE_DIGITS and (end < 2 or not _is_word(text[end - 2])):
         return True
-    # On either side of what stands between two digits.
-    between = {before: end - 1, after: end}
-    return any(
-        char in _BETWEEN_DIGITS
-        and 0 < at < len(text) - 1
-        and text[at - 1].isdecimal()
-        and text[at + 1].isdecimal()
-        for char, at in between.items()
-    )
+    if _EXPONENT.match(text, max(end - 3, 0)) or _EXPONENT.match(text, max(end - 2, 0)):
+        return True
+    # On either side of what stands between two digits, or of the hyphen in a word.
+    for at in (end - 1, end):
+        if 0 < at < len(text) - 1:
+            sides = (text[at - 1], text[at + 1])
+            if text[at] in _BETWEEN_DIGITS and all(side.isdecimal() for side in sides):
+                return True
+            if text[at] in _HYPHENS and all(_is_word(side) for side in sides):
+                return True
+    return False
 
 
 def _is_word(char: str) -> bool:

@@ -103,6 +103,9 @@ def _with_context(prompt: Messages, row: Mapping[str, Any], columns: Mapping[str
             )
         if not own:
             before = [{"role": "system", "content": system}, *before]
+    # A system message comes first, wherever it was kept.
+    if before and prompt[0]["role"] == "system" and before[0]["role"] != "system":
+        return [prompt[0], *before, *prompt[1:]]
     return [*before, *prompt]
 
 

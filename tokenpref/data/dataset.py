@@ -424,7 +424,8 @@ def preference_dataset(
     if reader.conversations and not adapted.has_chat:
         raise ConfigError(
             f"{rows.name} holds conversations, but the tokenizer has no chat template: set tokenizer.chat_template, put "
-            "chat_template.jinja beside tokenizer.json, or use a torchtune tokenizer with tokenize_messages"
+            "chat_template.jinja beside tokenizer.json, or use a torchtune tokenizer with tokenize_messages. If prompt and "
+            "answers are text, as_messages: false joins them as they stand"
         )
     settings = PairSettings(
         layout=reader.layout,

@@ -13,10 +13,9 @@ __all__ = ["messages_of", "refuse_messages"]
 
 _KEYS = (("role", "content"), ("from", "value"))
 _ROLES = ("system", "user", "assistant", "tool", "human", "gpt")
-_BEGINS = re.compile(r"\s*\[?\s*\{")
-# A key of a message at the beginning of text, in JSON or as Python prints it.
-_KEY = re.compile(r"""["'](?:role|from)["']\s*:""")
-_NEAR = 200
+_BEGINS = re.compile(r"\s*(?:array\()?\[?\s*\{")
+# A message in JSON, or as Python prints it.
+_MESSAGE = re.compile(r"""["'](?:role|from)["']\s*:\s*["'](?:system|user|assistant|tool|human|gpt)["']""")
 
 
 def messages_of(value: Any, column: str) -> list[Any] | None:
@@ -61,7 +60,7 @@ def _from_text(text: str, column: str) -> list[Any] | None:
     try:
         found = json.loads(text)
     except (ValueError, RecursionError) as error:
-        if not _KEY.search(text, 0, _NEAR):
+        if not _MESSAGE.search(text):
             return None
         raise RowFault(
             "messages as text",
