@@ -858,7 +858,7 @@ def good(tmp_path_factory):
             ("ti_run", TripletTrainer, "ti"),
         ):
             _, preset, words = RECIPES[key]
-            words = (*words, *SCHEDULER, f"output_dir={name}", "checkpoint_every_n_steps=2")
+            words = (*words, *SCHEDULER, f"output_dir={name}", "checkpoint_every_n_steps=2", "keep_last=2")
             trainer = trainer_class(load_config(["--config", preset, *words]))
             trainer.setup()
             trainer.train()

@@ -2,16 +2,34 @@
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
+import re
 import stat
+from collections.abc import Iterator
+from contextlib import contextmanager
+from itertools import count
 from pathlib import Path
 from typing import Any
 
 import xxhash
+from safetensors import SafetensorError
 
-__all__ = ["digest_of", "follow_umask", "read_text", "sync", "try_lock", "write_json"]
+from tokenpref.errors import TokenprefError
+
+__all__ = [
+    "digest_of",
+    "follow_umask",
+    "move_aside",
+    "read_text",
+    "sync",
+    "try_lock",
+    "write_fault",
+    "write_json",
+    "writing",
+]
 
 _BLOCK = 1 << 20
 
@@ -30,11 +48,89 @@ def read_text(file: Path, fault: type[Exception]) -> str:
         ) from error
 
 
+# What to do about a write that failed, by its cause.
+_MENDS = {
+    errno.ENOSPC: "make room on that disk, or set output_dir to another one",
+    errno.EDQUOT: "make room within your quota, or set output_dir to another disk",
+    errno.EFBIG: "raise the limit on the size of files (ulimit -f), or set output_dir to another disk",
+    errno.EACCES: "set output_dir to a folder that you may write to",
+    errno.EPERM: "set output_dir to a folder that you may write to",
+    errno.EROFS: "set output_dir to a disk that can be written to",
+    errno.EIO: "check that disk, or set output_dir to another one",
+}
+# torch.save hides the cause of a write that failed.
+_OF_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "basic_ios")
+
+
+def write_fault(error: BaseException) -> str | None:
+    """What went wrong and what to do about it, if an error or its cause is a failure of the operating system to write.
+
+    Args:
+        error: an ``OSError``, or what safetensors and ``torch.save`` make of one.
+
+    Returns:
+        Such as "No space left on device; make room on that disk, ..."; None for any other error.
+    """
+    seen: BaseException | None = error
+    while seen is not None:
+        number = _errno_of(seen)
+        if number is not None:
+            mend = _MENDS.get(number)
+            return os.strerror(number) + (f"; {mend}" if mend else "")
+        seen = seen.__cause__ or seen.__context__
+    if isinstance(error, OSError):
+        return str(error)
+    if isinstance(error, RuntimeError) and any(word in str(error) for word in _OF_TORCH_SAVE):
+        first = str(error).splitlines()[0]
+        return f"{first}; make room on that disk, or set output_dir to another one"
+    return None
+
+
+def _errno_of(error: BaseException) -> int | None:
+    if isinstance(error, OSError):
+        return error.errno
+    code = re.search(r"\(os error (\d+)\)", str(error)) if isinstance(error, SafetensorError) else None
+    return int(code[1]) if code else None
+
+
+def move_aside(path: Path) -> Path:
+    """Give a file or folder the first free name of ``NAME.former1``, ``NAME.former2``, ...; a file keeps its suffix.
+
+    Returns:
+        Where it is now.
+    """
+    stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
+    names = (path.with_name(f"{stem}.former{number}{suffix}") for number in count(1))
+    aside = next(name for name in names if not name.exists())
+    path.rename(aside)
+    return aside
+
+
+@contextmanager
+def writing(what: Path | str) -> Iterator[None]:
+    """Make one error that a user can mend of a failure to write.
+
+    Args:
+        what: the file or folder that is written, for the error.
+
+    Raises:
+        TokenprefError: if the operating system refuses; other errors pass.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError, RuntimeError) as error:
+        fault = write_fault(error)
+        if fault is None:
+            raise
+        raise TokenprefError(f"{what} cannot be written: {fault}") from error
+
+
 def write_json(file: Path, record: dict[str, Any]) -> None:
     """Write plain data in one piece: the old file or the new one, never half of it."""
     temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
+    with writing(file):
+        temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        os.replace(temporary, file)
 
 
 def digest_of(file: Path) -> str:

@@ -269,7 +269,10 @@ def test_a_save_that_fails_in_the_background_stops_the_run(run, tmp_path, monkey
         publish(self, partial, name, *rest)
 
     monkeypatch.setattr(Checkpoints, "_publish", on_a_full_disk)
-    with pytest.raises(OSError, match="No space left"):
+    with pytest.raises(
+        TokenprefError,
+        match="step_4.partial: the checkpoint cannot be written: No space left on device; make",
+    ):
         run("output_dir=full", *IN_BACKGROUND)
     newest, faults = Checkpoints(tmp_path / "full/checkpoints", WORLD).newest()
     assert newest.name == "step_2" and not faults
@@ -351,7 +354,62 @@ def test_two_runs_on_one_folder(run, tmp_path):
 def test_minutes_between_checkpoints(run, tmp_path):
     run("output_dir=often", "checkpoint_every_minutes=1e-9", "keep_last=3", *NO_WATCH)
     names = sorted(p.name for p in (tmp_path / "often/checkpoints").iterdir())
-    assert names == ["latest", "step_5", "step_6", "step_7"]
-    assert (tmp_path / "often/checkpoints/latest").read_text() == "step_7\n"
+    assert names == ["latest", "step_6", "step_7", "step_8"]
+    assert (tmp_path / "often/checkpoints/latest").read_text() == "step_8\n"
     run("output_dir=never", "checkpoint_every_minutes=1000", *NO_WATCH)
-    assert not (tmp_path / "never/checkpoints").exists()
+    assert [p.name for p in (tmp_path / "never/checkpoints").glob("step_*")] == ["step_8"]  # the end's
+
+
+class Exploding(torch.optim.SGD):
+    """Whose third update makes one weight infinite, in a run with finite losses and gradients until then."""
+
+    updates = 0
+
+    def step(self, closure=None):
+        super().step(closure)
+        # PyTorch asks for a step without effect to see the state.
+        self.updates += any(group["lr"] > 0 for group in self.param_groups)
+        if self.updates == 3:
+            with torch.no_grad():
+                self.param_groups[0]["params"][1].view(-1)[5] = torch.inf
+
+
+@pytest.mark.parametrize(
+    "words",
+    [
+        ("checkpoint_every_n_steps=1",),
+        ("checkpoint_every_n_steps=1", "enable_async_checkpointing=true"),
+        ("checkpoint_every_n_steps=2", "max_steps_per_epoch=3"),  # the end
+        ("checkpoint_every_n_steps=2", "run_val_every_n_steps=3", "best.metric=loss", "best.goal=min"),
+    ],
+    ids=["checkpoint", "in the background", "epoch", "best"],
+)
+def test_weights_that_are_not_finite_reach_no_disk(run, tmp_path, monkeypatch, words):
+    monkeypatch.setattr(Validation, "run", lambda self, *_, step, folder: {"loss": 0.5})
+    with pytest.raises(
+        TokenprefError, match=r"^step 3: the update made layers\.0\.\S+ not finite; these weights were not"
+    ):
+        run("output_dir=mine", *NO_WATCH, f"optimizer={__name__}.Exploding", "keep_last=1", *words)
+    newest, faults = Checkpoints(tmp_path / "mine/checkpoints", WORLD).newest()
+    assert newest.name == "step_2" and not faults
+    assert (tmp_path / "mine/checkpoints/latest").read_text() == "step_2\n"
+    assert sorted(p.name for p in (tmp_path / "mine").glob("[befk]*")) == []
+
+
+@pytest.mark.parametrize("background", ["true", "false"])
+def test_a_limit_on_files_is_named_as_the_cause(run, tmp_path, background):
+    limits = resource.getrlimit(resource.RLIMIT_FSIZE)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (70_000, limits[1]))
+    words = ("checkpoint_every_n_steps=2", f"enable_async_checkpointing={background}", *NO_WATCH)
+    try:
+        with pytest.raises(
+            TokenprefError,
+            match=r"step_2.partial: the checkpoint cannot be written: File too large; raise the limit on",
+        ):
+            run("output_dir=full", *words)
+        with pytest.raises(
+            TokenprefError, match=r"epoch_0: the model cannot be written: File too large; raise"
+        ):
+            run("output_dir=mine", "max_steps_per_epoch=1", *NO_WATCH)
+    finally:
+        resource.setrlimit(resource.RLIMIT_FSIZE, limits)

@@ -2,6 +2,7 @@
 
 import json
 import re
+import shutil
 from dataclasses import replace
 
 import pytest
@@ -211,15 +212,111 @@ def test_a_run_that_diverges_keeps_the_rows(run, tmp_path):
 
 
 def test_the_same_config_may_run_again_but_not_another(run, tmp_path):
-    run("output_dir=mine", "epochs=2")
+    run("output_dir=mine", setup_only=True)  # stopped before it saved anything
     first = json.loads((tmp_path / "mine" / "run.json").read_text())
-    assert (tmp_path / "mine" / "checkpoints").is_dir()
-    run("output_dir=mine", "epochs=1")  # shorter, but the same computation
+    run("output_dir=mine")
     assert json.loads((tmp_path / "mine" / "run.json").read_text())["id"] != first["id"]
-    assert not (tmp_path / "mine" / "checkpoints").exists() and not (tmp_path / "mine" / "epoch_1").exists()
     with pytest.raises(ConfigError, match="holds another run"):
         run("output_dir=mine", "optimizer.lr=0.01")
     assert weights(tmp_path / "mine")
+
+
+def content(folder):
+    return {p: (p.stat().st_mtime_ns, p.read_bytes()) for p in folder.rglob("*") if p.is_file()}
+
+
+@pytest.mark.parametrize(
+    ("overrides", "mend"),
+    [
+        ((), "resume_from_checkpoint=auto"),
+        (("epochs=1",), "resume_from_checkpoint=auto"),  # shorter, but the same computation
+        (("epochs=3",), "resume_from_checkpoint=auto"),
+        (("resume_from_checkpoint=other",), "resume_from_checkpoint=auto"),
+        (("dry_run=true",), "resume_from_checkpoint=auto"),
+        (("optimizer.lr=0.01",), "another output_dir"),
+    ],
+)
+def test_a_finished_run_is_never_replaced(run, tmp_path, overrides, mend):
+    words = ("max_steps_per_epoch=1", *NO_WATCH)
+    run("output_dir=other", *words)
+    run("output_dir=mine", "epochs=2", *words)
+    (tmp_path / "mine/epoch_7").mkdir()
+    (tmp_path / "mine/epoch_7/note").write_text("the user's own")
+    before = content(tmp_path / "mine")
+    with pytest.raises(ConfigError, match=rf"mine holds .*set {mend}|holds another run .*set {mend}"):
+        run("output_dir=mine", *words, "epochs=2", *overrides)
+    assert content(tmp_path / "mine") == before
+
+
+@pytest.mark.parametrize("left", ["epoch_0", "best", "checkpoints/step_3"])
+def test_results_of_anybody_are_not_replaced(run, tmp_path, left):
+    """Neither of a run that did not end, nor of another program."""
+    (tmp_path / "mine" / left).mkdir(parents=True)
+    with pytest.raises(
+        ConfigError, match=rf"mine holds results of a run \({left}\), which would be replaced"
+    ):
+        run("output_dir=mine", *NO_WATCH)
+    with pytest.raises(ConfigError, match="mine holds results of a run"):
+        run("output_dir=mine", "resume_from_checkpoint=auto", *NO_WATCH)
+    assert [p.relative_to(tmp_path / "mine").as_posix() for p in (tmp_path / "mine").rglob("*")][-1] == left
+
+
+def test_a_finished_run_goes_on_from_its_end(run, tmp_path, caplog):
+    words = ("max_steps_per_epoch=3", *NO_WATCH)
+    run("output_dir=mine", *words)
+    end = weights(tmp_path / "mine")
+    with caplog.at_level("INFO", logger="tokenpref"):
+        run("output_dir=mine", *words, "epochs=3", "resume_from_checkpoint=auto")
+    assert "continuing after step 3 of 9" in caplog.text and "again" not in caplog.text
+    assert all(tensor.equal(weights(tmp_path / "mine")[name]) for name, tensor in end.items())
+    run("output_dir=whole", *words, "epochs=3")
+    for name, tensor in weights(tmp_path / "whole", 2).items():
+        assert tensor.equal(weights(tmp_path / "mine", 2)[name]), name
+    with pytest.raises(ConfigError, match="stands after step 9 and this run has 3; set epochs"):
+        run("output_dir=mine", *words, "resume_from_checkpoint=auto")
+    before = weights(tmp_path / "mine", 2)
+    shutil.rmtree(tmp_path / "mine/epoch_2")
+    run("output_dir=mine", *words, "epochs=3", "resume_from_checkpoint=auto")  # nothing is left to train
+    assert all(tensor.equal(weights(tmp_path / "mine", 2)[name]) for name, tensor in before.items())
+    assert json.loads((tmp_path / "mine/finished.json").read_text())["weights"] == "epoch_2"
+
+
+def test_a_finished_run_without_its_last_checkpoint_says_what_it_trains_again(run, tmp_path, caplog):
+    words = ("max_steps_per_epoch=3", "checkpoint_every_n_steps=2", "keep_last=2", *NO_WATCH)
+    run("output_dir=mine", *words)
+    shutil.rmtree(tmp_path / "mine/checkpoints/step_3")
+    with caplog.at_level("INFO", logger="tokenpref"):
+        run("output_dir=mine", *words, "epochs=2", "resume_from_checkpoint=auto")
+    assert (
+        "finished run without a checkpoint of its end: what it trained after step_2 is trained again"
+        in caplog.text
+    )
+
+
+def test_going_back_moves_later_checkpoints_aside(run, tmp_path, caplog):
+    words = ("max_steps_per_epoch=4", "checkpoint_every_n_steps=2", "keep_last=2", *NO_WATCH)
+    run("output_dir=mine", *words)
+    back = ("output_dir=mine", *words, "resume_from_checkpoint=mine/checkpoints/step_2")
+    with caplog.at_level("INFO", logger="tokenpref"):
+        run(
+            *back, setup_only=True
+        )  # stopped at once: the end that was left behind is not the newest any more
+    assert "step_4 is later than step_2, where this run goes on; moved to step_4.former1" in caplog.text
+    assert sorted(p.name for p in (tmp_path / "mine/checkpoints").glob("step_*")) == [
+        "step_2",
+        "step_4.former1",
+    ]
+    assert run(*back).progress.step == 4
+
+
+def test_a_damaged_later_checkpoint_pushes_no_good_one_out(run, tmp_path):
+    words = ("max_steps_per_epoch=4", "checkpoint_every_n_steps=1", "keep_last=2", *NO_WATCH)
+    run("output_dir=mine", *words)
+    (tmp_path / "mine/checkpoints/step_4/manifest.json").unlink()
+    (tmp_path / "mine/checkpoints/step_4").rename(tmp_path / "mine/checkpoints/step_9")
+    run("output_dir=mine", *words, "resume_from_checkpoint=auto")
+    names = sorted(p.name for p in (tmp_path / "mine/checkpoints").glob("step_*"))
+    assert names == ["step_3", "step_4", "step_9"]
 
 
 def test_resume_without_a_checkpoint_says_where_it_looked(run, tmp_path):
@@ -289,5 +386,7 @@ def test_a_likelihood_loads_no_reference(run, tmp_path):
 def test_a_finished_run_says_so(run, tmp_path):
     trainer = run("output_dir=done", "max_steps_per_epoch=2", "epochs=2")
     assert trainer.folder.finished() == tmp_path / "done" / "epoch_1"
-    again = run("output_dir=done", "max_steps_per_epoch=2", "epochs=2", setup_only=True)
-    assert again.folder.finished() is None  # begun anew, it is not
+    longer = ("max_steps_per_epoch=2", "epochs=3", "resume_from_checkpoint=auto")
+    again = run("output_dir=done", *longer, setup_only=True)
+    assert again.folder.finished() is None  # it goes on, so it is not
+    assert run("output_dir=done", *longer).folder.finished() == tmp_path / "done" / "epoch_2"

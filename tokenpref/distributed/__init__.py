@@ -6,6 +6,7 @@ from tokenpref.distributed.sharding import compute_dtype_of, gradient_sync, is_s
 from tokenpref.distributed.state import (
     BackgroundWrite,
     check_sharded,
+    first_not_finite,
     full_state_dict,
     load_full_state_dict,
     load_sharded,
@@ -20,6 +21,7 @@ __all__ = [
     "Written",
     "check_sharded",
     "compute_dtype_of",
+    "first_not_finite",
     "full_state_dict",
     "gradient_sync",
     "init_world",

@@ -8,6 +8,7 @@ no checksum beside the data could.
 from __future__ import annotations
 
 import errno
+import fcntl
 import io
 import mmap
 import os
@@ -151,12 +152,25 @@ class Arena:
                 # Whole pages, as direct writing wants them; what is too much at the end is cut off below.
                 end = min(start + _PIECE, -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE)
                 while start < end:
-                    start += os.write(descriptor, view[start:end])
+                    start += _write(descriptor, view[start:end])
             os.ftruncate(descriptor, self.size)
             os.fsync(descriptor)
         finally:
             os.close(descriptor)
         return Written(self.size, hasher.hexdigest())
+
+
+def _write(descriptor: int, content: memoryview) -> int:
+    """Write what fits; a place where the disk or a limit ends is not whole pages, and direct writing would hide that cause."""
+    try:
+        return os.write(descriptor, content)
+    except OSError as error:
+        flags = fcntl.fcntl(descriptor, fcntl.F_GETFL)
+        direct = getattr(os, "O_DIRECT", 0)
+        if error.errno != errno.EINVAL or not flags & direct:
+            raise
+        fcntl.fcntl(descriptor, fcntl.F_SETFL, flags & ~direct)
+        return os.write(descriptor, content)
 
 
 def _opened(file: Path) -> int:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -18,8 +18,10 @@ from torch.distributed.checkpoint.state_dict import (
     set_model_state_dict,
     set_state_dict,
 )
+from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
 
+from tokenpref._files import write_fault, writing
 from tokenpref.distributed.float8_weights import plain_weights, refresh_float8_scales
 from tokenpref.distributed.plain_writing import Arena, PlainWriter, Written
 from tokenpref.distributed.safe_reading import SafePlanner, SafeReader
@@ -29,6 +31,7 @@ from tokenpref.errors import TokenprefError
 __all__ = [
     "BackgroundWrite",
     "check_sharded",
+    "first_not_finite",
     "full_state_dict",
     "load_full_state_dict",
     "load_sharded",
@@ -46,6 +49,26 @@ def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
         return {name: tensor.detach().cpu() for name, tensor in model.state_dict().items()}
     options = StateDictOptions(full_state_dict=True, cpu_offload=True)
     return plain_weights(get_model_state_dict(model, options=options))
+
+
+def first_not_finite(model: nn.Module, world: World) -> str | None:
+    """Name of the first weight with a value that is not finite, on any process; None if all are finite.
+
+    Every process must call it. It reads the weights once and looks at one number a tensor. Quantised weights are left out: they
+    are frozen.
+    """
+    shards: dict[str, Tensor] = {}
+    for name, tensor in plain_weights(model.state_dict()).items():
+        local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
+        if type(local.detach()) is Tensor and local.is_floating_point() and local.numel():
+            shards[name] = local.detach()
+    norms = torch._foreach_norm(list(shards.values()), float("inf")) if shards else []
+    finite = torch.stack([norm.double() for norm in norms]).isfinite().tolist() if norms else []
+    bad = next((name for name, good in zip(shards, finite, strict=True) if not good), None)
+    if not world.any(bad is not None):
+        return None
+    order = {name: place for place, name in enumerate(model.state_dict())}
+    return min((name for name in world.gather_objects(bad) if name is not None), key=order.__getitem__)
 
 
 def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: World) -> None:
@@ -72,8 +95,12 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
 
 
 @contextmanager
-def _plain_failures(what: str) -> Iterator[None]:
+def _plain_failures(what: str, *, writes: bool = False) -> Iterator[None]:
     """PyTorch's own exception is no ``Exception`` and hides its cause in a table; say the cause.
+
+    Args:
+        what: what failed.
+        writes: whether it was a write, whose failure the operating system explains.
 
     Raises:
         TokenprefError: on every rank, with the first rank's cause.
@@ -82,6 +109,8 @@ def _plain_failures(what: str) -> Iterator[None]:
         yield
     except CheckpointException as error:
         rank, (cause, _) = min(error.failures.items())
+        if writes and isinstance(cause, Exception) and (fault := write_fault(cause)):
+            raise TokenprefError(f"{what}: {fault}") from error
         text = str(cause).strip().splitlines() or [""]
         raise TokenprefError(f"{what} (rank {rank}: {type(cause).__name__}: {text[0]})") from error
 
@@ -107,7 +136,7 @@ def write_sharded(path: Path, state: dict[str, Any], world: World) -> dict[str, 
         TokenprefError: on every process, if one of them cannot write.
     """
     writer = PlainWriter(path)
-    with _plain_failures(f"{path}: the checkpoint cannot be written"):
+    with _plain_failures(f"{path}: the checkpoint cannot be written", writes=True):
         dcp.save(state, storage_writer=writer, process_group=world.group)
     return _of_all(writer, world)
 
@@ -144,11 +173,15 @@ class BackgroundWrite:
             TokenprefError: on every process, if one of them cannot copy.
         """
         writer = PlainWriter(path, self._memory)
-        with _plain_failures(f"{path}: the checkpoint cannot be written"):
+        with _plain_failures(f"{path}: the checkpoint cannot be written", writes=True):
             dcp.save(state, storage_writer=writer, process_group=self._world.group)
 
         def write() -> dict[str, Written]:
-            self._world.together(writer.flush)
+            def flush() -> None:
+                with writing(f"{path}: the checkpoint"):
+                    writer.flush()
+
+            self._world.together(flush)
             return _of_all(writer, self._world)
 
         return write
@@ -172,13 +205,68 @@ def check_sharded(path: Path) -> None:
         ) from error
 
 
-def load_sharded(path: Path, model: nn.Module, optimizer: Optimizer) -> None:
+def load_sharded(
+    path: Path,
+    model: nn.Module,
+    optimizer: Optimizer,
+    settle: Callable[[list[dict[str, Any]]], None] | None = None,
+) -> None:
     """Read what :func:`write_sharded` wrote, into a model and a fresh optimizer, in place.
 
     The number of processes may differ from the one that wrote.
+
+    Args:
+        path: the checkpoint's folder.
+        model: target.
+        optimizer: fresh, of the kind that wrote the checkpoint. Which parameters a group has is its own affair.
+        settle: changes the settings of the checkpoint's parameter groups before the optimizer takes them.
+
+    Raises:
+        TokenprefError: if the state is damaged, or is no state of this optimizer.
     """
     stored = sharded_state(model, optimizer)
+    own_groups: list[dict[str, Any]] = stored["optimizer"]["param_groups"]
+    names = SafeReader(path).read_metadata().state_dict_metadata
+    _check_optimizer_state(path, names, stored["model"], stored["optimizer"]["state"], len(own_groups))
+    # Only what the checkpoint has: another version of PyTorch may know further settings.
+    groups = [
+        {k: v for k, v in group.items() if f"optimizer.param_groups.{number}.{k}" in names and k != "params"}
+        for number, group in enumerate(own_groups)
+    ]
+    wanted = {"model": stored["model"], "optimizer": {**stored["optimizer"], "param_groups": groups}}
     with torch.no_grad(), _plain_failures(f"{path}: the checkpoint cannot be read"):
-        dcp.load(stored, storage_reader=SafeReader(path), planner=SafePlanner())
-    set_state_dict(model, optimizer, model_state_dict=stored["model"], optim_state_dict=stored["optimizer"])
+        dcp.load(wanted, storage_reader=SafeReader(path), planner=SafePlanner())
+    if settle is not None:
+        settle(groups)
+    merged = [{**own, **group} for own, group in zip(own_groups, groups, strict=True)]
+    state = {**wanted["optimizer"], "param_groups": merged}
+    set_state_dict(model, optimizer, model_state_dict=wanted["model"], optim_state_dict=state)
     refresh_float8_scales(model)
+
+
+def _check_optimizer_state(
+    path: Path, names: Iterable[str], parameters: Iterable[str], own: Mapping[str, Any], groups: int
+) -> None:
+    """Compare the kinds of state that a checkpoint and an optimizer keep.
+
+    Raises:
+        TokenprefError: naming what only one of them has, or the numbers of parameter groups.
+    """
+    prefixes = {f"optimizer.state.{parameter}." for parameter in parameters}
+    found, numbers = set(), set()
+    for name in names:
+        if name.startswith("optimizer.param_groups."):
+            numbers.add(name.split(".")[2])
+        elif name.startswith("optimizer.state."):
+            ends = (at + 1 for at, letter in enumerate(name) if letter == "." and name[: at + 1] in prefixes)
+            found |= {name[end:].split(".")[0] for end in ends}
+    mine = {str(kind) for state in own.values() for kind in state}
+    faults = [f"it keeps no {kind!r}, which this one needs" for kind in sorted(mine - found)]
+    faults += [f"it keeps {kind!r}, which this one has no use for" for kind in sorted(found - mine)]
+    if len(numbers) != groups:
+        faults.append(f"it has {len(numbers)} parameter groups, and this one has {groups}")
+    if faults:
+        raise TokenprefError(
+            f"optimizer: {path} was written by another kind of optimizer ({'; '.join(faults)}); set optimizer as it was, or "
+            "start anew from the exported weights"
+        )

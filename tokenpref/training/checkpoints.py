@@ -22,7 +22,7 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tokenpref._files import digest_of, follow_umask, sync, write_json
+from tokenpref._files import digest_of, follow_umask, sync, write_json, writing
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import (
     BackgroundWrite,
@@ -34,6 +34,13 @@ from tokenpref.distributed import (
     write_sharded,
 )
 from tokenpref.errors import ConfigError
+from tokenpref.training.hyperparameters import (
+    Hyperparameters,
+    plain,
+    record_fault,
+    replay_schedule,
+    schedule_state,
+)
 
 __all__ = [
     "MANIFEST",
@@ -43,6 +50,7 @@ __all__ = [
     "fault_of",
     "read_progress",
     "seal",
+    "step_of",
 ]
 
 MANIFEST = "manifest.json"
@@ -89,17 +97,19 @@ class Checkpoints:
     def newest(self) -> tuple[Path | None, list[str]]:
         """The newest checkpoint that is sealed and unharmed, and what is wrong with newer ones. On the main process."""
         faults: list[str] = []
-        for folder in sorted(self._named(), key=_step_of, reverse=True):
+        for folder in reversed(self.named()):
             fault = fault_of(folder)
             if fault is None:
                 return folder, faults
             faults.append(f"{folder}: {fault}")
         return None, faults
 
-    def _named(self) -> list[Path]:
-        return [
+    def named(self) -> list[Path]:
+        """All checkpoints that were once whole, the oldest first."""
+        found = [
             p for p in self.path.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdecimal()
         ]
+        return sorted(found, key=step_of)
 
     def save(
         self,
@@ -110,6 +120,7 @@ class Checkpoints:
         *,
         live: Mapping[str, Tensor],
         facts: Mapping[str, Any],
+        built: Hyperparameters,
         keep_last: int,
         background: bool = False,
     ) -> None:
@@ -122,6 +133,7 @@ class Checkpoints:
             progress: where the run stands.
             live: state of this rank that belongs to rows of the data; that of all ranks is written as one.
             facts: plain data of the run, compared when it continues.
+            built: the optimizer's settings as the config made them.
             keep_last: checkpoints to keep.
             background: copy everything and write it while the training goes on; a save that was begun so before is waited
                 for. What fails then is raised by the next call, or by :meth:`settle`.
@@ -130,20 +142,25 @@ class Checkpoints:
         # Named now: what is written later must not look at a run that has gone on.
         name = f"step_{progress.step}"
         partial = self.path / f"{name}.partial"
-        self._on_main(lambda: _emptied(partial))
+        self._on_main(lambda: self._emptied(partial))
         state = sharded_state(model, optimizer)
         everyone = self.world.gather_objects((_random_state(), dict(live)))
-        schedule = scheduler.state_dict() if scheduler is not None else None
-        record = {**vars(progress), "scheduler": _plain(schedule), "facts": dict(facts)}
+        record = {
+            **vars(progress),
+            "scheduler": schedule_state(scheduler),
+            "optimizer": built.record(),
+            "facts": dict(facts),
+        }
 
         def finish(written: Mapping[str, Written]) -> None:
-            write_json(partial / PROGRESS, record)
-            states = {f"{k}_{rank}": v for rank, (own, _) in enumerate(everyone) for k, v in own.items()}
-            save_file(states, partial / RANDOM)
-            save_file(_merged([own for _, own in everyone]), partial / LIVE)
-            for file in (partial / RANDOM, partial / LIVE):
-                follow_umask(file)
-            self._publish(partial, name, keep_last, written)
+            with writing(f"{partial}: the checkpoint"):
+                write_json(partial / PROGRESS, record)
+                states = {f"{k}_{rank}": v for rank, (own, _) in enumerate(everyone) for k, v in own.items()}
+                save_file(states, partial / RANDOM)
+                save_file(_merged([own for _, own in everyone]), partial / LIVE)
+                for file in (partial / RANDOM, partial / LIVE):
+                    follow_umask(file)
+                self._publish(partial, name, keep_last, written)
 
         if background:
             if self._writer is None:
@@ -188,8 +205,17 @@ class Checkpoints:
         sync(self.path)
         (self.path / f"{LATEST}.tmp").write_text(name + "\n", encoding="utf-8")
         os.replace(self.path / f"{LATEST}.tmp", self.path / LATEST)
-        for old in sorted(self._named(), key=_step_of)[:-keep_last]:
+        # A later one is damaged, or the run would have gone on from it; it must not push out a good one.
+        former = [folder for folder in self.named() if step_of(folder) < step_of(final)]
+        for old in former[: max(0, len(former) + 1 - keep_last)]:
             shutil.rmtree(old)
+
+    def _emptied(self, partial: Path) -> None:
+        """An empty folder to write to, without what earlier saves left that did not end: it would fill a full disk for good."""
+        with writing(f"{partial}: the checkpoint"):
+            for unfinished in self.path.glob("step_*.partial"):
+                shutil.rmtree(unfinished)
+            partial.mkdir(parents=True)
 
     def _on_main(self, action: Callable[[], None]) -> None:
         """Run on the main process; what fails there (a full disk) fails everywhere."""
@@ -197,33 +223,52 @@ class Checkpoints:
         self.world.barrier()
 
     def load(
-        self, folder: Path, model: TransformerDecoder, optimizer: Optimizer, scheduler: LRScheduler | None
+        self,
+        folder: Path,
+        model: TransformerDecoder,
+        optimizer: Optimizer,
+        scheduler: LRScheduler | None,
+        *,
+        built: Hyperparameters,
+        same_config: bool,
     ) -> tuple[Progress, dict[str, Tensor]]:
         """Continue from a checkpoint: fills model, optimizer, scheduler and random number generators.
+
+        Settings of the optimizer and the schedule that the config changed since are this run's; all else is the checkpoint's.
 
         Args:
             folder: a checkpoint that is sealed and unharmed.
             model: the policy.
             optimizer: a fresh optimizer.
             scheduler: a fresh schedule, if any.
+            built: the fresh optimizer's settings.
+            same_config: whether the config of optimizer, schedule and length is the one that the checkpoint was written with.
 
         Returns:
             Where the run stood, and the state of rows of all ranks.
 
         Raises:
-            ConfigError: if only one of the checkpoint and this run has a scheduler.
+            ConfigError: if only one of the checkpoint and this run has a scheduler, or the optimizer is of another class.
         """
         record = read_progress(folder)
-        schedule = record["scheduler"]
+        schedule, former = record["scheduler"], record["optimizer"]
         if (schedule is None) != (scheduler is None):
             raise ConfigError(
                 f"lr_scheduler: {folder} was written {'without' if schedule is None else 'with'} one"
             )
-        self.world.together(lambda: check_sharded(folder))
-        load_sharded(folder, model, optimizer)
+        if fault := built.fault(former):
+            raise ConfigError(f"optimizer: {folder} was {fault}; set optimizer as it was, or start anew")
         if scheduler is not None:
             _check_schedule(folder, schedule, scheduler)
-            scheduler.load_state_dict(schedule)
+        self.world.together(lambda: check_sharded(folder))
+
+        def settle(groups: list[dict[str, Any]]) -> None:
+            built.settle(groups, former, same_config=same_config)
+
+        load_sharded(folder, model, optimizer, settle)
+        if scheduler is not None:
+            unchanged = same_config and built.is_as(former)
+            replay_schedule(optimizer, scheduler, built, record["step"], schedule if unchanged else None)
         random_states, live = _read_tensors(folder, RANDOM), _read_tensors(folder, LIVE)
         try:
             _restore_random(random_states, self.world.rank)
@@ -277,6 +322,7 @@ def _step_back() -> None:
 _RECORDED: dict[str, tuple[tuple[type, ...], str]] = {
     "best": ((int, float, type(None)), "a number or null"),
     "scheduler": ((dict, type(None)), "a mapping or null"),
+    "optimizer": ((dict, type(None)), "a mapping or null"),
     "facts": ((dict,), "a mapping"),
 }
 
@@ -290,7 +336,7 @@ def read_progress(folder: Path) -> dict[str, Any]:
     file = folder / PROGRESS
     try:
         record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        names = (*(f.name for f in fields(Progress)), "scheduler", "facts")
+        names = (*(f.name for f in fields(Progress)), "scheduler", "optimizer", "facts")
         values: dict[str, Any] = {name: record.get(name) for name in names}
     except (OSError, ValueError, AttributeError, RecursionError) as error:
         raise ConfigError(
@@ -303,6 +349,8 @@ def read_progress(folder: Path) -> dict[str, Any]:
             raise ConfigError(
                 f"resume_from_checkpoint: {file}: {name} is {value!r}, expected {wanted}; continue from another checkpoint"
             )
+    if fault := record_fault(values["optimizer"]):
+        raise ConfigError(f"resume_from_checkpoint: {file}: {fault}; continue from another checkpoint")
     return values
 
 
@@ -378,23 +426,9 @@ def _files(folder: Path) -> Iterator[Path]:
     return (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
 
 
-def _emptied(folder: Path) -> None:
-    shutil.rmtree(folder, ignore_errors=True)
-    folder.mkdir(parents=True)
-
-
-def _step_of(path: Path) -> int:
+def step_of(path: Path) -> int:
+    """The step after which a checkpoint was written, as its name says."""
     return int(path.name.removeprefix("step_"))
-
-
-def _plain(schedule: dict[str, Any] | None) -> dict[str, Any] | None:
-    """A scheduler's state without the callables that LambdaLR lists (they come from the config)."""
-    if schedule is None:
-        return None
-    plain = dict(schedule)
-    if "lr_lambdas" in plain:
-        plain["lr_lambdas"] = [None] * len(plain["lr_lambdas"])
-    return plain
 
 
 def _check_schedule(folder: Path, schedule: Mapping[str, Any], scheduler: LRScheduler) -> None:
@@ -403,7 +437,7 @@ def _check_schedule(folder: Path, schedule: Mapping[str, Any], scheduler: LRSche
     Raises:
         ConfigError: naming what differs.
     """
-    own = _plain(scheduler.state_dict()) or {}
+    own = plain(schedule_state(scheduler))
     faults = [f"has no {name!r}" for name in own if name not in schedule]
     faults += [f"has {name!r}" for name in schedule if name not in own]
     faults += [

@@ -14,6 +14,7 @@ from omegaconf import DictConfig, OmegaConf
 from omegaconf.errors import OmegaConfBaseException
 from yaml import YAMLError
 
+from tokenpref._files import write_fault
 from tokenpref._registry import find_config
 from tokenpref._yaml import check_yaml
 from tokenpref.components import COMPONENT, accepts, find_component
@@ -62,6 +63,12 @@ def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
             # Every rank finds the same fault; what only another rank found begins with that rank's number.
             if rank == 0 or str(error).startswith("rank "):
                 print(f"error: {error}", file=sys.stderr, flush=True)
+            sys.exit(USER_ERROR_EXIT)
+        except OSError as error:
+            # Whatever writes or reads, a metric logger of the user's included: a full disk is no fault of the program.
+            fault = write_fault(error)
+            file = f"{error.filename}: " if error.filename is not None else ""
+            print(f"error: {file}{fault}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR_EXIT)
 
     return run

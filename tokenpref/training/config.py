@@ -286,6 +286,12 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
         return [
             f"{checkpointer.key}.checkpoint_dir: no folder at {folder.absolute()}; {mend}, or set another path"
         ]
+    written = checkpointer.kwargs.get("output_dir")
+    if isinstance(written, str) and folder.resolve() in (out := Path(written).resolve(), *out.parents):
+        return [
+            f"{checkpointer.key}.output_dir: {written} is the model's folder ({given}) or lies inside it, and what is written "
+            "would be mixed with the model; set output_dir to another place"
+        ]
     missing = [name for name in files if not (folder / name).is_file()] if isinstance(files, list) else []
     if missing:
         return [f"{checkpointer.key}.checkpoint_files: {missing[0]!r} is not in {folder.absolute()}"]

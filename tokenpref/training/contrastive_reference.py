@@ -15,7 +15,7 @@ from tokenpref.distributed import World, init_world
 from tokenpref.errors import DryRun
 from tokenpref.training.config import TrainConfig, loss_faults
 from tokenpref.training.export_check import check_exports, epochs_until
-from tokenpref.training.pair import METHODS, SIDES, nested_components, write_pair
+from tokenpref.training.pair import METHODS, PAIR_FILE, SIDES, nested_components, write_pair
 from tokenpref.training.preflight import check_scored
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.schema import Component, component, read_config, text
@@ -117,7 +117,7 @@ class ContrastiveReference:
         self.world = init_world(config.device, process_group=config.compute_dtype is not None)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         self._folder = own = RunFolder(folder, plain, self.recipe, self.world)
-        own.start(False)
+        own.check(PAIR_FILE)
         sides: dict[str, dict[str, Any]] = {}
         if config.method == "prompt":
             tokenizer = adapt_tokenizer(config.tokenizer.build())

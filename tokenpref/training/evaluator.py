@@ -11,6 +11,7 @@ from typing import Any, ClassVar
 import torch
 from omegaconf import DictConfig, OmegaConf
 
+from tokenpref._files import move_aside, writing
 from tokenpref._paths import resolve_path
 from tokenpref.data import PreferenceDataset, adapt_tokenizer
 from tokenpref.distributed import init_world
@@ -172,10 +173,14 @@ class Evaluator:
 
     def _write(self, name: str, text: str) -> None:
         folder = Path(self.config.output_dir)
-        folder.mkdir(parents=True, exist_ok=True)
-        temporary = folder / f"{name}.tmp"
-        temporary.write_text(text, encoding="utf-8")
-        temporary.replace(folder / name)
+        file, temporary = folder / name, folder / f"{name}.tmp"
+        with writing(file):
+            folder.mkdir(parents=True, exist_ok=True)
+            temporary.write_text(text, encoding="utf-8")
+            # Results of another evaluation are not this one's to replace.
+            if file.exists() and file.read_bytes() != temporary.read_bytes():
+                log.info(f"{file} holds other results; moved to {move_aside(file).name}")
+            temporary.replace(file)
 
     def close(self) -> None:
         """Leave the process group."""

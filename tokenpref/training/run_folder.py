@@ -14,13 +14,21 @@ from pathlib import Path
 from typing import Any
 
 from tokenpref import __version__
-from tokenpref._files import try_lock, write_json
+from tokenpref._files import move_aside, try_lock, write_json, writing
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
-from tokenpref.training.checkpoints import MANIFEST, PROGRESS, Checkpoints, fault_of, read_progress, seal
+from tokenpref.training.checkpoints import (
+    MANIFEST,
+    PROGRESS,
+    Checkpoints,
+    fault_of,
+    read_progress,
+    seal,
+    step_of,
+)
 from tokenpref.training.export import describe_export, forget_tied_head
 from tokenpref.training.export_check import BEST, check_exports, epochs_until, finished_epochs
 
@@ -67,13 +75,22 @@ class RunFolder:
         self.path = path
         self.world = world
         self._fingerprint = config_fingerprint(config)
+        self._length = {
+            "epochs": config.get("epochs", 1),
+            "max_steps_per_epoch": config.get("max_steps_per_epoch"),
+        }
         self._recipe = recipe
         self.checkpoints = Checkpoints(path / CHECKPOINTS, world)
         self._lock: int | None = None
+        self._found: list[str] | None = None
+        self._own_checkpoint: Path | None = None
         self.tokenizer: Tokenizer | None = None
 
     def start(self, resume: bool | str) -> Path | None:
         """The checkpoint to continue from; the same on every rank. Writes nothing.
+
+        What a run left here is never replaced unasked: a folder that holds checkpoints or weights is refused unless the run goes
+        on from one of these checkpoints. Going back to one that is not the newest moves the later ones aside.
 
         Args:
             resume: False: none, a run from the beginning. "auto": the newest one in this folder that is sealed and
@@ -81,8 +98,9 @@ class RunFolder:
                 one of the run in that folder.
 
         Raises:
-            ConfigError: on every rank: for a folder that another run owns or is writing to, if no checkpoint can be read
-                where there has to be one (damaged ones are named), or if weights that the run exported here are damaged.
+            ConfigError: on every rank: for a folder that another run owns or is writing to, that holds what would be replaced, if
+                no checkpoint can be read where there has to be one (damaged ones are named), or if weights that the run exported
+                here are damaged.
         """
 
         def find() -> Path | None:
@@ -90,18 +108,94 @@ class RunFolder:
                 return None
             self._refuse_if_locked()
             found = self._find(resume)
-            if found is not None and found.parent.resolve() == self.checkpoints.path.resolve():
+            if found is None or found.parent.resolve() != self.checkpoints.path.resolve():
+                self._refuse_another()
+                self._refuse_to_replace(resume)
+            else:
                 check_exports(self.path, finished_epochs(read_progress(found)))
-            owner = self._owner()
-            if found is None and owner is not None and owner["config"] != self._fingerprint:
-                raise ConfigError(
-                    f"output_dir: {self.path} holds another run ({owner['recipe']}, id {owner['id']}) with another "
-                    "config; set another output_dir, or remove that folder"
-                )
+                self._say_what_comes_again(found)
+                self._own_checkpoint = found
+            self._found = self.held()
             return found
 
         found: Path | None = self.world.broadcast_object(self.world.together(find))
         return found
+
+    def check(self, *made: str) -> None:
+        """Refuse a folder that is another run's, for a run that keeps what it finds of its own.
+
+        Args:
+            made: names of what the run makes in its folder; where no run has left its mark, these must not be there.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+
+        def check() -> None:
+            if not self.world.is_main:
+                return
+            self._refuse_if_locked()
+            self._refuse_another()
+            foreign = [name for name in made if (self.path / name).exists()] if self._owner() is None else []
+            if foreign:
+                raise ConfigError(
+                    f"output_dir: {self.path} holds {foreign[0]}, which no run of this recipe made; set another output_dir, or "
+                    "remove it"
+                )
+
+        self.world.together(check)
+
+    def held(self) -> list[str]:
+        """What lies here that a run takes time to make: its end, checkpoints and weights, by name."""
+        names = [FINISHED_FILE] if (self.path / FINISHED_FILE).exists() else []
+        names += [f"{CHECKPOINTS}/{folder.name}" for folder in self.checkpoints.named()]
+        weights = [*self.path.glob("epoch_*"), self.path / BEST, self.path / f"{BEST}.former"]
+        return names + sorted(folder.name for folder in weights if folder.exists())
+
+    def _refuse_another(self) -> None:
+        owner = self._owner()
+        if owner is not None and owner["config"] != self._fingerprint:
+            raise ConfigError(
+                f"output_dir: {self.path} holds another run ({owner['recipe']}, id {owner['id']}) with another "
+                "config; set another output_dir, or remove that folder"
+            )
+
+    def _refuse_to_replace(self, resume: bool | str) -> None:
+        """A run from the beginning, or from another folder's checkpoint, needs a folder without results."""
+        held = self.held()
+        # A run that was killed before its first checkpoint and is asked to go on begins again, and writes the same weights.
+        begun = [name for name in held if not name.startswith((FINISHED_FILE, CHECKPOINTS))]
+        if not held or (resume == "auto" and held == begun and self._owner() is not None):
+            return
+        some = ", ".join(held[:4]) + (f" and {len(held) - 4} more" if len(held) > 4 else "")
+        state = "a finished run" if FINISHED_FILE in held else "results of a run"
+        go_on = resume != "auto" and any(name.startswith(CHECKPOINTS) for name in held)
+        mend = "resume_from_checkpoint=auto to go on from its newest checkpoint, " if go_on else ""
+        raise ConfigError(
+            f"output_dir: {self.path} holds {state} ({some}), which would be replaced; set {mend}another output_dir, or remove "
+            "that folder yourself"
+        )
+
+    def _move_aside(self, found: Path) -> None:
+        """Going back to an earlier checkpoint of this folder by its path: later ones are of a run that is left behind."""
+        for later in self.checkpoints.named():
+            if step_of(later) > step_of(found) and fault_of(later) is None:
+                aside = move_aside(later)
+                log.info(f"{later} is later than {found.name}, where this run goes on; moved to {aside.name}")
+
+    def _say_what_comes_again(self, found: Path) -> None:
+        """Say so where a finished run has no checkpoint of its end, as earlier versions left them."""
+        try:
+            end = json.loads((self.path / FINISHED_FILE).read_text(encoding="utf-8"))
+        except FileNotFoundError:
+            return
+        except ValueError:
+            end = {}
+        if not isinstance(end, dict) or end.get("step") != step_of(found):
+            log.info(
+                f"{self.path} holds a finished run without a checkpoint of its end: what it trained after {found.name} is "
+                "trained again, and the weights of that epoch are written again"
+            )
 
     def _find(self, resume: bool | str) -> Path | None:
         if resume is False:
@@ -152,8 +246,9 @@ class RunFolder:
         def lock() -> None:
             if not self.world.is_main or self._lock is not None:
                 return
-            self.path.mkdir(parents=True, exist_ok=True)
-            self._lock = try_lock(self.path / LOCK_FILE)
+            with writing(self.path):
+                self.path.mkdir(parents=True, exist_ok=True)
+                self._lock = try_lock(self.path / LOCK_FILE)
             if self._lock is None:
                 raise ConfigError(self._locked())
 
@@ -197,12 +292,13 @@ class RunFolder:
             if not self.world.is_main:
                 return
             folder = self.path / f"epoch_{epoch}"
-            (folder / MANIFEST).unlink(missing_ok=True)
-            forget_tied_head(checkpointer, state)
-            checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
-            if folder.is_dir():  # a checkpointer of the user's own may write elsewhere
-                describe_export(folder, state, self.tokenizer)
-                seal(folder)
+            with writing(f"{folder}: the model"):
+                (folder / MANIFEST).unlink(missing_ok=True)
+                forget_tied_head(checkpointer, state)
+                checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
+                if folder.is_dir():  # a checkpointer of the user's own may write elsewhere
+                    describe_export(folder, state, self.tokenizer)
+                    seal(folder)
 
         self.world.together(write)
         self.world.barrier()
@@ -224,14 +320,15 @@ class RunFolder:
             written, best = self.path / f"epoch_{epochs}", self.path / BEST
             if not self.world.is_main or not written.is_dir():
                 return
-            write_json(written / f"{BEST}.json", record)
-            seal(written)
-            former = self.path / f"{BEST}.former"
-            shutil.rmtree(former, ignore_errors=True)
-            if best.exists():
-                best.rename(former)
-            written.rename(best)
-            shutil.rmtree(former, ignore_errors=True)
+            with writing(f"{best}: the model"):
+                write_json(written / f"{BEST}.json", record)
+                seal(written)
+                former = self.path / f"{BEST}.former"
+                shutil.rmtree(former, ignore_errors=True)
+                if best.exists():
+                    best.rename(former)
+                written.rename(best)
+                shutil.rmtree(former, ignore_errors=True)
 
         self.world.together(move)
         self.world.barrier()
@@ -243,8 +340,12 @@ class RunFolder:
             write_json(file, record)
         return file
 
-    def finish(self, export: str) -> None:
-        """Mark the run as complete; ``export`` names the folder of its last weights.
+    def finish(self, export: str, step: int | None = None) -> None:
+        """Mark the run as complete.
+
+        Args:
+            export: name of the folder of its last weights.
+            step: its last step, if there is a checkpoint of it.
 
         Raises:
             ConfigError: on every rank, if weights that the run exported are damaged.
@@ -253,13 +354,13 @@ class RunFolder:
         def mark() -> None:
             if self.world.is_main:
                 check_exports(self.path, epochs_until(export))
-                write_json(self.path / FINISHED_FILE, {"weights": export})
+                write_json(self.path / FINISHED_FILE, {"weights": export, "step": step, **self._length})
 
         self.world.together(mark)
         self.world.barrier()
 
     def finished(self, *, compare: bool = True) -> Path | None:
-        """Folder of the last weights if this very run (same config) is complete; the same on every rank.
+        """Folder of the last weights if this very run (same config and length) is complete; the same on every rank.
 
         Args:
             compare: whether the exported weights are compared with their manifests.
@@ -277,7 +378,8 @@ class RunFolder:
         if owner is None or owner["config"] != self._fingerprint or not file.is_file():
             return None
         try:
-            name = json.loads(file.read_text(encoding="utf-8"))["weights"]
+            record = json.loads(file.read_text(encoding="utf-8"))
+            name = record["weights"]
             inside = isinstance(name, str) and name not in ("", "..") and Path(name).name == name
             fault = None if inside else f"weights is {name!r}"
         except (ValueError, KeyError, TypeError) as error:
@@ -286,27 +388,46 @@ class RunFolder:
             raise ConfigError(
                 f"output_dir: {file} is damaged ({fault}); remove it and run again: the last epoch is done anew"
             )
+        # One that ended earlier goes on; earlier versions recorded no length.
+        if any(record.get(key, value) != value for key, value in self._length.items()):
+            return None
         weights = self.path / str(name)
         if compare:
             check_exports(self.path, epochs_until(weights.name))
         return weights
 
     def claim(self, *, resume: bool) -> None:
-        """Make the folder this run's. A run of the same config started anew replaces the earlier one's checkpoints."""
+        """Make the folder this run's; from here on the run in it is not finished. Nothing is removed.
+
+        Args:
+            resume: whether the run goes on, under the id that it has.
+
+        Raises:
+            ConfigError: on every rank, if another run wrote here since :meth:`start` looked, or writes here now.
+        """
         self.lock()
-        if self.world.is_main and not (resume and self._owner() is not None):
-            if self._owner() is not None:
-                (self.path / FINISHED_FILE).unlink(missing_ok=True)
-                for old in [self.checkpoints.path, self.path / BEST, *self.path.glob("epoch_*")]:
-                    shutil.rmtree(old, ignore_errors=False) if old.exists() else None
-            record = {
-                "id": uuid.uuid4().hex,
-                "recipe": self._recipe,
-                "config": self._fingerprint,
-                "tokenpref": __version__,
-                "world_size": self.world.size,
-            }
-            write_json(self.path / RUN_FILE, record)
+
+        def claim() -> None:
+            if not self.world.is_main:
+                return
+            if self._found is not None and self.held() != self._found:
+                raise ConfigError(
+                    f"output_dir: another run wrote to {self.path} meanwhile; start again to see what is there"
+                )
+            (self.path / FINISHED_FILE).unlink(missing_ok=True)
+            if self._own_checkpoint is not None:
+                self._move_aside(self._own_checkpoint)
+            if not (resume and self._owner() is not None):
+                record = {
+                    "id": uuid.uuid4().hex,
+                    "recipe": self._recipe,
+                    "config": self._fingerprint,
+                    "tokenpref": __version__,
+                    "world_size": self.world.size,
+                }
+                write_json(self.path / RUN_FILE, record)
+
+        self.world.together(claim)
         self.world.barrier()
 
     def run_id(self) -> str | None:

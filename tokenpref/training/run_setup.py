@@ -32,6 +32,7 @@ from tokenpref.training.setup import (
     build_optimizer,
     build_pairs,
     build_profiler,
+    build_scheduler,
     build_scorer,
     planned_steps,
     read_weights,
@@ -164,6 +165,10 @@ class RunSetup:
         # FSDP2 computes in another dtype than the weights', in a process on its own too.
         alone = config.compute_dtype is not None
         self.world = self._given_world or init_world(config.device, process_group=alone)
+        plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
+        self.folder = RunFolder(Path(config.output_dir).absolute(), plain, self.recipe, self.world)
+        # Before the data, which may take minutes: what is there already decides whether there is a run at all.
+        start = self.folder.start(config.resume_from_checkpoint)
         self.loss = config.loss.build()
         self.needs = frozenset(self.loss.needs) | frozenset(config.log_stats)
         self.tokenizer = adapt_tokenizer(config.tokenizer.build())
@@ -172,28 +177,23 @@ class RunSetup:
         held_out = config.dataset_val
         self.dataset_val = build_pairs(held_out, self.tokenizer, self.world) if held_out is not None else None
         self.validation = self._build_validation()
-        plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
-        self.folder = RunFolder(Path(config.output_dir).absolute(), plain, self.recipe, self.world)
         self.folder.tokenizer = self.tokenizer
-        start = self.folder.start(config.resume_from_checkpoint)
+        self.steps_per_epoch = planned_steps(config, len(self.dataset), self.world.size)
+        self.total_steps = config.epochs * self.steps_per_epoch
         data = {"dataset": (self.dataset, self.needs)}
         if self.dataset_val is not None and config.run_val_every_n_steps:
             data["dataset_val"] = (self.dataset_val, self.validation.needs)
         self._caches = plan_caches(config, data, self.world)
+        facts = self._facts(plain_without_environment(self._cfg))
+        self.saver = Saver(config, self.folder, self.world, facts)
+        if start is not None:
+            self.saver.check(start, self.total_steps)
         self._preflight()
         with self.folder.removed_on_failure():
             self._setup_models()
             self.state = TrainState(self.policy.model, self.optimizer, self.scheduler, self._sources)
-            self.saver = Saver(
-                config, self.folder, self.world, self._facts(plain_without_environment(self._cfg))
-            )
             if start is not None:
-                self.progress = self.saver.restore(start, self.state)
-                if self.progress.step > self.total_steps:
-                    raise ConfigError(
-                        f"resume_from_checkpoint: {start} stands after step {self.progress.step} and this run has "
-                        f"{self.total_steps}; set epochs or max_steps_per_epoch higher, or continue from an earlier one"
-                    )
+                self.progress = self.saver.restore(start, self.state, self.total_steps)
                 self._say(f"continuing after step {self.progress.step} of {self.total_steps}")
             # Before the folder is claimed: a setting that they refuse must not cost an earlier run its checkpoints.
             self.profiler = build_profiler(config.profiler)
@@ -286,13 +286,7 @@ class RunSetup:
         if config.reference == "model":
             self.reference = self.reference_val = self.build_reference()
         self.optimizer = build_optimizer(config.optimizer, self.policy.model)
-        self.steps_per_epoch = planned_steps(config, len(self.dataset), self.world.size)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        self.scheduler = None
-        if config.lr_scheduler is not None:
-            self.scheduler = config.lr_scheduler.build(
-                self.optimizer, num_training_steps=self.total_steps, last_epoch=-1
-            )
+        self.scheduler = build_scheduler(config.lr_scheduler, self.optimizer, self.total_steps)
 
     def _facts(self, config: dict[str, Any]) -> dict[str, Any]:
         """What a run that continues this one has to share; see :class:`tokenpref.training.saving.Saver`."""

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 import math
 import time
-from collections.abc import Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
@@ -15,15 +15,22 @@ from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.distributed import World
-from tokenpref.errors import ConfigError
+from tokenpref.distributed import World, first_not_finite
+from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training.checkpoints import Progress, read_progress
 from tokenpref.training.config import TrainConfig
+from tokenpref.training.hyperparameters import Hyperparameters
 from tokenpref.training.run_folder import RunFolder
 
 __all__ = ["RowState", "Saver", "TrainState"]
 
 log = logging.getLogger("tokenpref")
+
+# Keys whose results by row depend on nothing of their component but these: when, not what, is computed.
+_WHEN = frozenset({"refresh", "every_n_steps"})
+_KEY_OF_SOURCE = {"weights": "token_weights", "anchors": "anchors"}
+# What is compared by best.metric: another one makes the value of before worth nothing.
+_DECIDES_BEST = ("best", "dataset_val", "loss_val", "sampling")
 
 
 class RowState(Protocol):
@@ -47,12 +54,19 @@ class TrainState:
         optimizer: its optimizer.
         scheduler: its schedule, if any.
         sources: sources of weights and anchors by name; those without ``state_dict`` keep nothing.
+
+    Attributes:
+        built: the optimizer's settings as the config made them; the state is made before the first step.
     """
 
     model: TransformerDecoder
     optimizer: Optimizer
     scheduler: LRScheduler | None
     sources: Mapping[str, Any]
+    built: Hyperparameters = field(init=False)
+
+    def __post_init__(self) -> None:
+        self.built = Hyperparameters.of(self.optimizer)
 
     def rows(self) -> dict[str, Tensor]:
         """What the sources keep by row, on this rank."""
@@ -89,18 +103,64 @@ class Saver:
         self._config, self._folder, self._world, self._facts = config, folder, world, dict(facts)
         self._saved_at = time.monotonic()
 
-    def restore(self, checkpoint: Path, state: TrainState) -> Progress:
-        """Continue from a checkpoint.
+    def check(self, checkpoint: Path, total_steps: int) -> dict[str, Any]:
+        """Compare a checkpoint with this run, before any weight is read.
+
+        Args:
+            checkpoint: the checkpoint's folder.
+            total_steps: steps of the whole run.
+
+        Returns:
+            What the checkpoint says about itself.
 
         Raises:
-            ConfigError: if the run would see other pairs, or another reference, than the one that wrote it.
+            ConfigError: if the run would see other pairs, or another reference, than the one that wrote it, or ends before it.
         """
-        record = self._world.together(lambda: read_progress(checkpoint) if self._world.is_main else None)
-        record = self._world.broadcast_object(record)
-        self._compare(record["facts"], int(record["step"]), checkpoint)
-        progress, rows = self._folder.checkpoints.load(
-            checkpoint, state.model, state.optimizer, state.scheduler
+        record: dict[str, Any] = self._world.broadcast_object(
+            self._world.together(lambda: read_progress(checkpoint) if self._world.is_main else {})
         )
+        self._compare(record["facts"], record["step"], checkpoint)
+        if record["step"] > total_steps:
+            raise ConfigError(
+                f"resume_from_checkpoint: {checkpoint} stands after step {record['step']} and this run has "
+                f"{total_steps}; set epochs or max_steps_per_epoch higher, or continue from an earlier one"
+            )
+        return record
+
+    def restore(self, checkpoint: Path, state: TrainState, total_steps: int) -> Progress:
+        """Continue from a checkpoint: weights, optimizer state and the place come from it, settings from the config.
+
+        Args:
+            checkpoint: the checkpoint's folder.
+            state: fresh; it is filled.
+            total_steps: steps of the whole run.
+
+        Returns:
+            Where the run stands.
+
+        Raises:
+            ConfigError: see :meth:`check`; also if its optimizer state or what it keeps by row does not fit.
+        """
+        facts = self.check(checkpoint, total_steps)["facts"]
+        now = self._facts["config"]
+        then = facts["config"] if isinstance(facts.get("config"), Mapping) else {}
+        as_long = (
+            _same(then, now, "epochs") and facts.get("steps_per_epoch") == self._facts["steps_per_epoch"]
+        )
+        progress, rows = self._folder.checkpoints.load(
+            checkpoint,
+            state.model,
+            state.optimizer,
+            state.scheduler,
+            built=state.built,
+            same_config=as_long and _same(then, now, "optimizer", "lr_scheduler"),
+        )
+        if self._world.is_main:
+            for line in _differences(then, now):
+                log.info(f"continuing with another setting: {line}; {_effect(line)}")
+        for source, key in _KEY_OF_SOURCE.items():
+            if _without(then.get(key), _WHEN) != _without(now.get(key), _WHEN):
+                rows = self._drop(rows, source, key)
         try:
             state.load_rows(rows)
         except (ValueError, TypeError, KeyError, IndexError, RuntimeError) as error:
@@ -108,7 +168,25 @@ class Saver:
                 f"resume_from_checkpoint: {checkpoint}: what it keeps of weights or anchors by row cannot be taken up "
                 f"({type(error).__name__}: {error}); continue from another checkpoint"
             ) from error
+        if progress.best is not None and not _same(then, now, *_DECIDES_BEST):
+            self._say(
+                f"best: the value of before ({progress.best:g}) was another measure's; the search for the best begins anew"
+            )
+            progress.best = None
         return progress
+
+    def _drop(self, rows: dict[str, Tensor], source: str, key: str) -> dict[str, Tensor]:
+        """Leave out what the checkpoint keeps of a source that has other settings now."""
+        kept = {name: tensor for name, tensor in rows.items() if not name.startswith(f"{source}.")}
+        if len(kept) < len(rows):
+            self._say(
+                f"{key}: has other settings than before; what was kept by row is computed again when it is needed"
+            )
+        return kept
+
+    def _say(self, message: str) -> None:
+        if self._world.is_main:
+            log.info(message)
 
     def _compare(self, then: Mapping[str, Any], step: int, checkpoint: Path) -> None:
         now = self._facts
@@ -133,9 +211,6 @@ class Saver:
             )
         if faults:
             raise ConfigError([f"resume_from_checkpoint: {fault}" for fault in faults])
-        if self._world.is_main:
-            for line in _differences(then.get("config", {}), now.get("config", {})):
-                log.info(f"continuing with another setting: {line}")
 
     def after_step(
         self, progress: Progress, state: TrainState, checkpointer: Any, *, total_steps: int, stopping: bool
@@ -151,12 +226,14 @@ class Saver:
         """
         steps_per_epoch, step = int(self._facts["steps_per_epoch"]), progress.step
         epoch_done, last = step % steps_per_epoch == 0, step == total_steps
+        # Asked first: in a run with minutes between checkpoints every process has to take part in the answer.
+        due = self._is_due(step, epoch_done) or stopping or last
+        if epoch_done or due:
+            self._refuse_not_finite(state.model, step)
         # Weights first: a run that is killed in between goes on from an earlier checkpoint and writes them again.
         if epoch_done or last:
             self._folder.export(checkpointer, state.model, (step - 1) // steps_per_epoch)
-        if last:
-            self._folder.checkpoints.settle()
-        elif stopping or self._is_due(step, epoch_done):
+        if due:
             self._folder.checkpoints.save(
                 state.model,
                 state.optimizer,
@@ -164,10 +241,36 @@ class Saver:
                 progress,
                 live=state.rows(),
                 facts={**self._facts, "run": self._folder.run_id() if self._world.is_main else None},
+                built=state.built,
                 keep_last=self._config.keep_last,
-                background=self._config.enable_async_checkpointing and not stopping,
+                background=self._config.enable_async_checkpointing and not (stopping or last),
             )
             self._saved_at = time.monotonic()
+
+    def export_again(self, state: TrainState, checkpointer: Any, total_steps: int) -> None:
+        """Write the last epoch's weights if somebody removed them, for a run that goes on from its end."""
+        epoch = (total_steps - 1) // int(self._facts["steps_per_epoch"])
+        there = self._world.is_main and (self._folder.path / f"epoch_{epoch}").is_dir()
+        if not self._world.broadcast_object(there):
+            self._say(f"epoch_{epoch} is not there any more: written again from the checkpoint")
+            self._folder.export(checkpointer, state.model, epoch)
+
+    def _refuse_not_finite(self, model: TransformerDecoder, step: int) -> None:
+        """Let no weight that is not finite reach the disk.
+
+        Raises:
+            TokenprefError: on every process, naming the first such tensor.
+        """
+        name = first_not_finite(model, self._world)
+        if name is None:
+            return
+        # A save in the background is of an earlier step, whose weights were finite.
+        self._folder.checkpoints.settle()
+        raise TokenprefError(
+            f"step {step}: the update made {name} not finite; these weights were not written, and what was written before stays. "
+            f"Lower optimizer.lr or set clip_grad_norm, and go on from the last checkpoint of {self._folder.path} with "
+            "resume_from_checkpoint=auto, or start anew with another output_dir"
+        )
 
     def after_validation(
         self, metrics: Mapping[str, float], progress: Progress, state: TrainState, checkpointer: Any
@@ -182,6 +285,7 @@ class Saver:
 
         Raises:
             ConfigError: if the metric that decides is not among them.
+            TokenprefError: if the weights to keep are not finite.
         """
         best = self._config.best
         if best is None:
@@ -194,6 +298,7 @@ class Saver:
         sign = 1 if best.goal == "max" else -1
         if not math.isfinite(value) or (progress.best is not None and sign * value <= sign * progress.best):
             return
+        self._refuse_not_finite(state.model, progress.step)
         progress.best, progress.best_step = value, progress.step
         record = {"metric": best.metric, "value": value, "step": progress.step}
         self._folder.export_best(checkpointer, state.model, epochs=self._config.epochs, record=record)
@@ -210,13 +315,26 @@ class Saver:
         return due
 
 
-def _differences(then: Any, now: Any, key: str = "") -> list[str]:
-    """Settings that differ between two configs as plain data, one line each."""
+def _same(then: Mapping[str, Any], now: Mapping[str, Any], *keys: str) -> bool:
+    return all(then.get(key) == now.get(key) for key in keys)
+
+
+def _without(node: Any, keys: frozenset[str]) -> Any:
+    return {k: v for k, v in node.items() if k not in keys} if isinstance(node, Mapping) else node
+
+
+def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
+    """Settings that differ between two configs as plain data, one line each; how this start was asked for is none."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
-        names = sorted({*map(str, then), *map(str, now)})
-        return [
-            line
-            for name in names
-            for line in _differences(then.get(name), now.get(name), f"{key}.{name}" if key else name)
-        ]
-    return [] if then == now else [f"{key} is {now!r} and was {then!r}"]
+        for name in sorted({*map(str, then), *map(str, now)}):
+            if key or name not in ("resume_from_checkpoint", "dry_run"):
+                yield from _differences(then.get(name), now.get(name), f"{key}.{name}" if key else name)
+    elif then != now:
+        yield f"{key} is {now!r} and was {then!r}"
+
+
+def _effect(line: str) -> str:
+    """What a changed setting does to the run that goes on."""
+    if line.startswith("checkpointer.") and not line.startswith("checkpointer.output_dir"):
+        return "the policy's weights come from the checkpoint"
+    return "the new value is used"

@@ -11,6 +11,7 @@ import numpy as np
 import torch
 from torch import Tensor, nn
 from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref._torchtune import (
     TransformerDecoder,
@@ -45,6 +46,7 @@ __all__ = [
     "build_optimizer",
     "build_pairs",
     "build_profiler",
+    "build_scheduler",
     "build_scorer",
     "check_pairs",
     "check_data_fits",
@@ -295,6 +297,14 @@ def build_optimizer(component: Component, model: nn.Module) -> Optimizer:
         ConfigError: if the component makes something else.
     """
     return _of_kind(component, component.build(model.parameters()), "param_groups", "step", "zero_grad")
+
+
+def build_scheduler(component: Component | None, optimizer: Optimizer, steps: int) -> LRScheduler | None:
+    """The schedule of an optimizer's learning rate over a run of so many steps; None without a component."""
+    if component is None:
+        return None
+    scheduler: LRScheduler = component.build(optimizer, num_training_steps=steps, last_epoch=-1)
+    return scheduler
 
 
 def build_logger(component: Component) -> Any:

@@ -41,6 +41,8 @@ class PreferenceTrainer(RunSetup):
         bar = tqdm(
             total=self.total_steps, initial=self.progress.step, disable=not self.world.is_main, unit="step"
         )
+        if self.progress.step == self.total_steps:
+            self.saver.export_again(self.state, self.checkpointer, self.total_steps)
         if self.profiler is not None:
             self.profiler.start()
         with StopRequest() as stop:
@@ -48,7 +50,7 @@ class PreferenceTrainer(RunSetup):
         if self.profiler is not None:
             self.profiler.stop()
         bar.close()
-        self.folder.finish(f"epoch_{(self.total_steps - 1) // self.steps_per_epoch}")
+        self.folder.finish(f"epoch_{(self.total_steps - 1) // self.steps_per_epoch}", self.total_steps)
 
     def _loop(self, bar: Any, stop: StopRequest) -> None:
         config, progress = self.config, self.progress
