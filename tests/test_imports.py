@@ -18,7 +18,8 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 
 # Lowest first. A part (file or folder of tokenpref/) may import itself and the parts of the lines above its own.
 LAYERS = (
-    {"__init__", "errors", "_checks", "_files", "_paths", "_torchtune", "_yaml"},
+    {"errors"},
+    {"__init__", "_checks", "_files", "_paths", "_torchtune", "_yaml"},
     {"stats"},
     {"components", "_registry", "ops", "losses", "weights", "rewards"},
     {"distributed"},
