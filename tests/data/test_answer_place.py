@@ -156,6 +156,16 @@ def test_calls_belong_to_the_answer(encode, append_eos):
     assert with_text == ("call" + WRITTEN, "call", "call", append_eos)
 
 
+def test_the_end_of_turn_stays_behind_another_special_token(chat_tokenizer):
+    """Some models write special tokens around their calls."""
+    prompt, answer = [{"role": "user", "content": "hi"}], {"role": "assistant", "content": "no</s>"}
+    side = encode_chat_answer(chat_tokenizer, prompt, answer, append_eos=True)
+    assert side.ids[-2:] == [1, 4] and side.has_eos
+    # A message that holds its own end of turn is not ended twice.
+    ended = encode_chat_answer(chat_tokenizer, prompt, {**answer, "content": "no<|im_end|>"}, append_eos=True)
+    assert ended.ids[-1] == 4 and ended.ids[ended.start :].count(4) == 1
+
+
 def test_reasoning_without_text(encode):
     message = {"content": "", "reasoning_content": "hello\nthe"}
     assert encode(THINKING, message)[0] == "<think>\nhello\nthe\n</think>\n\n"

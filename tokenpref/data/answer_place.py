@@ -17,6 +17,16 @@ __all__ = ["AnswerPlace", "Frame", "call_end", "place_answer", "reasoning_end"]
 # Digits pass through strip, upper and tojson unchanged.
 _BEFORE, _AFTER = "71834026195540386217", "93057281640826143759"
 
+
+def _marks(written: str) -> tuple[str, str]:
+    """Two marks that do not occur in a text."""
+    marks = [_BEFORE, _AFTER]
+    for place in (0, 1):
+        while marks[place] in written:
+            marks[place] += "0"
+    return marks[0], marks[1]
+
+
 Render = Callable[[Mapping[str, Any]], "str | None"]
 """What the template writes after the prompt for an answer; None if it refuses it or changes the prompt."""
 
@@ -73,11 +83,12 @@ def place_answer(
 
 def _between_marks(written: str, answer: Mapping[str, Any], render: Render) -> AnswerPlace | None:
     """The place by a mark on either side of the text; both are there unless the template reads the text itself."""
-    marked = render({**answer, "content": _BEFORE + answer["content"].strip() + _AFTER})
-    if marked is None or marked.count(_BEFORE) != 1 or marked.count(_AFTER) != 1:
+    left, right = _marks(written)
+    marked = render({**answer, "content": left + answer["content"].strip() + right})
+    if marked is None or marked.count(left) != 1 or marked.count(right) != 1:
         return None
-    before, _, rest = marked.partition(_BEFORE)
-    inner, found, after = rest.partition(_AFTER)
+    before, _, rest = marked.partition(left)
+    inner, found, after = rest.partition(right)
     start, end = len(before), len(written) - len(after)
     if not found or start > end or not (written.startswith(before) and written.endswith(after)):
         return None
@@ -89,10 +100,11 @@ def _between_marks(written: str, answer: Mapping[str, Any], render: Render) -> A
 def _before_mark(written: str, answer: Mapping[str, Any], render: Render) -> AnswerPlace | None:
     """The place by a mark behind the text."""
     content: str = answer["content"]
-    marked = render({**answer, "content": content.rstrip() + _AFTER})
+    _, mark = _marks(written)
+    marked = render({**answer, "content": content.rstrip() + mark})
     if marked is None:
         return None
-    before, found, after = marked.rpartition(_AFTER)
+    before, found, after = marked.rpartition(mark)
     end = len(written) - len(after)
     if not found or len(before) > end or not (written.startswith(before) and written.endswith(after)):
         return None
@@ -109,13 +121,13 @@ def reasoning_end(written: str, answer: Mapping[str, Any], render: Render) -> in
     key = reasoning_key(answer)
     if key is None or not isinstance(answer[key], str):
         return None
-    marked = render({**answer, key: answer[key].rstrip() + _AFTER})
-    before, found, _ = (marked or "").partition(_AFTER)
+    _, mark = _marks(written)
+    before, found, _ = (render({**answer, key: answer[key].rstrip() + mark}) or "").partition(mark)
     return len(before) if found and written.startswith(before) else None
 
 
 def call_end(written: str, answer: Mapping[str, Any], render: Render) -> int | None:
     """Where the end of the turn begins, behind calls and reasoning: what a plain answer ends with. None if unknown."""
-    plain = render({"role": answer["role"], "content": _BEFORE})
-    _, found, after = (plain or "").partition(_BEFORE)
+    mark, _ = _marks(written)
+    _, found, after = (render({"role": answer["role"], "content": mark}) or "").partition(mark)
     return len(written) - len(after) if found and after and written.endswith(after) else None

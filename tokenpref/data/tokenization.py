@@ -147,11 +147,15 @@ def text_answer_steps(
     """:func:`encode_text_answer`, with the tokenizer's work left to the caller."""
     body = answer
     eos_text = tokenizer.decode_special(tokenizer.eos_id)
-    stripped = answer.rstrip()
-    if eos_text and stripped.endswith(
-        eos_text
-    ):  # white space after it is a template's, and nothing that a model writes
+    ends = tokenizer.stop_ids if end_ids is None else end_ids
+    stripped = (
+        answer.rstrip()
+    )  # white space after the end of a turn is a template's, and nothing that a model writes
+    if eos_text and stripped.endswith(eos_text):
         body, append_eos = stripped[: -len(eos_text)], True
+        ends = frozenset(
+            {tokenizer.eos_id}
+        )  # it comes back, though another special token may stand before it
     elif any(stripped.endswith(end) for end in map(tokenizer.decode_special, tokenizer.stop_ids) if end):
         body = stripped
     ids, spans = yield prompt + body, add_bos
@@ -159,7 +163,7 @@ def text_answer_steps(
     start = _answer_start(spans, len(prompt), num_special)
     straddles = start < len(spans) and spans[start][0] < len(prompt) < spans[start][1]
     answer_spans = _all_within(spans[start:], len(prompt), len(body))
-    has_eos = len(ids) > start and ids[-1] in (tokenizer.stop_ids if end_ids is None else end_ids)
+    has_eos = len(ids) > start and ids[-1] in ends
     if append_eos and not has_eos:
         ids = [*ids, tokenizer.eos_id]
         answer_spans.append((len(answer), len(answer)))
