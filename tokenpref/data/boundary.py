@@ -17,6 +17,10 @@ _WINDOW = 500  # characters that are looked at on either side; a run of flags ta
 _BETWEEN_DIGITS = frozenset(".,:/'\u2019-_\u00a0\u2009\u202f\u066b\u066c")
 _HYPHENS = frozenset("-\u2010\u2011")
 _EXPONENT = regex.compile(r"\d[eE][+-]\d")
+# Groups of digits with spaces between, as in 1 000 000: what stands before a place, and what follows it.
+_THOUSANDS = regex.compile(r"(?<![\d.,])\d{1,3}(?: \d{3})*+$")
+_THREE_DIGITS = regex.compile(r" \d{3}(?!\d)")
+_SMALL_KANA = frozenset("ぁぃぅぇぉっゃゅょゎゕゖ")
 _BEFORE_DIGITS = frozenset("+-\u2212\u00b1$\u00a3\u20ac\u00a5#.")
 _AFTER_DIGITS = frozenset("%\u2030\u00b0\u066a")
 
@@ -35,7 +39,16 @@ def shared_prefix(chosen: str, rejected: str) -> int:
     places = _boundaries(chosen, start, end) & _boundaries(rejected, start, end)
     while start < end and (end not in places or _inside(chosen, end) or _inside(rejected, end)):
         end -= 1
-    while 0 < end and (_is_blank(chosen[end - 1]) or _marks_blank(chosen[max(end - 2, 0) : end])):
+    end = _without_blanks(chosen, end)
+    thousands = _THOUSANDS.search(chosen, max(end - _WINDOW, 0), end)
+    if thousands and all(_THREE_DIGITS.match(text, end) for text in (chosen, rejected)):
+        end = _without_blanks(chosen, thousands.start())
+    return end
+
+
+def _without_blanks(text: str, end: int) -> int:
+    """The place before the white space that ends there."""
+    while 0 < end and (_is_blank(text[end - 1]) or _marks_blank(text[max(end - 2, 0) : end])):
         end -= 1
     return end
 
@@ -69,6 +82,8 @@ def _inside(text: str, end: int) -> bool:
     before, after = text[end - 1], text[end]
     if unicodedata.category(after) in ("Lm", "Sk") and before.isalnum():
         return True  # a mark of length or repetition goes with its letter
+    if after in _SMALL_KANA:
+        return True
     if _is_word(before) and _is_word(after):
         return True
     if before.isdecimal() and after in _AFTER_DIGITS:

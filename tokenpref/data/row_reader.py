@@ -35,10 +35,11 @@ _PROMPT_NAMES = (
 )
 # Words in names of columns that belong to the prompt or the answer, and words of columns that only speak of them.
 _TELLING_WORDS = frozenset(
-    {"system", "history", "tool", "tools", "function", "functions", "context", "documents", "input"}
+    {"system", "history", "tool", "tools", "function", "functions", "context", "input"}
 ) | {
-    *("instruction", "question", "query", "messages", "conversation", "conversations", "dialogue"),
-    *("reasoning", "thinking", "thought", "image", "images", "video", "videos", "audio"),
+    *("instruction", "question", "query", "messages", "conversation", "conversations", "dialogue", "persona"),
+    *("document", "documents", "passage", "passages", "reasoning", "thinking", "thought", "thoughts"),
+    *("image", "images", "video", "videos", "audio"),
 }
 _NOT_CONTENT = frozenset(
     {"id", "ids", "idx", "index", "url", "source", "type", "tokens", "count", "length", "hash"}
