@@ -112,6 +112,14 @@ def test_missing_columns(tokenizer, write_jsonl):
         )
     with pytest.raises(DataError, match=r"has no column 'second'; .*column_map: \{second: <column>\}"):
         read(tokenizer, write_jsonl([{"prompt": "q", "first": "a", "label": 1}]), first=1, second=2)
+    for names in (("answer_a", "answer_b"), ("reply1", "reply2")):
+        row = {"prompt": "q", **dict.fromkeys(names, "x"), "best": 1}
+        with pytest.raises(
+            DataError, match=f"format: labelled, column_map: .first: {names[0]}, second: {names[1]}"
+        ):
+            preference_dataset(tokenizer, write_jsonl([row]))
+    with pytest.raises(DataError, match="format: ranked, column_map: .answers: responses, score: <column>"):
+        preference_dataset(tokenizer, write_jsonl([{"prompt": "q", "responses": ["a", "b"], "best": 1}]))
     with pytest.raises(DataError, match="format: labelled .*ranked .*preset"):
         preference_dataset(tokenizer, write_jsonl([{"prompt": "q", "one": "a", "two": "b", "best": 1}]))
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import re
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,6 +33,11 @@ FORMATS = ("explicit", "implicit", "conversational", "hh", "labelled", "ranked")
 """What ``format:`` may say besides auto."""
 
 _PLAIN = ("explicit", "implicit", "conversational", "hh")
+# How names of two answers of one kind end, and names of lists of answers.
+_TWIN = re.compile(r"(?<=.)[_-]?[012abAB]$")
+_LISTS = frozenset(
+    {"answers", "responses", "completions", "candidates", "outputs", "generations", "replies", "options"}
+)
 _HUMAN, _ASSISTANT = "\n\nHuman:", "\n\nAssistant:"
 _MARKS = ("complete", "chosen_complete", "rejected_complete")
 _ANSWERS = {
@@ -108,7 +114,7 @@ def _check_answers(
         if field not in columns:
             raise DataError(
                 f"{source} has no column {field!r}; its columns are {found}. Say which one it is: column_map: "
-                f"{{{field}: <column>}}" + ("" if layout != "auto" else _other_formats())
+                f"{{{field}: <column>}}" + ("" if layout != "auto" else _other_formats(available))
             )
     if layout == "ranked" and ("score" in columns) == ("rank" in columns):
         raise DataError(
@@ -117,7 +123,23 @@ def _check_answers(
         )
 
 
-def _other_formats() -> str:
+def _other_formats(available: Sequence[str]) -> str:
+    """Which format reads data without chosen and rejected, judged by the names of its columns."""
+    kinds: dict[str, list[str]] = {}
+    for name in available:
+        kinds.setdefault(_TWIN.sub("", name), []).append(name)
+    twins = next((names for names in kinds.values() if len(names) == 2), None)
+    if twins:
+        first, second = sorted(twins)
+        return (
+            f". {first!r} and {second!r} look like two answers of which a label says the better one: format: labelled, "
+            f"column_map: {{first: {first}, second: {second}}}, labels: {{column: <column>, first: <value>, second: <value>}}"
+        )
+    if lists := [name for name in available if name.lower() in _LISTS]:
+        return (
+            f". {lists[0]!r} looks like a list of answers: format: ranked, column_map: {{answers: {lists[0]}, score: <column>}} "
+            f"(or answers: '{lists[0]}[].<key>')"
+        )
     return (
         ", or set format: labelled (two answers and a label), format: ranked (a list of answers with scores or ranks) or a "
         "preset"
