@@ -256,6 +256,11 @@ def test_a_template_that_never_ends_stops_the_run(monkeypatch):
         ),
         ("{% macro f(s) %}{{ f(s + s) }}{% endmacro %}{{ f('ab') }}", "makes a value of more than"),
         (
+            "{% set ns = namespace(l=['a' * 999]) %}{% for i in range(99) %}{% set ns.l = [ns.l, {'b': ns.l}] %}{% endfor %}"
+            "{{ ns.l }}",
+            "makes a value of more than",
+        ),
+        (
             "{% set ns = namespace(n=3) %}{% for i in range(99) %}{% set ns.n = ns.n * ns.n %}{% endfor %}",
             "whole number of more than 100,000 bits",
         ),

@@ -111,9 +111,21 @@ def _turn(_: Context, text_size: int) -> None:
 
 
 def _measured(value: Any) -> Any:
-    """Runs on each value that is stored in a variable."""
-    if isinstance(value, Sized) and not isinstance(value, jinja2.Undefined):
-        _check_size(len(value))
+    """Runs on each value that is stored in a variable; lists are counted with all that is in them."""
+    size, inner = 0, [value]
+    while inner:
+        item = inner.pop()
+        if isinstance(item, str):
+            size += len(item)
+        elif isinstance(item, dict):
+            size += len(item)
+            inner.extend(item.values())
+        elif isinstance(item, list | tuple):
+            size += len(item)
+            inner.extend(item)
+        else:
+            continue
+        _check_size(size)
     return value
 
 
