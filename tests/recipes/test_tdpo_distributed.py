@@ -96,7 +96,10 @@ def test_users_copy_and_users_loss_run_in_both_launch_modes(single):
         (["dataset.source=nowhere.jsonl"], ["nowhere.jsonl"]),
         (["checkpointer.checkpoint_dir=nowhere"], ["no folder at"]),
         (["loss._component_=tokenpref.losses.TISDPOLoss"], ["needs 'weights'"]),
-        (["model.num_layers=3"], ["another architecture", "no tensor 'layers.2"]),
+        (
+            ["model.num_layers=3"],
+            ["num_hidden_layers is 2 there and 3 in the model (set model.num_layers=2)"],
+        ),
     ],
 )
 def test_bad_input_is_one_error_and_leaves_nothing(folder, overrides, words):

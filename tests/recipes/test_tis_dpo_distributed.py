@@ -84,7 +84,7 @@ def test_a_side_of_another_architecture_is_refused(folder, monkeypatch):
     record["model"]["num_layers"] = 3
     (folder / "other_model/pair.yaml").write_text(yaml.safe_dump(record))
     with pytest.raises(
-        TokenprefError, match="pair's positive side: the checkpoint is of another architecture"
+        TokenprefError, match="pair's positive side. describes.*num_hidden_layers is 2 there and 3 in"
     ):
         start(WeightEstimation, load_config([*ESTIMATE[1:], "estimator.pair=other_model", "output_dir=bad"]))
     assert not (folder / "bad").exists()

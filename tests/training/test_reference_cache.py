@@ -12,8 +12,10 @@ from functools import partial
 import numpy as np
 import pytest
 import torch
+from safetensors.torch import load_file, save_file
 from support import small, workers
 
+from tokenpref._paths import data_root
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, DataError, DryRun
@@ -517,9 +519,15 @@ def test_memory_without_a_second_model(run, monkeypatch):
     assert found["memory"].reference == 0
 
 
-def test_weights_that_do_not_fit_leave_nothing(run, tmp_path):
+def test_weights_that_do_not_fit_leave_nothing(run, tmp_path, tmp_path_factory):
+    model = tmp_path_factory.mktemp("other") / "model"
+    shutil.copytree(data_root() / "data" / "tiny" / "model", model)
+    state = load_file(model / "model.safetensors")
+    save_file(
+        {name: state[name] for name in state if name != "model.norm.weight"}, model / "model.safetensors"
+    )
     with pytest.raises(ConfigError, match="^checkpointer: the checkpoint is of another architecture"):
-        run("output_dir=mine", *CACHED, "model.num_layers=3")
+        run("output_dir=mine", *CACHED, f"checkpointer.checkpoint_dir={model}")
     assert not list(tmp_path.iterdir())
 
 
