@@ -106,6 +106,8 @@ def test_a_cached_data_set_equals_one_that_was_tokenised_row_by_row(
         )
         assert (plain.text(index), plain.locate(index)) == (later.text(index), later.locate(index))
     assert later.rows().tolist() == [e.row for e in plain]
+    assert later.starts().tolist() == [[e.chosen_start, e.rejected_start] for e in plain]
+    assert later.has_eos().tolist() == [[e.chosen_has_eos, e.rejected_has_eos] for e in plain]
     assert later.lengths([2, 0]).tolist() == [
         [len(plain[i].chosen_ids), len(plain[i].rejected_ids)] for i in (2, 0)
     ]

@@ -62,6 +62,8 @@ def test_a_mixture_is_its_parts_one_after_another(parts):
     assert mixed[-1] == mixed[10] and mixed.rows().tolist() == [e.row for e in mixed]
     assert mixed.lengths().tolist() == [[len(e.chosen_ids), len(e.rejected_ids)] for e in mixed]
     assert mixed.lengths([7, 1]).tolist() == mixed.lengths()[[7, 1]].tolist()
+    assert mixed.starts().tolist() == [[e.chosen_start, e.rejected_start] for e in mixed]
+    assert mixed.has_eos().tolist() == [[e.chosen_has_eos, e.rejected_has_eos] for e in mixed]
     assert mixed.longest == mixed.lengths().max()
     assert mixed.highest_id == max(max(*e.chosen_ids, *e.rejected_ids) for e in mixed)
     assert "note" not in mixed.columns and "chosen_weights" in mixed.columns

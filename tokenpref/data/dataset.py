@@ -161,6 +161,14 @@ class PreferenceDataset:
         """
         return self._packed.lengths(self._places(pairs))
 
+    def starts(self) -> np.ndarray:
+        """Index of the first token of the answer on both sides of every pair: int32 ``[pairs, 2]``."""
+        return self._packed.starts[self._places(None)]
+
+    def has_eos(self) -> np.ndarray:
+        """Whether the answers of both sides of every pair end with EOS or the end of a turn: bool ``[pairs, 2]``."""
+        return self._packed.has_eos[self._places(None)]
+
     def rows(self) -> np.ndarray:
         """Number of every pair, as :class:`PairExample` has it: int64 ``[pairs]``."""
         part, row = np.divmod(self._packed.rows[self._places(None)], self._rows.table.num_rows)

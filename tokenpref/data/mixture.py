@@ -100,6 +100,14 @@ class PairMixture(PreferenceDataset):
         found = [self._parts[part].lengths([position]) for part, position in places]
         return np.concatenate([np.zeros((0, 2), np.int64), *found])
 
+    def starts(self) -> np.ndarray:
+        """See :class:`PreferenceDataset`."""
+        return np.concatenate([part.starts() for part in self._parts])
+
+    def has_eos(self) -> np.ndarray:
+        """See :class:`PreferenceDataset`."""
+        return np.concatenate([part.has_eos() for part in self._parts])
+
     def rows(self) -> np.ndarray:
         """See :class:`PreferenceDataset`."""
         return np.concatenate(

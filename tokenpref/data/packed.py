@@ -14,7 +14,7 @@ from typing import Any
 
 import numpy as np
 
-from tokenpref.data.tokenization import EncodedAnswer
+from tokenpref.data.tokenization import EncodedAnswer, MovedSpans
 from tokenpref.data.tokenizers import Span
 
 __all__ = [
@@ -102,6 +102,7 @@ class PairPacker:
         self._keys = bytearray()
         self._ids, self._spans = array("i"), array("i")
         self._ends, self._span_ends = array("q"), array("q")
+        self._moves = array("q")  # of spans in a row: how many, where their answer begins, its characters
 
     def add(self, row: int, chosen: EncodedAnswer, rejected: EncodedAnswer) -> None:
         """Append a pair of a table's row."""
@@ -111,12 +112,31 @@ class PairPacker:
             self._starts.append(side.start)
             self._has_eos.append(side.has_eos)
             self._ids.extend(side.ids)
-            self._spans.extend(chain.from_iterable(side.spans))
+            self._add_spans(side.spans)
             self._ends.append(len(self._ids))
             self._span_ends.append(len(self._spans) // 2)
 
+    def _add_spans(self, spans: Sequence[Span]) -> None:
+        if isinstance(spans, MovedSpans):
+            self._spans.extend(chain.from_iterable(spans.raw))
+            self._moves.extend((len(spans.raw), spans.offset, spans.size))
+            spans = spans.tail
+        if spans:
+            self._spans.extend(chain.from_iterable(spans))
+            self._moves.extend((len(spans), 0, _NO_LIMIT))
+
+    def _move_spans(self) -> None:
+        """Count all spans from the beginning of their answers, and cut them to these."""
+        count, offset, size = np.frombuffer(self._moves, "=i8").reshape(-1, 3).T
+        spans = np.frombuffer(self._spans, "=i4").reshape(-1, 2)
+        spans -= np.repeat(offset, count).astype(np.int32)[:, None]
+        np.clip(spans, 0, np.repeat(size, count).astype(np.int32)[:, None], out=spans)
+        self._moves = array("q")
+
     def chunk(self) -> Chunk:
-        """What was collected."""
+        """What was collected; nothing can be added to it."""
+        if self._moves:
+            self._move_spans()
         columns = {
             name: np.frombuffer(getattr(self, f"_{name}"), _OWN.get(name, kind))
             for name, (kind, _) in COLUMNS.items()
@@ -126,6 +146,7 @@ class PairPacker:
         }
 
 
+_NO_LIMIT = 2**31 - 1
 _OWN = {"rows": "=i8", "ends": "=i8", "span_ends": "=i8", "starts": "=i4", "ids": "=i4", "spans": "=i4"}
 
 

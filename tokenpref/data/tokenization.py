@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
-from collections.abc import Generator, Mapping, MutableMapping, Sequence
+from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
 from weakref import WeakKeyDictionary
@@ -18,6 +18,7 @@ __all__ = [
     "Encoded",
     "EncodedAnswer",
     "EncodingSteps",
+    "MovedSpans",
     "Request",
     "chat_answer_steps",
     "cut_to_length",
@@ -28,6 +29,50 @@ __all__ = [
     "run_steps",
     "text_answer_steps",
 ]
+
+
+class MovedSpans(Sequence[Span]):
+    """Spans of an answer that are still counted from the beginning of the whole text.
+
+    Read one by one they are those of the answer: moved to its beginning and cut to its length. A data set has very many of them,
+    so :class:`tokenpref.data.packed.PairPacker` takes the ones of the whole text and moves those of many answers at once.
+
+    Args:
+        raw: spans in the whole text.
+        offset: where the answer begins there.
+        size: its characters.
+    """
+
+    __slots__ = ("offset", "raw", "size", "tail")
+
+    def __init__(self, raw: Sequence[Span], offset: int, size: int) -> None:
+        self.raw, self.offset, self.size = raw, offset, size
+        self.tail: list[Span] = []
+
+    def append(self, span: Span) -> None:
+        """Add a span that is counted from the answer's beginning."""
+        self.tail.append(span)
+
+    def moved(self) -> list[Span]:
+        """All spans, counted from the answer's beginning."""
+        return _all_within(self.raw, self.offset, self.size) + self.tail
+
+    def __len__(self) -> int:
+        return len(self.raw) + len(self.tail)
+
+    def __getitem__(self, index: Any) -> Any:
+        return self.moved()[index]
+
+    def __iter__(self) -> Iterator[Span]:
+        return iter(self.moved())
+
+    def __eq__(self, other: object) -> bool:
+        return isinstance(other, Sequence) and self.moved() == list(other)
+
+    def __repr__(self) -> str:
+        return repr(self.moved())
+
+    __hash__ = None  # type: ignore[assignment]
 
 
 @dataclass(frozen=True)
@@ -47,7 +92,7 @@ class EncodedAnswer:
 
     ids: list[int]
     start: int
-    spans: list[Span]
+    spans: Sequence[Span]
     has_eos: bool
     straddles: bool
     num_special: int
@@ -162,7 +207,7 @@ def text_answer_steps(
     num_special = _leading_special(tokenizer, ids, spans)
     start = _answer_start(spans, len(prompt), num_special)
     straddles = start < len(spans) and spans[start][0] < len(prompt) < spans[start][1]
-    answer_spans = _all_within(spans[start:], len(prompt), len(body))
+    answer_spans = MovedSpans(spans[start:], len(prompt), len(body))
     has_eos = len(ids) > start and ids[-1] in ends
     if append_eos and not has_eos:
         ids = [*ids, tokenizer.eos_id]

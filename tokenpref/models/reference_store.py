@@ -66,7 +66,12 @@ class StoredAnswers:
 
     @classmethod
     def of(cls, examples: Sequence[PairExample] | PreferenceDataset) -> StoredAnswers:
-        """Count the tokens of pairs; one pass over them."""
+        """Count the tokens of pairs."""
+        if isinstance(examples, PreferenceDataset):
+            whole = examples.lengths()
+            # Nothing predicts the first token of a sequence.
+            scored = whole - np.maximum(examples.starts(), 1)
+            return cls(examples.rows().tolist(), scored, int(whole.sum()))
         rows, lengths, tokens = [], [], 0
         for example in examples:
             sides = (

@@ -331,7 +331,7 @@ class AttributionEstimator(_AttributedWeights):
         self._answers = [
             ((e.chosen_ids, e.chosen_start), (e.rejected_ids, e.rejected_start)) for e in dataset
         ]
-        self._rows = [e.row for e in dataset]
+        self._rows = dataset.rows().tolist()
         self._pad_id, self._world = tokenizer.pad_id, world
         state = read_weights(checkpointer.build(), "checkpointer", world)
         self._scorer = build_scorer(config, state, world, model=model)

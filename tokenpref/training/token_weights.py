@@ -108,14 +108,14 @@ class TokenWeights:
         scores = source.load(dataset)
         if len(scores) != len(dataset):
             raise DataError(f"{type(source).__name__} gave scores of {len(scores)} pairs for {len(dataset)}")
-        examples = list(dataset)
-        rows = [example.row for example in examples]
+        rows, has_eos = dataset.rows().tolist(), dataset.has_eos()
+        lengths = dataset.lengths() - dataset.starts()
         self._position = {row: i for i, row in enumerate(rows)}
         self._sides: list[list[tuple[Tensor, Tensor]]] = []
         for number, side in enumerate(SIDES):
             answers = [torch.from_numpy(np.asarray(pair[number])) for pair in scores]
-            self._check(answers, dataset, side, weighing.kind)
-            ends = [bool(getattr(example, f"{side}_has_eos")) for example in examples]
+            ends = has_eos[:, number].tolist()
+            self._check(answers, lengths[:, number].tolist(), ends, dataset, side, weighing.kind)
             weighed: list[tuple[Tensor, Tensor]] = []
             for start in range(0, len(answers), _CHUNK):
                 part = slice(start, start + _CHUNK)
@@ -131,20 +131,20 @@ class TokenWeights:
             self.summary += f"; {share:.1f} % are negative: the push on these tokens is turned round"
 
     @staticmethod
-    def _check(answers: Sequence[Tensor], dataset: PreferenceDataset, side: str, kind: str) -> None:
-        for index, answer in enumerate(answers):
-            example = dataset[index]
-            ids, start = (
-                (example.chosen_ids, example.chosen_start)
-                if side == "chosen"
-                else (example.rejected_ids, example.rejected_start)
-            )
-            if len(answer) != len(ids) - start:
+    def _check(
+        answers: Sequence[Tensor],
+        lengths: Sequence[int],
+        ends: Sequence[bool],
+        dataset: PreferenceDataset,
+        side: str,
+        kind: str,
+    ) -> None:
+        for index, (answer, length, has_eos) in enumerate(zip(answers, lengths, ends, strict=True)):
+            if len(answer) != length:
                 raise DataError(
-                    f"{dataset.locate(index)}, {side}: {len(answer)} scores for {len(ids) - start} answer tokens"
+                    f"{dataset.locate(index)}, {side}: {len(answer)} scores for {length} answer tokens"
                 )
             absent = answer.isnan()
-            has_eos = example.chosen_has_eos if side == "chosen" else example.rejected_has_eos
             if bool(absent[:-1].any()) or (bool(absent[-1:].any()) and not has_eos):
                 token = int(absent.nonzero()[0])
                 raise DataError(

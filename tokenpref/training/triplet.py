@@ -58,7 +58,7 @@ class TripletTrainer(WeightedTrainer):
         self.keep(dataset, "anchors", source)
         rows = meta_model(self.config.model, self.config.dtype).tok_embeddings.num_embeddings
         if isinstance(source, ColumnAnchors):  # they are there already, others are made as the training goes
-            found = source.answers([example.row for example in dataset], None)
+            found = source.answers(dataset.rows().tolist(), None)
             check_answer_ids(found, rows, key=f"anchors (column {source.column!r})")
 
         def anchors(batch: PairBatch) -> AnchorBatch:

@@ -55,8 +55,8 @@ class WeightedTrainer(PreferenceTrainer):
             source.bind(dataset)
             self.keep(dataset, "weights", source)
             ends = {
-                side: {example.row: bool(getattr(example, f"{side}_has_eos")) for example in dataset}
-                for side in SIDES
+                side: dict(zip(dataset.rows().tolist(), dataset.has_eos()[:, number].tolist(), strict=True))
+                for number, side in enumerate(SIDES)
             }
             return lambda batch: self._score_live(source, weighing, ends, batch)
         if not hasattr(source, "load"):
