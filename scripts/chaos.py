@@ -7,6 +7,10 @@ Jobs are tiny: TDPO (also with saves in the background, and with a cached refere
 weight estimation, in one process and in two. A kill is drawn for each start: SIGKILL of all processes or of one rank, at a
 random instant (also while something is written), SIGTERM, or a limit on the size of files that makes a save fail as a full disk
 does. After the kills the job runs to its end. Weights or scores must be the undisturbed run's, bit for bit.
+
+Two jobs begin with a run that has finished. Its command, given once more, must be refused and change no byte. Then it goes on for
+more epochs: with its own settings (``more``), or with another rate and other betas (``rate``). The undisturbed run of ``rate``
+has an optimizer that changes both by hand.
 """
 
 from __future__ import annotations
@@ -36,6 +40,22 @@ QUIET = ("run_val_every_n_steps=null", "epochs=4")
 KEPT = ("token_weights.refresh=every_n_steps", "token_weights.every_n_steps=5", "anchors.refresh=once")
 IN_BACKGROUND = "enable_async_checkpointing=true"
 PAIR, STORE = "pair", "store"
+HALF = 16  # steps of the first two of four epochs
+BY_HAND = """
+import torch
+
+class TwoPhases(torch.optim.AdamW):
+    def __init__(self, params, steps, later, later_betas, **settings):
+        super().__init__(params, **settings)
+        self.steps, self.later = steps, {"lr": later, "betas": tuple(later_betas)}
+
+    def step(self, closure=None):
+        super().step(closure)
+        self.steps -= all(group["lr"] > 0 for group in self.param_groups)  # PyTorch makes steps of rate 0 to see the state
+        if self.steps == 0:
+            for group in self.param_groups:
+                group.update(self.later)
+"""
 KILLS = ("all", "one", "term", "full")
 
 
@@ -47,11 +67,15 @@ class Job:
         words: recipe, config and settings.
         result: what it leaves in its folder, as comparable bytes.
         saves: whether it takes the settings of checkpoints.
+        first: settings of a run in the same folder that comes before, to its end.
+        whole: settings of the undisturbed run, where they are other ones.
     """
 
     words: tuple[str, ...]
     result: Callable[[Path], dict[str, bytes]]
     saves: bool = True
+    first: tuple[str, ...] = ()
+    whole: tuple[str, ...] = ()
 
 
 def trained(folder: Path) -> dict[str, bytes]:
@@ -62,6 +86,11 @@ def trained(folder: Path) -> dict[str, bytes]:
         for file in files
         for name, tensor in load_file(file).items()
     }
+
+
+def content(folder: Path) -> dict[str, bytes]:
+    """The bytes of every file below ``folder``."""
+    return {str(file.relative_to(folder)): file.read_bytes() for file in folder.rglob("*") if file.is_file()}
 
 
 def scored(folder: Path) -> dict[str, bytes]:
@@ -77,6 +106,27 @@ JOBS = {
     "tdpo": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET), trained),
     "async": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET, IN_BACKGROUND), trained),
     "cached": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET, "reference=cached"), trained),
+    "more": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET), trained, first=("epochs=2",)),
+    "rate": Job(
+        (
+            "recipes/tdpo_distributed",
+            "--config",
+            "tiny/tdpo",
+            *QUIET,
+            "optimizer.lr=1e-5",
+            "optimizer.betas=[0.5,0.7]",
+        ),
+        trained,
+        first=("epochs=2", "optimizer.lr=1e-3", "optimizer.betas=[0.9,0.999]"),
+        whole=(
+            "optimizer=by_hand.TwoPhases",
+            "optimizer.lr=1e-3",
+            "optimizer.betas=[0.9,0.999]",
+            f"optimizer.steps={HALF}",
+            "optimizer.later=1e-5",
+            "optimizer.later_betas=[0.5,0.7]",
+        ),
+    ),
     "tis": Job(
         (
             "recipes/tis_dpo_distributed",
@@ -154,6 +204,14 @@ class Chaos:
         if process.wait(600) != 0:
             raise SystemExit(f"{' '.join(words)} failed:\n{self.log.read_text()[-4000:]}")
 
+    def repeat(self, words: list[str], output: str) -> None:
+        """The command of a finished run once more: it must fail and leave every byte as it was."""
+        before = content(self.folder / output)
+        if self.start([*words, "resume_from_checkpoint=false"]).wait(600) == 0:
+            raise SystemExit(f"{' '.join(words)}: a finished run was begun again in its folder")
+        if content(self.folder / output) != before:
+            raise SystemExit(f"{' '.join(words)}: the second start changed the finished run in {output}")
+
     def disturb(self, words: list[str], output: str, seconds: float) -> bool:
         """One start that may not end well; True when the job ended before its kill came."""
         kind = self.random.choice(KILLS)
@@ -218,9 +276,13 @@ class Chaos:
         job = JOBS[name]
         whole, killed = f"whole_{name}_{ranks}", f"killed_{name}_{ranks}"
         began = time.monotonic()
-        self.finish(self.words(job, ranks, whole))
+        self.finish([*self.words(job, ranks, whole), *job.whole])
         print(f"{name}, {ranks} process(es): undisturbed {time.monotonic() - began:.0f} s", flush=True)
         words = self.words(job, ranks, killed)
+        if job.first:
+            self.finish([*words, *job.first])
+            self.repeat([*words, *job.first], killed)
+            print("  the finished run was not begun again, and no byte of it changed", flush=True)
         for _ in range(kills):
             if self.disturb(words, killed, 1.5):
                 break
@@ -249,6 +311,7 @@ def main() -> None:
     trials = [(job, ranks) for job in arguments.jobs for ranks in arguments.ranks]
     with tempfile.TemporaryDirectory() as place:
         chaos = Chaos(Path(place), arguments.seed)
+        (Path(place) / "by_hand.py").write_text(BY_HAND, encoding="utf-8")
         chaos.finish(chaos.words(JOBS["pair"], 1, PAIR))
         chaos.finish(chaos.words(JOBS["weights"], 1, STORE))
         for number, (job, ranks) in enumerate(trials):
