@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import difflib
-import math
 from collections.abc import Collection, Iterable
 from typing import Any
+
+# Tensors hold settings in float32.
+_FLOAT32_MOST = 3.4028234663852886e38
 
 __all__ = ["check_choice", "check_flag", "check_known", "check_number", "check_ordered"]
 
@@ -80,7 +82,7 @@ def check_number(
     good = (
         isinstance(value, (int, float))
         and not isinstance(value, bool)
-        and math.isfinite(value)
+        and abs(value) <= _FLOAT32_MOST
         and (above is None or value > above)
         and (at_least is None or value >= at_least)
         and (below is None or value < below)

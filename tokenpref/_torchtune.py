@@ -30,6 +30,7 @@ from torchtune.modules import (
 )
 from torchtune.modules.common_utils import local_kv_cache
 from torchtune.training import (
+    ModelType,
     OffloadActivations,
     compile_model,
     get_lr,
@@ -47,6 +48,7 @@ __all__ = [
     "InstantiationError",
     "Llama3ScaledRoPE",
     "Message",
+    "ModelType",
     "MultiHeadAttention",
     "OffloadActivations",
     "Phi3RotaryPositionalEmbeddings",

@@ -109,6 +109,7 @@ def signature_faults(
             for key in given
             if key not in known
         ]
+    faults += [f"{key}: the recipe sets this argument itself; remove it" for key in given if key in provided]
     faults += [
         f"{p.name}: {name} needs this argument and the config does not set it"
         for p in free
@@ -193,8 +194,10 @@ def _is_default(value: Any, default: Any) -> bool:
 
 def _fits(value: Any, wanted: Any) -> bool:
     """Whether a value of a config (plain data, or a component) can stand where an annotation is."""
-    if not isinstance(value, _PLAIN) or (isinstance(value, dict) and COMPONENT in value):
-        return True  # a component, whose result is its receiver's to check
+    if isinstance(value, dict) and COMPONENT in value:
+        return True  # a component that is still to be built
+    if not isinstance(value, _PLAIN):
+        return _fits_built(value, wanted)
     origin, arguments = get_origin(wanted), get_args(wanted)
     if origin in (Union, UnionType):
         return any(_fits(value, one) for one in arguments)
@@ -210,6 +213,13 @@ def _fits(value: Any, wanted: Any) -> bool:
     if kind in _MAPPINGS:
         return isinstance(value, dict) and _fits_mapping(value, arguments)
     return _fits_scalar(value, kind)
+
+
+def _fits_built(value: Any, wanted: Any) -> bool:
+    """Whether what a component made can stand there: no object stands for a flag, a number, text or a list."""
+    kinds = [get_origin(one) or one for one in _alternatives(wanted)]
+    plain = {bool, int, float, str, tuple, type(None), *_LISTS, *_MAPPINGS}
+    return not all(kind in plain and not isinstance(value, kind) for kind in kinds)
 
 
 def _fits_tuple(value: list[Any], arguments: tuple[Any, ...]) -> bool:

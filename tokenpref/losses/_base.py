@@ -27,6 +27,19 @@ from tokenpref.stats import LossOutput, PairStats, TokenStats
 
 __all__ = ["INVARIANTS", "Centring", "PreferenceLoss", "answer_metrics", "side_metrics", "weight_metrics"]
 
+# Of beta, alpha, gamma and margins: beyond it float32's sums over an answer overflow.
+MOST = 1e6
+
+
+def coefficient(name: str, value: float, **bounds: float) -> float:
+    """A factor of a loss, within bounds of its own and up to :data:`MOST`.
+
+    Raises:
+        ValueError: otherwise.
+    """
+    return check_number(name, check_number(name, value, **bounds), at_most=MOST)
+
+
 INVARIANTS: frozenset[str] = frozenset(
     {
         "log2_at_reference",  # policy = reference: loss log 2 (bit for bit), rewards 0, accuracy 0
@@ -65,7 +78,7 @@ class Centring:
 
     def __post_init__(self) -> None:
         check_choice("base", self.base, ("none", "reference", "policy"))
-        check_number("alpha", self.alpha, at_least=0)
+        coefficient("alpha", self.alpha, at_least=0)
 
     @property
     def needs(self) -> frozenset[str]:
@@ -117,7 +130,7 @@ class PreferenceLoss(nn.Module):
         invariants: frozenset[str] = frozenset({"log2_at_reference", "antisymmetric", "sums_over_tokens"}),
     ) -> None:
         super().__init__()
-        self.beta = check_number("beta", beta, above=0)
+        self.beta = coefficient("beta", beta, above=0)
         self.label_smoothing = check_number("label_smoothing", label_smoothing, at_least=0, below=0.5)
         self.weighted = weighted
         self.centring = centring or Centring()

@@ -5,8 +5,8 @@ from __future__ import annotations
 import torch
 from torch import Tensor
 
-from tokenpref._checks import check_choice, check_number
-from tokenpref.losses._base import Centring, PreferenceLoss
+from tokenpref._checks import check_choice
+from tokenpref.losses._base import Centring, PreferenceLoss, coefficient
 from tokenpref.stats import TokenStats
 
 __all__ = ["TokenDPOLoss"]
@@ -51,7 +51,7 @@ class TokenDPOLoss(PreferenceLoss):
         if variant == "tdpo1":
             factor = 1.0
         else:
-            factor = 0.5 if alpha is None else check_number("alpha", alpha, at_least=0)
+            factor = 0.5 if alpha is None else coefficient("alpha", alpha, at_least=0)
         if factor == 1:
             invariants.add("reward_margin_is_logit")
         super().__init__(

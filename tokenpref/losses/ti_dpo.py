@@ -8,8 +8,8 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from tokenpref._checks import check_choice, check_flag, check_number
-from tokenpref.losses._base import Centring, PreferenceLoss, side_metrics
+from tokenpref._checks import check_choice, check_flag
+from tokenpref.losses._base import Centring, PreferenceLoss, coefficient, side_metrics
 from tokenpref.stats import LossOutput, PairStats, TokenStats
 
 __all__ = ["TripletTIDPOLoss"]
@@ -55,8 +55,8 @@ class TripletTIDPOLoss(PreferenceLoss):
         length_normalization: str = "none",
         anchor_grad: bool = True,
     ) -> None:
-        alpha = check_number("alpha", alpha, at_least=0)
-        gamma = check_number("gamma", gamma, at_least=0)
+        alpha = coefficient("alpha", alpha, at_least=0)
+        gamma = coefficient("gamma", gamma, at_least=0)
         # The shared properties are those of the margin's part; the triplet has its own.
         invariants: set[str] = set()
         if gamma == 0:
@@ -74,7 +74,7 @@ class TripletTIDPOLoss(PreferenceLoss):
         )
         self.alpha = alpha
         self.gamma = gamma
-        self.margin = check_number("margin", margin, at_least=0)
+        self.margin = coefficient("margin", margin, at_least=0)
         self.length_normalization = check_choice(
             "length_normalization", length_normalization, LENGTH_NORMALIZATIONS
         )

@@ -2,8 +2,8 @@
 
 from __future__ import annotations
 
-from tokenpref._checks import check_choice, check_number
-from tokenpref.losses._base import Centring, PreferenceLoss
+from tokenpref._checks import check_choice
+from tokenpref.losses._base import Centring, PreferenceLoss, coefficient
 
 __all__ = ["TISDPOLoss"]
 
@@ -34,7 +34,7 @@ class TISDPOLoss(PreferenceLoss):
     """
 
     def __init__(self, beta: float = 0.1, alpha: float = 0.0, kl: str = "policy") -> None:
-        alpha = check_number("alpha", alpha, at_least=0)
+        alpha = coefficient("alpha", alpha, at_least=0)
         kl = check_choice("kl", kl, ("policy", "reference"))
         invariants = {
             "log2_at_reference",

@@ -24,6 +24,12 @@ def tiny_llama(num_layers: int = TINY_SIZES["num_layers"], max_seq_len: int = 25
     Args:
         num_layers: the weights that come with the package have 2.
         max_seq_len: tokens that the rotary cache covers.
+
+    Raises:
+        ValueError: for a number that makes no small model.
     """
+    for name, value, most in (("num_layers", num_layers, 1000), ("max_seq_len", max_seq_len, 2**20)):
+        if not 1 <= value <= most:
+            raise ValueError(f"{name} must be a whole number from 1 to {most}, got {value}")
     sizes = {**TINY_SIZES, "num_layers": num_layers}
     return llama3_2(**sizes, max_seq_len=max_seq_len, scale_factor=1, tie_word_embeddings=True)

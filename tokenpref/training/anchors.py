@@ -82,18 +82,26 @@ class AnchorSampler:
         self._places = {example.row: index for index, example in enumerate(dataset)}
         self._longest = max(len(self._beginning(row)[0]) for row in self._places)
 
+    def check_context(self, limit: int) -> None:
+        """Check that every beginning with its sample fits a model's context of ``limit`` tokens.
+
+        Raises:
+            ConfigError: if the longest does not.
+        """
+        room = limit - self._longest
+        if self._max_new_tokens > room:
+            raise ConfigError(
+                f"anchors.max_new_tokens: {self._max_new_tokens} after the longest beginning of {self._longest} tokens exceed "
+                f"the model's context of {limit}; set at most {max(room, 0)}, or a shorter max_prompt_len"
+            )
+
     def answers(self, rows: Sequence[int], models: LiveModels) -> list[Answer | None]:
         """See :class:`tokenpref.training.live.AnchorSource`.
 
         Raises:
             ConfigError: if the longest prompt with ``max_new_tokens`` exceeds the model's context.
         """
-        room = models.policy.model.max_seq_len - self._longest
-        if self._max_new_tokens > room:
-            raise ConfigError(
-                f"anchors.max_new_tokens: {self._max_new_tokens} after the longest beginning of {self._longest} tokens exceed "
-                f"the model's context of {models.policy.model.max_seq_len}; set at most {room}, or a shorter max_prompt_len"
-            )
+        self.check_context(models.policy.model.max_seq_len)
         return self._cache.get(
             rows, models, lambda places: self._sample([rows[place] for place in places], models)
         )

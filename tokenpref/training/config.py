@@ -11,6 +11,12 @@ from tokenpref._paths import resolve_path
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training.compute import DTYPES, Compute, ComputeConfig, compute_faults
 from tokenpref.training.samples import read_openings, read_samples
+from tokenpref.training.sanity import (
+    component_faults,
+    folder_faults,
+    optimizer_faults,
+    own_component_faults,
+)
 from tokenpref.training.schema import (
     Component,
     component,
@@ -37,6 +43,7 @@ __all__ = [
 ]
 
 STATISTICS = ("ref", "kl_ref_policy", "kl_policy_ref", "entropy")
+LEAST_GRADIENT_NORM = 1e-12
 FP16_HINT = " (fp16 has too small a range for log-probabilities; use bf16 or fp32)"
 
 
@@ -86,7 +93,9 @@ class ModelConfig(ScoringConfig):
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
         checkpointers = (self.checkpointer, self.ref_checkpointer)
-        return super().faults() + [f for c in checkpointers for f in checkpoint_faults(c, self.model)]
+        return super().faults() + [
+            fault for c in checkpointers for fault in checkpoint_faults(c, self.model) + component_faults(c)
+        ]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -97,19 +106,19 @@ class SamplingConfig:
     """Text file, one opening a line."""
     reward: Component = component(function=2)
     """Callable ``(prompts, completions) -> list[float]``, or a class whose instance is one."""
-    num_samples: int = integer(8)
+    num_samples: int = integer(8, high=1_000_000)
     """Samples per opening."""
     max_new_tokens: int = integer(40)
-    temperature: float = number(1.0)
+    temperature: float = number(1.0, high=1e6)
     top_k: int | None = integer(None)
-    top_p: float | None = number(None)
+    top_p: float | None = number(None, high=1.0)
     batch_size: int = integer(32)
     compare_to: str | None = text(None)
     """``samples.jsonl`` of another model's evaluation with the same openings and seed: gains are paired with it."""
 
     def faults(self) -> list[str]:
         """Files that are not there, or not what they should be."""
-        faults = []
+        faults = own_component_faults(self.reward)
         for key, read in (("prompts", read_openings), ("compare_to", read_samples)):
             given = getattr(self, key)
             path = resolve_path(given) if given is not None else None
@@ -169,7 +178,7 @@ class TrainConfig(ComputeConfig, ModelConfig):
     epochs: int = integer(1)
     max_steps_per_epoch: int | None = integer(None)
     shuffle: bool = flag(True)
-    clip_grad_norm: float | None = number(None)
+    clip_grad_norm: float | None = number(None, high=1e30)
     resume_from_checkpoint: bool | str = flag_or_text(False)
     """``auto``: from the newest checkpoint of ``output_dir`` if there is one; true: there has to be one; or its path."""
     checkpoint_every_n_steps: int | None = integer(None)
@@ -190,8 +199,14 @@ class TrainConfig(ComputeConfig, ModelConfig):
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
         faults = super().faults() + compute_faults(self) + self._cache_faults()
-        if self.metric_logger is not None:
-            faults += folder_faults("metric_logger.log_dir", self.metric_logger.kwargs.get("log_dir"))
+        for part in (self.metric_logger, self.profiler, self.lr_scheduler):
+            faults += component_faults(part)
+        if self.clip_grad_norm is not None and self.clip_grad_norm < LEAST_GRADIENT_NORM:
+            faults.append(
+                f"clip_grad_norm: is {self.clip_grad_norm}, and no step would move a weight; set at least "
+                f"{LEAST_GRADIENT_NORM}, or null"
+            )
+        faults += optimizer_faults(self.optimizer, self.lr_scheduler, DTYPES.get(self.dtype, torch.float32))
         if self.run_val_every_n_steps and self.dataset_val is None and self.sampling is None:
             faults.append("run_val_every_n_steps: set without dataset_val; add a dataset_val or remove it")
         if self.best is not None and not self.run_val_every_n_steps:
@@ -229,12 +244,13 @@ class WeightedConfig(TrainConfig):
     """``answer``: each answer's weights average one, which keeps DPO's scale."""
     use_eos_score: bool = flag(True)
     """False: an EOS gets ``eos_weight`` even where it has a score."""
-    eos_weight: float = number(1.0, inclusive=True)
+    eos_weight: float = number(1.0, inclusive=True, high=1e6)
     """Weight of an EOS that has no score."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        return super().faults() + transform_faults(self.weight_transform)
+        weights = own_component_faults(self.token_weights)
+        return super().faults() + weights + transform_faults(self.weight_transform)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -243,6 +259,10 @@ class TripletConfig(WeightedConfig):
 
     anchors: Component | None = component(optional=True)
     """Where third answers come from: sampled from the policy, a column of the data, or a component of the user's."""
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        return super().faults() + own_component_faults(self.anchors)
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -261,15 +281,6 @@ class EvaluateConfig(ModelConfig):
         return faults + (self.sampling.faults() if self.sampling is not None else [])
 
 
-def folder_faults(key: str, path: object) -> list[str]:
-    """A folder that cannot be made, because it or one above it is a file."""
-    if not isinstance(path, str):
-        return []
-    folder = Path(path).absolute()
-    taken = next((above for above in (folder, *folder.parents) if above.exists()), folder)
-    return [f"{key}: {taken} is a file; set a folder"] if taken.exists() and not taken.is_dir() else []
-
-
 def checkpoint_faults(checkpointer: Component | None, model: Component | None) -> list[str]:
     """Missing folder or files of a checkpointer, with the command that prepares the model when it has one."""
     if checkpointer is None or "checkpoint_dir" not in checkpointer.kwargs:
@@ -279,6 +290,8 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
         return [f"{checkpointer.key}.checkpoint_dir: expected the path of a folder, found {given!r}"]
     if isinstance(files, list) and (strange := [name for name in files if not isinstance(name, str)]):
         return [f"{checkpointer.key}.checkpoint_files: expected names of files, found {strange[0]!r}"]
+    if files in ([], {}):
+        return [f"{checkpointer.key}.checkpoint_files: names no file; list the files of the weights"]
     folder = Path(given)
     if not folder.is_dir():
         command = getattr(model.target(), "prepare_command", None) if model is not None else None
@@ -299,11 +312,12 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
 
 
 def transform_faults(transform: Component | None) -> list[str]:
-    """A transform that refuses its settings, found by trying it on one token."""
+    """A transform that refuses its settings, found by trying it on three tokens."""
     if transform is None:
         return []
+    ratios = torch.tensor([[0.0, 30.0, -30.0]])
     try:
-        result = transform.build(torch.zeros(1, 1), torch.ones(1, 1, dtype=torch.bool), side="chosen")
+        result = transform.build(ratios, torch.ones(1, 3, dtype=torch.bool), side="chosen")
     except ConfigError as error:
         return error.faults
     if not (
@@ -312,6 +326,11 @@ def transform_faults(transform: Component | None) -> list[str]:
         return [
             f"{transform.key} ({transform.path}): must return weights and the mask of clipped tokens, two tensors [B, T]; "
             f"found {type(result).__name__}"
+        ]
+    if not bool(result[0].isfinite().all()):
+        return [
+            f"{transform.key} ({transform.path}): makes weights that are not finite of the log ratios {ratios.tolist()[0]}: "
+            f"{result[0].tolist()}; lower its bounds and factors"
         ]
     return []
 

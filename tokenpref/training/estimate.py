@@ -25,6 +25,7 @@ from tokenpref.training.config import ScoringConfig, checkpoint_faults
 from tokenpref.training.online import check_context, prompted_answers
 from tokenpref.training.pair import ContrastivePair, PairSide, check_weights, read_pair, weights_digest
 from tokenpref.training.preflight import check_scored
+from tokenpref.training.sanity import component_faults, own_component_faults
 from tokenpref.training.schema import Component, component, integer, read_config
 from tokenpref.training.setup import build_scorer, check_pairs, read_weights
 from tokenpref.weights import StoredRow, StoreWriter, contrastive_log_ratios
@@ -54,7 +55,12 @@ class EstimateConfig(ScoringConfig):
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        return super().faults() + checkpoint_faults(self.checkpointer, self.model)
+        return (
+            super().faults()
+            + checkpoint_faults(self.checkpointer, self.model)
+            + component_faults(self.checkpointer)
+            + own_component_faults(self.estimator)
+        )
 
 
 class Estimator(Protocol):

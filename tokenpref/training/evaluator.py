@@ -22,7 +22,7 @@ from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_re
 from tokenpref.training.metrics import mean_interval, wilson_interval
 from tokenpref.training.pair import weights_digest
 from tokenpref.training.portions import KeptPortions
-from tokenpref.training.preflight import check_scored
+from tokenpref.training.preflight import check_openings, check_scored, meta_model
 from tokenpref.training.schema import read_config
 from tokenpref.training.setup import build_scorer, check_pairs, read_weights
 
@@ -88,6 +88,9 @@ class Evaluator:
             data=(dataset, config.dataset) if dataset is not None and config.dataset is not None else None,
             openings=config.sampling.prompts if config.sampling is not None else None,
         )
+        if config.sampling is not None:
+            limit = meta_model(config.model, config.dtype).max_seq_len
+            check_openings(config.sampling, self.tokenizer, limit)
         folder = Path(config.output_dir)
         if config.dry_run:
             raise DryRun(f"dry run: nothing stands against this evaluation, nothing was written to {folder}")

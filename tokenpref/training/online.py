@@ -50,6 +50,14 @@ class OnlinePrompts:
                 for prompt in self._prompts
             ]
 
+    def check_context(self, limit: int) -> None:
+        """Check that every answer with its prompt fits a model's context of ``limit`` tokens.
+
+        Raises:
+            ConfigError: if the longest does not.
+        """
+        check_lengths([answer for row in self._answers.values() for side in row for answer in side], limit)
+
     def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
         """See :class:`tokenpref.training.live.LiveScores`: every rank runs the same two forwards of the reference.
 
@@ -85,12 +93,17 @@ def check_context(answers: Sequence[Answer], scorer: ScoringModel) -> None:
     Raises:
         ConfigError: if one does not.
     """
-    longest, limit = max(len(ids) for ids, _ in answers), scorer.model.max_seq_len
+    check_lengths(answers, scorer.model.max_seq_len)
+    check_answer_ids(
+        answers, scorer.model.tok_embeddings.num_embeddings, key="dataset, with the side's prompt"
+    )
+
+
+def check_lengths(answers: Sequence[Answer], limit: int) -> None:
+    """As :func:`check_context`, for a context of ``limit`` tokens."""
+    longest = max(len(ids) for ids, _ in answers)
     if longest > limit:
         raise ConfigError(
             f"dataset: with the side's prompt in front the longest sequence has {longest} tokens and the model's context "
             f"is {limit}; set dataset.max_seq_len lower, or use a shorter prompt"
         )
-    check_answer_ids(
-        answers, scorer.model.tok_embeddings.num_embeddings, key="dataset, with the side's prompt"
-    )

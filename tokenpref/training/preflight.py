@@ -12,6 +12,7 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder, set_default_dtype
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.distributed import World
@@ -20,10 +21,11 @@ from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.architecture import check_architecture
 from tokenpref.training.compute import DTYPES, Compute, check_model
-from tokenpref.training.config import TrainConfig
+from tokenpref.training.config import SamplingConfig, TrainConfig
 from tokenpref.training.memory import free_memory
 from tokenpref.training.memory import size_text as _size
 from tokenpref.training.reference_cache import ReferenceCache, cache_folder
+from tokenpref.training.samples import read_openings
 from tokenpref.training.schema import Component
 from tokenpref.training.setup import (
     build_optimizer,
@@ -37,6 +39,7 @@ __all__ = [
     "MemoryEstimate",
     "bf16_fault",
     "check_scored",
+    "check_openings",
     "disk_fault",
     "estimate_memory",
     "meta_model",
@@ -233,6 +236,22 @@ def _cache_lines(
             f"{_size(free)} are free there; make room, set reference_cache_dir to another disk, or reference=model"
         )
     return [line for _, line in forecasts]
+
+
+def check_openings(sampling: SamplingConfig, tokenizer: Tokenizer, limit: int) -> None:
+    """Check that openings with their samples fit a model's context of ``limit`` tokens.
+
+    Raises:
+        ConfigError: if the longest does not.
+        DataError: if the openings cannot be read.
+    """
+    openings = read_openings(resolve_path(sampling.prompts))
+    longest = max(len(tokenizer.encode_with_offsets(opening)[0]) for opening in openings)
+    if longest + sampling.max_new_tokens > limit:
+        raise ConfigError(
+            f"sampling.max_new_tokens: {sampling.max_new_tokens} after the longest opening of {longest} tokens exceed the "
+            f"model's context of {limit}; set at most {max(limit - longest, 0)}, or shorter openings"
+        )
 
 
 def meta_model(model: Component, dtype: str) -> TransformerDecoder:

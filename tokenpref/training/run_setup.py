@@ -21,7 +21,7 @@ from tokenpref.training.live import LiveModels
 from tokenpref.training.memory import size_text
 from tokenpref.training.metrics import Stopwatch
 from tokenpref.training.pair import weights_digest
-from tokenpref.training.preflight import meta_model, preflight
+from tokenpref.training.preflight import check_openings, meta_model, preflight
 from tokenpref.training.reference_cache import cached_references, plan_caches
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.saving import Saver, TrainState
@@ -38,7 +38,7 @@ from tokenpref.training.setup import (
     read_weights,
 )
 from tokenpref.training.token_ids import check_token_ids
-from tokenpref.training.validation import Validation
+from tokenpref.training.validation import Validation, best_faults
 from tokenpref.training.written import environment_unread, plain_without_environment
 
 __all__ = ["RunSetup"]
@@ -78,7 +78,7 @@ class RunSetup:
     def _loss_faults(self, config: TrainConfig) -> list[str]:
         losses = (config.loss, config.loss_val)
         faults = [fault for loss in losses for fault in loss_faults(loss, self.provides, self.recipe)]
-        return faults or anchor_faults(config)
+        return faults or anchor_faults(config) + best_faults(config)
 
     def load_weights(self, dataset: PreferenceDataset) -> BatchWeights:
         """Token weights of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
@@ -215,6 +215,7 @@ class RunSetup:
         """
         config = self.config
         self.world.together(lambda: check_device(config.compute(trainable=True), self.world))
+        self.world.together(self._check_contexts)
         # The main process alone looks: the same disk, and the same memory as far as the config can tell.
         lines = self.world.together(
             lambda: (
@@ -244,6 +245,15 @@ class RunSetup:
             raise DryRun(
                 f"dry run: nothing stands against this run, nothing was written to {self.folder.path}"
             )
+
+    def _check_contexts(self) -> None:
+        """Check that what is sampled or put in front of answers fits the model's context."""
+        limit = meta_model(self.config.model, self.config.dtype).max_seq_len
+        for source in self._sources.values():
+            if hasattr(source, "check_context"):
+                source.check_context(limit)
+        if self.config.sampling is not None:
+            check_openings(self.config.sampling, self.tokenizer, limit)
 
     @property
     def needs_reference(self) -> bool:

@@ -39,6 +39,8 @@ __all__ = [
 
 log = logging.getLogger("tokenpref")
 
+# How components refuse their arguments: torch with RuntimeError and assertions too, torchtune's loggers with ImportError.
+_REFUSALS = (ValueError, TypeError, OSError, RuntimeError, AssertionError, ArithmeticError, ImportError)
 S = TypeVar("S")
 _MOST = 2**31 - 1
 _MIXTURE = "tokenpref.data.PairMixture"
@@ -70,28 +72,35 @@ class Component:
     def callable(self) -> Callable[..., Any]:
         """What is called later, for a key that takes both: an instance of a class, or a function with its keywords."""
         target = self.target()
-        return self.build() if isinstance(target, type) else partial(target, **self._built())
+        return self.build() if isinstance(target, type) else partial(target, **self.arguments())
 
     def build(self, *args: Any, **kwargs: Any) -> Any:
         """Call it.
 
         Raises:
-            ConfigError: if it refuses its arguments with a ``ValueError``, ``TypeError`` or ``KeyError`` of its own, or cannot
-                read or write a file.
+            ConfigError: if it refuses its arguments with an error of its own, such as ``ValueError``, ``RuntimeError``, or a
+                package that is not installed, or cannot read or write a file.
         """
-        given = {**self._built(), **kwargs}
+        given = {**self.arguments(), **kwargs}
         try:
             return self.target()(*args, **given)
         except TokenprefError:
             raise  # it says where it comes from
-        except (ValueError, TypeError, OSError) as error:
-            raise ConfigError(f"{self.key} ({self.path}): {error}") from error
+        except _REFUSALS as error:
+            raise ConfigError(f"{self.key} ({self.path}): {error or type(error).__name__}") from error
         except KeyError as error:  # how torchtune's checkpointers refuse a model_type
             raise ConfigError(f"{self.key} ({self.path}): it knows no {error}") from error
 
-    def _built(self) -> dict[str, Any]:
-        """The keywords, components among them built."""
-        return {k: v.build() if isinstance(v, Component) else v for k, v in self.kwargs.items()}
+    def arguments(self) -> dict[str, Any]:
+        """The keywords, components among them built.
+
+        Raises:
+            ConfigError: if one of them cannot be built, or makes something that its argument does not take.
+        """
+        made = {k: v.build() for k, v in self.kwargs.items() if isinstance(v, Component)}
+        if faults := argument_faults(self.target(), made):
+            raise ConfigError([f"{self.key}.{fault}" for fault in faults])
+        return {**self.kwargs, **made}
 
 
 @dataclass(frozen=True)
@@ -166,7 +175,8 @@ def _read_component(
         raise ConfigError([f"{key}.{COMPONENT}: {error}", *faults]) from error
     by_position = positional if function is None or isinstance(target, type) else function
     faults += [f"{key}.{fault}" for fault in signature_faults(target, kwargs, provided, by_position)]
-    faults += [f"{key}.{fault}" for fault in argument_faults(target, kwargs)]
+    plain = {name: item for name, item in kwargs.items() if not isinstance(item, Component)}
+    faults += [f"{key}.{fault}" for fault in argument_faults(target, plain)]
     if faults:
         raise ConfigError(faults)
     return Component(key, str(value[COMPONENT]), kwargs)
@@ -199,14 +209,18 @@ def integer(default: Any = dataclasses.MISSING, *, low: int = 1, high: int = _MO
     return _field(read, default)
 
 
-def number(default: Any = dataclasses.MISSING, *, low: float = 0.0, inclusive: bool = False) -> Any:
-    """A finite number above ``low``, or ``low`` itself where that is allowed."""
+def number(
+    default: Any = dataclasses.MISSING, *, low: float = 0.0, inclusive: bool = False, high: float = 1e9
+) -> Any:
+    """A number above ``low``, or ``low`` itself where that is allowed, up to ``high``."""
 
     def read(key: str, value: Any) -> float:
         right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not right or value < low or (value == low and not inclusive):
             bound = f"of at least {low:g}" if inclusive else f"above {low:g}"
             raise ConfigError(f"{key}: expected a number {bound}, found {value!r}")
+        if value > high:
+            raise ConfigError(f"{key}: expected a number of at most {high:g}, found {value!r}")
         return float(value)
 
     return _field(read, default)

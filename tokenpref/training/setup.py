@@ -61,6 +61,8 @@ __all__ = [
 
 log = logging.getLogger("tokenpref")
 
+LONGEST_CONTEXT = 2**24
+
 
 def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]:
     """The model state dict that a torchtune checkpointer reads; only the main process reads, others get ``{}``.
@@ -255,6 +257,13 @@ def check_decoder(decoder: Any, component: Component) -> None:
         raise ConfigError(
             f"{component.key} ({component.path}): makes a {type(decoder).__name__}, not a TransformerDecoder; name a model of "
             "torchtune.models or tokenpref.models, or a function of your own that makes one"
+        )
+    if len(decoder.layers) == 0:
+        raise ConfigError(f"{component.key} ({component.path}): makes a model without layers; set num_layers")
+    if not 2 <= decoder.max_seq_len <= LONGEST_CONTEXT:
+        raise ConfigError(
+            f"{component.key} ({component.path}): its context is {decoder.max_seq_len} tokens; set max_seq_len from 2 to "
+            f"{LONGEST_CONTEXT}, which is as long as rotary tables are made for"
         )
 
 

@@ -5,17 +5,55 @@ from __future__ import annotations
 import json
 from pathlib import Path
 
+import torch
+
 from tokenpref._paths import resolve_path
+from tokenpref.components import nearest
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.distributed import World
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.stats import STATISTICS, PairStats, TokenStats
 from tokenpref.training.config import TrainConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.metrics import mean_interval
+from tokenpref.training.metrics import loss_metrics, mean_interval
 from tokenpref.training.scoring import BatchAnchors, BatchWeights
 
-__all__ = ["Validation"]
+__all__ = ["Validation", "best_faults"]
+
+SAMPLED = ("sample_tokens", "reward", "reward_low", "reward_high")
+GAINED = ("reward_gain", "reward_gain_low", "reward_gain_high")
+ANCHORED = ("anchors/tokens", "anchors/empty", "anchors/equal_chosen", "anchors/equal_rejected")
+
+
+def best_faults(config: TrainConfig) -> list[str]:
+    """A ``best.metric`` that no validation of the run has; nothing is said of losses that are not this package's."""
+    loss = config.loss_val or config.loss
+    if config.best is None or config.best.metric is None or loss is None:
+        return []
+    if config.dataset_val is not None and not loss.path.startswith("tokenpref."):
+        return []
+    known = _pair_metrics(config) if config.dataset_val is not None else set()
+    if config.sampling is not None:
+        known |= {*SAMPLED, *(GAINED if config.sampling.compare_to is not None else ())}
+    if config.best.metric in known:
+        return []
+    return [
+        f"best.metric: the validation has no {config.best.metric!r}{nearest(config.best.metric, known)} (it has "
+        f"{', '.join(sorted(known))})"
+    ]
+
+
+def _pair_metrics(config: TrainConfig) -> set[str]:
+    """Names that held-out pairs bring: what the loss says of two tokens that equal their reference's."""
+    loss = (config.loss_val or config.loss).build()
+    stats = config.log_stats if config.log_stats_val is None else config.log_stats_val
+    needs = frozenset(loss.needs) | frozenset(stats or ())
+    fields = {STATISTICS[name]: torch.ones(1, 2) for name in needs & STATISTICS.keys()}
+    side = TokenStats(policy_logps=torch.ones(1, 2), mask=torch.ones(1, 2, dtype=torch.bool), **fields)
+    output = loss(PairStats(chosen=side, rejected=side, anchor=side if "anchor" in needs else None))
+    more = {"weights/clipped"} if "weights" in needs else set()
+    return {*loss_metrics(output), *more, *(ANCHORED if "anchor" in needs else ())}
 
 
 class Validation:
