@@ -25,6 +25,7 @@ from typing import Any
 import datasets
 import numpy as np
 import pyarrow
+import pyarrow.compute
 from pyarrow import parquet
 
 from tokenpref._checks import check_choice
@@ -443,6 +444,9 @@ def _read_shard(file: Path) -> pyarrow.Table:
     for name in wanted.names:
         if table[name].null_count:
             raise DataError(f"{file}: column {name!r} has no value in some rows; {mend}")
+        nested = pyarrow.types.is_list(table[name].type) or pyarrow.types.is_large_list(table[name].type)
+        if nested and pyarrow.compute.list_flatten(table[name]).null_count:
+            raise DataError(f"{file}: column {name!r} misses values inside some rows' lists; {mend}")
     return table
 
 
