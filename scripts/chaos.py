@@ -4,9 +4,14 @@
     python scripts/chaos.py --kills 6 --jobs tdpo --seed 3
 
 Jobs are tiny: TDPO (also with saves in the background, and with a cached reference), TIS-DPO, TI-DPO, a contrastive pair and
-weight estimation, in one process and in two. A kill is drawn for each start: SIGKILL of all processes or of one rank, at a
-random instant (also while something is written), SIGTERM, or a limit on the size of files that makes a save fail as a full disk
-does. After the kills the job runs to its end. Weights or scores must be the undisturbed run's, bit for bit.
+weight estimation, in one process and in two. Results kept by row are also compared between two processes and one. A kill is
+drawn for each start: SIGKILL of all processes or of one rank, at a random instant (also while something is written), SIGTERM, or
+a limit on the size of files that makes a save fail as a full disk does. After the kills the job runs to its end. Weights or
+scores must be the undisturbed run's, bit for bit.
+
+In the jobs of damage (`harmed_*`) a file that a killed job left is flipped, cut or removed before the job goes on. The job must
+end with the bits of the undisturbed one, or be refused with exit code 2 and the name of what is damaged. That is then removed,
+as the error says, and the job goes on.
 
 Two jobs begin with a run that has finished. Its command, given once more, must be refused and change no byte. Then it goes on for
 more epochs: with its own settings (``more``), or with another rate and other betas (``rate``). The undisturbed run of ``rate``
@@ -18,7 +23,9 @@ from __future__ import annotations
 import argparse
 import os
 import random
+import re
 import resource
+import shutil
 import signal
 import subprocess
 import sys
@@ -30,6 +37,7 @@ from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
 from safetensors.torch import load_file
 
 from tokenpref.weights import WeightStore
@@ -69,6 +77,10 @@ class Job:
         saves: whether it takes the settings of checkpoints.
         first: settings of a run in the same folder that comes before, to its end.
         whole: settings of the undisturbed run, where they are other ones.
+        resumes: whether it has to be asked to go on.
+        ranks: numbers of processes that it makes sense for.
+        as_one: whether two processes must end with the weights of one, up to rounding.
+        harmed: patterns of files that are damaged between two starts.
     """
 
     words: tuple[str, ...]
@@ -76,6 +88,10 @@ class Job:
     saves: bool = True
     first: tuple[str, ...] = ()
     whole: tuple[str, ...] = ()
+    resumes: bool = True
+    ranks: tuple[int, ...] = (1, 2)
+    as_one: bool = False
+    harmed: tuple[str, ...] = ()
 
 
 def trained(folder: Path) -> dict[str, bytes]:
@@ -102,11 +118,28 @@ def scored(folder: Path) -> dict[str, bytes]:
     }
 
 
+PAIR_WORDS = (
+    "recipes/contrastive_reference_distributed",
+    "--config",
+    "tiny/contrastive_reference",
+    "epochs=2",
+)
+ESTIMATE_WORDS = (
+    *("recipes/estimate_weights_distributed", "--config", "tiny/estimate_weights", f"estimator.pair={PAIR}"),
+    *("shard_rows=2", "batch_tokens=64"),
+)
+TDPO_WORDS = ("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET)
+KEPT_WORDS = (
+    *("recipes/ti_dpo_distributed", "--config", "tiny/ti_dpo", "run_val_every_n_steps=null", "epochs=2"),
+    # A larger eps: Adam would make a step of what rounding leaves of a gradient near 0.
+    *("dataset.max_rows=32", "optimizer.eps=1e-4", *KEPT),
+)
+EXPORTS = "epoch_*/*"
 JOBS = {
-    "tdpo": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET), trained),
-    "async": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET, IN_BACKGROUND), trained),
-    "cached": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET, "reference=cached"), trained),
-    "more": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET), trained, first=("epochs=2",)),
+    "tdpo": Job(TDPO_WORDS, trained),
+    "async": Job((*TDPO_WORDS, IN_BACKGROUND), trained),
+    "cached": Job((*TDPO_WORDS, "reference=cached"), trained),
+    "more": Job(TDPO_WORDS, trained, first=("epochs=2",)),
     "rate": Job(
         (
             "recipes/tdpo_distributed",
@@ -138,22 +171,12 @@ JOBS = {
         trained,
     ),
     "ti": Job(("recipes/ti_dpo_distributed", "--config", "tiny/ti_dpo", *QUIET, *KEPT), trained),
-    "pair": Job(
-        ("recipes/contrastive_reference_distributed", "--config", "tiny/contrastive_reference", "epochs=2"),
-        trained,
-    ),
-    "weights": Job(
-        (
-            "recipes/estimate_weights_distributed",
-            "--config",
-            "tiny/estimate_weights",
-            f"estimator.pair={PAIR}",
-            "shard_rows=2",
-            "batch_tokens=64",
-        ),
-        scored,
-        saves=False,
-    ),
+    "kept": Job(KEPT_WORDS, trained, ranks=(2,), as_one=True),
+    "pair": Job(PAIR_WORDS, trained, resumes=False),
+    "weights": Job(ESTIMATE_WORDS, scored, saves=False),
+    "harmed_run": Job((*TDPO_WORDS, "dataset.max_rows=16"), trained, harmed=(EXPORTS,)),
+    "harmed_pair": Job(PAIR_WORDS, trained, resumes=False, harmed=(f"*/{EXPORTS}",)),
+    "harmed_store": Job(ESTIMATE_WORDS, scored, saves=False, harmed=("weights/*",)),
 }
 
 
@@ -170,12 +193,13 @@ class Chaos:
         self.random = random.Random(seed)
         self.kills: Counter[str] = Counter()
         self.log = folder / "log.txt"
+        self.harms: Counter[str] = Counter()
 
     def words(self, job: Job, ranks: int, output: str) -> list[str]:
         """The command of a job."""
         launch = ["--nproc_per_node", str(ranks)] if ranks > 1 else []
         batch = ["batch_size=4"] if ranks > 1 and job.saves else []
-        saving = [w for w in SAVING if job.saves and (job is not JOBS["pair"] or not w.startswith("resume"))]
+        saving = [w for w in SAVING if job.saves and (job.resumes or not w.startswith("resume"))]
         return [str(TUNE), "run", *launch, *job.words, *saving, *batch, f"output_dir={output}"]
 
     def start(self, words: list[str], limit: int | None = None) -> subprocess.Popen[bytes]:
@@ -271,6 +295,87 @@ class Chaos:
             with suppress(ProcessLookupError):
                 os.kill(pid, signal.SIGKILL)
 
+    def harm(self, job: Job, output: Path) -> Path | None:
+        """Flip a bit of a file that is there, cut it, or remove it; None where there is none yet."""
+        files = sorted(f for pattern in job.harmed for f in output.glob(pattern) if f.is_file())
+        if not files:
+            return None
+        file = self.random.choice(files)
+        kind = self.random.choice(("flip", "flip", "cut", "remove"))
+        data = bytearray(file.read_bytes())
+        place = self.random.randrange(max(len(data), 1))
+        if kind == "remove":
+            file.unlink()
+        elif kind == "cut" or not data:
+            file.write_bytes(data[:place])
+        else:
+            data[place] ^= 1 << self.random.randrange(8)
+            file.write_bytes(data)
+        self.harms[kind] += 1
+        print(f"  {kind}: {file.relative_to(self.folder)}, byte {place} of {len(data)}", flush=True)
+        return file
+
+    def go_on_over(self, words: list[str], harmed: Path) -> Path | None:
+        """Let a job go on over a damaged file; the folder that it refused, removed as its error says."""
+        said = self.log.stat().st_size
+        code = self.start(words).wait(600)
+        errors = [
+            line for line in self.log.read_bytes()[said:].decode().splitlines() if line.startswith("error: ")
+        ]
+        if code == 0:
+            print("    went on to its end", flush=True)
+            return None
+        if (
+            code not in (1, 2) or not errors or str(harmed.parent) not in errors[0]
+        ):  # torchrun itself exits with 1
+            raise SystemExit(f"{harmed} was damaged, exit {code}, and the error does not name it: {errors}")
+        print(f"    refused: {errors[0][:150]}", flush=True)
+        shutil.rmtree(harmed.parent)
+        self.finish(words)
+        return harmed.parent
+
+    def damage(self, name: str, ranks: int, times: int) -> None:
+        """A job that is killed once, finds damage, and goes on; compares its end with an undisturbed one."""
+        job, whole = JOBS[name], f"whole_{name}_{ranks}"
+        self.finish(self.words(job, ranks, whole))
+        print(f"{name}, {ranks} process(es)", flush=True)
+        expected = job.result(self.folder / whole)
+        for number in range(times):
+            output = f"harmed_{name}_{ranks}_{number}"
+            words = self.words(job, ranks, output)
+            self.disturb(words, output, 3)
+            harmed = self.harm(job, self.folder / output)
+            removed = None
+            if harmed is None:
+                self.finish(words)
+            else:
+                removed = self.go_on_over(words, harmed)
+            found = job.result(self.folder / output)
+            # The last weights are always there; those of an earlier epoch that had to be removed are not made again.
+            gone = removed if removed is not None and not removed.is_dir() else None
+            kept = {
+                key: value
+                for key, value in expected.items()
+                if gone is None or not (self.folder / output / key).is_relative_to(gone)
+            }
+            last = {key for key in expected if f"epoch_{max(map(_epoch, expected), default=0)}/" in key}
+            if not found or found != kept or not last <= found.keys():
+                raise SystemExit(f"{output}: results differ from the undisturbed ones")
+            print(f"    {len(found)} results are the same bits", flush=True)
+
+    def compare_with_one(self, name: str, two: Path) -> None:
+        """Compare the weights of two processes with those of one."""
+        one = self.folder / f"whole_{name}_1"
+        self.finish(self.words(JOBS[name], 1, one.name))
+        for file in sorted(one.rglob("epoch_*/model-*.safetensors")):
+            other = load_file(two / file.relative_to(one))
+            for key, tensor in load_file(file).items():
+                if not torch.allclose(tensor, other[key], rtol=0, atol=1e-5):
+                    raise SystemExit(
+                        f"{name}: {key} of {file.parent.name} differs between one process and two"
+                    )
+        print("  one process ends with the same weights, up to 1e-5", flush=True)
+
     def trial(self, name: str, ranks: int, kills: int) -> None:
         """A job undisturbed, then the same job with kills; compares the ends."""
         job = JOBS[name]
@@ -293,11 +398,19 @@ class Chaos:
             raise SystemExit(
                 f"{name}, {ranks} process(es): {len(differing)} results differ, first {differing[:3]}"
             )
+        if job.as_one:
+            self.compare_with_one(name, self.folder / whole)
         partial = [p for p in (self.folder / killed).rglob("*.partial") if p.is_dir()]
         print(
             f"  {len(one)} results are the same bits; {len(partial)} unfinished folders left, none was read",
             flush=True,
         )
+
+
+def _epoch(key: str) -> int:
+    """The epoch that a result's name says; 0 where it says none."""
+    found = re.search(r"epoch_(\d+)/", key)
+    return int(found[1]) if found else 0
 
 
 def main() -> None:
@@ -308,7 +421,7 @@ def main() -> None:
     parser.add_argument("--ranks", type=int, nargs="*", default=[1, 2])
     parser.add_argument("--seed", type=int, default=0)
     arguments = parser.parse_args()
-    trials = [(job, ranks) for job in arguments.jobs for ranks in arguments.ranks]
+    trials = [(job, n) for job in arguments.jobs for n in arguments.ranks if n in JOBS[job].ranks]
     with tempfile.TemporaryDirectory() as place:
         chaos = Chaos(Path(place), arguments.seed)
         (Path(place) / "by_hand.py").write_text(BY_HAND, encoding="utf-8")
@@ -316,10 +429,12 @@ def main() -> None:
         chaos.finish(chaos.words(JOBS["weights"], 1, STORE))
         for number, (job, ranks) in enumerate(trials):
             share = arguments.kills // len(trials) + (number < arguments.kills % len(trials))
-            chaos.trial(job, ranks, share)
+            (chaos.damage if JOBS[job].harmed else chaos.trial)(job, ranks, share)
     counts = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.kills.items()))
+    harms = ", ".join(f"{count} {kind}" for kind, count in sorted(chaos.harms.items()))
     print(
-        f"{sum(chaos.kills.values())} kills that hit ({counts}); all jobs ended with the bits of undisturbed ones"
+        f"{sum(chaos.kills.values())} kills that hit ({counts}) and {sum(chaos.harms.values())} damaged files ({harms}); all "
+        "jobs ended with the bits of undisturbed ones, or named the damage first"
     )
 
 

@@ -177,7 +177,8 @@ class Saver:
 
     def _drop(self, rows: dict[str, Tensor], source: str, key: str) -> dict[str, Tensor]:
         """Leave out what the checkpoint keeps of a source that has other settings now."""
-        kept = {name: tensor for name, tensor in rows.items() if not name.startswith(f"{source}.")}
+        of_source = (f"{source}.", f"{source}_val_")  # of training and of validation data
+        kept = {name: tensor for name, tensor in rows.items() if not name.startswith(of_source)}
         if len(kept) < len(rows):
             self._say(
                 f"{key}: has other settings than before; what was kept by row is computed again when it is needed"
