@@ -87,3 +87,15 @@ def test_a_damaged_file_is_not_used(evaluate, tmp_path, caplog, text):
 def test_sums_survive_json():
     sums = evaluation.MetricSums.from_plain(json.loads(json.dumps({"loss": [0.1 + 0.2, 3]})))
     assert sums.plain() == {"loss": [0.1 + 0.2, 3]}
+
+
+def test_results_of_another_evaluation_are_moved_aside(evaluate, tmp_path):
+    evaluate("dataset.max_rows=4")
+    former = results(tmp_path / "mine")
+    evaluate("dataset.max_rows=4")  # the same once more: nothing to keep
+    evaluate("dataset.max_rows=5", "seed=3")
+    assert (tmp_path / "mine/evaluation.former1.json").read_text() == former[0]
+    assert (tmp_path / "mine/samples.former1.jsonl").read_text() == former[1]
+    assert json.loads(results(tmp_path / "mine")[0])["num_pairs"] == 5
+    names = {"evaluation.json", "samples.jsonl", "evaluation.former1.json", "samples.former1.jsonl"}
+    assert {p.name for p in (tmp_path / "mine").iterdir()} == names
