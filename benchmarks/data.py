@@ -172,12 +172,13 @@ Made by `python -m benchmarks.data`. Python {platform.python_version()}, {librar
 
 {markdown(HEAD, rows)}
 
-- *Tokenizer alone*: `encode_batch` of the `tokenizers` library on all cores, on the first {BARE_ROWS:,} rows; the mean of one measurement before the
-  first start and one after it. *With ids and spans*: the same, and `ids` and `offsets` of every text are read.
-- *First start*: the file is read, tokenised and put into the cache. The ratios compare its pairs per second with both rates of the tokenizer.
+- *Tokenizer alone*: `encode_batch` of the `tokenizers` library on all cores, on the first {BARE_ROWS:,} rows. It is the mean of
+  one measurement before the first start and one after it. *With ids and spans*: `ids` and `offsets` of every text are read too.
+- *First start*: the file is read, tokenised and put into the cache. The ratios compare its pairs per second with both rates.
 - *Later start*: the same in a new process that finds the cache; all checksums are compared.
-- *Own memory*: by how much the process's memory grew that is no mapped file, after 2,000 pairs were read with their source rows.
-- *Mapped*: pages of the cache that the process has touched. The kernel takes them back when memory is short, and all ranks of a machine share them.
+- *Own memory*: growth of the process's memory that is no mapped file, after 2,000 pairs were read with their source rows.
+- *Mapped*: pages of the cache that the process has touched. The kernel takes them back when memory is short, and all ranks of
+  a machine share them.
 """
 
 

@@ -8,11 +8,13 @@ import threading
 
 import datasets
 import pytest
+from support import workers
 
 from tokenpref.data import building, cache, preference_dataset, tokenizer_json
 from tokenpref.data.encoding import pair_steps
 from tokenpref.data.pairs import PairRow
 from tokenpref.data.tokenization import run_steps
+from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, DataError
 
 WORDS = ["hello", " the", " yes", " no", " é😀", "lo", " hello</s>"]
@@ -264,3 +266,12 @@ def test_a_cache_that_cannot_be_written_is_an_error(tokenizer, tmp_path, write_j
     with pytest.raises(DataError, match="cannot be written: .*No space left on device"):
         preference_dataset(tokenizer, write_jsonl(TEXT))
     assert not list(tmp_path.glob("cache/*.partial"))
+
+
+def test_ranks_build_once_in_a_common_folder_and_each_in_its_own(tmp_path, write_jsonl):
+    source, common = write_jsonl(TEXT), str(tmp_path / "common")
+    caches = [[common, str(tmp_path / f"node{rank}")] for rank in range(2)]
+    first, second = run_distributed(workers.tokenised, source, caches)
+    assert first[0][0] + second[0][0] == 1 and first[1][0] == second[1][0] == 1
+    assert len({fingerprint for _, fingerprint, _ in first + second}) == 1
+    assert all(pairs == first[0][2] for _, _, pairs in first + second)

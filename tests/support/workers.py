@@ -11,7 +11,7 @@ from typing import Any
 import torch
 
 from support import evaluating, small
-from tokenpref.data import PairBatch
+from tokenpref.data import PairBatch, building, preference_dataset
 from tokenpref.distributed import (
     World,
     full_state_dict,
@@ -355,3 +355,28 @@ def ti_trainings(world: World, folder: str, runs: list[list[str]]) -> list[int]:
             trainer.close()
         steps.append(trainer.progress.step)
     return steps
+
+
+def tokenised(world: World, source: str, caches: list[list[str]]) -> list[tuple[int, str, list[Any]]]:
+    """How often this rank built, the fingerprint and the pairs of a data set, with one cache folder after another.
+
+    Args:
+        world: the rank's world.
+        source: the data.
+        caches: ``caches[rank]`` lists folders.
+    """
+    write, built = building.PairBuilder._write, []
+
+    def counted(self: building.PairBuilder, writer: Any) -> dict[str, Any]:
+        built.append(1)
+        return write(self, writer)
+
+    building.PairBuilder._write = counted  # type: ignore[method-assign]
+    found = []
+    for folder in caches[world.rank]:
+        built.clear()
+        data = world.together(
+            lambda folder=folder: preference_dataset(evaluating.tokenizer(), source, cache_dir=folder)
+        )
+        found.append((len(built), data.fingerprint(), list(data)))
+    return found

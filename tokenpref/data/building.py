@@ -174,7 +174,8 @@ def _dictionaries(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, An
 
 def _each(work: Callable[[range], _Shard], shards: Sequence[range]) -> Iterator[_Shard]:
     """``work`` of every shard, in their order, by as many processes as there are cores; by this one if that is soon done."""
-    count = min(len(os.sched_getaffinity(0)), len(shards))
+    cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
+    count = min(cores, len(shards))
     if count < 2 or multiprocessing.current_process().daemon:
         yield from map(work, shards)
     else:
