@@ -227,12 +227,12 @@ class WeightEstimation:
         self._say(f"dataset: {self.dataset.report.summary()}")
         self._lengths = self.dataset.lengths().tolist()
         self.estimator: Estimator = world.together(config.estimator.build)
-        missing = [
+        lacking = [
             name for name in ("kind", "describe", "setup", "score") if not hasattr(self.estimator, name)
         ]
-        if missing:
+        if lacking:
             raise ConfigError(
-                f"estimator ({config.estimator.path}): has no {' and no '.join(missing)}; name an estimator such as "
+                f"estimator ({config.estimator.path}): has no {' and no '.join(lacking)}; name an estimator such as "
                 "tokenpref.training.ContrastiveEstimator"
             )
         path = Path(config.output_dir).absolute() / STORE
