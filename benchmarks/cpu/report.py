@@ -1,11 +1,11 @@
-"""Tables and sentences out of the raw results; no number in the page is typed by hand, but for what was asked for."""
+"""Writes the page of results from the raw results; only the targets are typed by hand."""
 
 from __future__ import annotations
 
 import statistics
 import textwrap
 from collections import Counter
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -144,32 +144,36 @@ def line(kind: str, record: dict[str, Any]) -> str:
 def page(results: Results) -> str:
     """The whole of docs/results/cpu.md."""
     parts = ["# Speed and memory on the CPU", _head(results)]
+    summary = list(_summary(results))
+    if summary:
+        parts += ["## Summary", "\n".join(f"- {sentence}" for sentence in summary)]
+    parts += ["## How to read this page", _glossary()]
     asked = _asked(results)
     if asked:
-        head = ["asked for", "measured", "wanted", "reached"]
-        parts += ["## What was asked for", tables.markdown(head, [a.cells() for a in asked])]
+        head = ["target", "measured", "wanted", "reached"]
+        parts += ["## Targets", tables.markdown(head, [a.cells() for a in asked])]
     if results["runs"]:
         parts += ["## DPO steps", _step_words(results), _step_table(results)]
         if differences(results):
             parts += [
-                "## Side by side",
+                "## Comparison with TRL",
                 _ratio_table(results),
                 "## Losses",
                 _loss_words(results),
                 _loss_table(results),
             ]
         if any(r["mode"] in COMPARED_WITH for r in results["runs"]):
-            parts += ["## What the KL costs", _kl_words(), _kl_table(results)]
+            parts += ["## Cost of the KL", _kl_words(), _kl_table(results)]
     if results["heads"]:
         parts += ["## The head alone", _heads_words(results), *_heads_tables(results)]
     if results["growth"]:
         parts += [
-            "## The head's memory and the number of positions",
+            "## Memory of the head by number of positions",
             _growth_words(results),
             _growth_table(results),
         ]
     if results["rates"]:
-        parts += ["## Rates of matrix products", _rates_table(results)]
+        parts += ["## Speed of matrix products", _rates_table(results)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -188,16 +192,17 @@ def _starts(results: Results) -> list[int]:
 def _head(results: Results) -> str:
     machine, plan, (fewest, most) = results["machine"], results["plan"], rounds(results)
     lines = [
-        "`python -m benchmarks.cpu --write-docs` made this page; `make bench` runs the same and prints it. Every number comes "
-        f"from a fresh process with {plan['threads']} threads; both sides run by turns, "
+        "`python -m benchmarks.cpu --write-docs` wrote this page. `make bench` measures the same and prints it. Every number "
+        f"comes from a fresh process with {plan['threads']} threads. The two sides take turns, for "
         + (f"{fewest} rounds." if fewest == most else f"{fewest} to {most} rounds."),
         f"Machine: {machine['processor']}, {machine['cores']} cores, {machine['memory_gib']} GiB, "
         f"{', '.join(machine['instructions']) or 'no vector extensions named'}; {machine['system']}.",
     ]
     if results.get("onednn"):
         lines.append(
-            "Products of float32: ours are oneDNN's here, which takes this processor's AVX-512. Those of eager heads, Liger and "
-            "TRL are PyTorch's own, by MKL, which does not. Rates below, and floors, are oneDNN's."
+            "On this processor tokenpref multiplies float32 matrices with oneDNN, which uses AVX-512. Eager heads, Liger and TRL "
+            "use PyTorch's default, MKL, which does not use AVX-512 here. The speeds of products and the minimum times on this "
+            "page are those of oneDNN."
         )
     for side in ("ours", "peer"):
         found = [r["versions"] for r in results["runs"] if r["side"] == side]
@@ -209,15 +214,63 @@ def _head(results: Results) -> str:
     starts = len(results["load"]) // 2
     if busy:
         lines.append(
-            f"While one of the {len(busy)} processes ran, others of the machine used {statistics.mean(busy):.2f} cores on "
-            f"average, {max(busy):.2f} at most. All took {results['seconds'] / 60:.0f} minutes"
+            f"During the {len(busy)} measured processes, other processes used {statistics.mean(busy):.2f} cores on average and "
+            f"{max(busy):.2f} at most. The measurement took {results['seconds'] / 60:.0f} minutes"
             # The load is read when a command begins and when it ends.
-            + (f", in {starts} commands of which the later ones added to the first." if starts > 1 else ".")
+            + (f", in {starts} commands whose results were merged." if starts > 1 else ".")
             + (" **The machine was not idle.**" if statistics.mean(busy) > BUSY else "")
         )
     if not results["complete"]:
-        lines.append("**Not a whole run**: sizes, parts or rounds were left out.")
+        lines.append("**This is not a complete run**: some sizes, parts or rounds were left out.")
     return "\n\n".join(_wrapped(text) for text in lines)
+
+
+def _summary(results: Results) -> Iterator[str]:
+    """What the numbers mean, in a sentence each."""
+    for malloc in _mallocs(results):
+        for lengths, title in (("fixed", "equal"), ("varied", "varied")):
+            pairs = [
+                (peer, ours)
+                for task, _, own in _tasks(results)
+                for mode in PAIRED_MODES
+                for peer, ours in [[_find(results, side, task, mode, malloc) for side in ("peer", "ours")]]
+                if own == lengths and peer and ours
+            ]
+            if pairs:
+                speed = _range(
+                    [ours.median("tokens_per_s") / peer.median("tokens_per_s") for peer, ours in pairs]
+                )
+                memory = _range([peer.memory() / ours.memory() for peer, ours in pairs])
+                yield (
+                    f"With sequences of {title} length and malloc `{malloc}`, DPO here processes {speed} times as many tokens "
+                    f"per second as TRL. TRL's peak memory is {memory} times ours."
+                )
+    if gaps := differences(results):
+        yield f"The loss of a step differs from TRL's by at most {max(gap.worst for gap in gaps):.1e}."
+    costs = [asked.measured for asked in _asked_of_the_kl(results)]
+    if costs:
+        yield f"A TDPO2 step with cached hidden states takes {_range(costs)} times as long as a DPO step."
+
+
+def _range(values: Sequence[float]) -> str:
+    lowest, highest = f"{min(values):.2f}", f"{max(values):.2f}"
+    return lowest if lowest == highest else f"{lowest} to {highest}"
+
+
+def _glossary() -> str:
+    return "\n".join(
+        [
+            "- **tokens/s** counts all tokens that are not padding, for both sides alike; a prompt counts in both answers.",
+            "- **Peak** is the highest resident memory during training minus the memory of the loaded models. It includes "
+            "gradients and optimizer state.",
+            "- **malloc**: with `keep`, the C library (glibc) keeps freed memory for reuse; `default` is glibc as it is shipped.",
+            "- **Needed TFLOP** counts the matrix products that a step cannot avoid. The **floor** is the time that they take at "
+            "the speeds in the last table. **Floor share** is the floor divided by the measured time. At 100 % a step would do "
+            "nothing else.",
+            "- **Best** and **median** are over rounds. **CPU s** is processor time, summed over all cores.",
+            "- **Precompute** is the reference's pass over the data before training, which is not part of a step's time.",
+        ]
+    )
 
 
 def _wrapped(text: str) -> str:
@@ -226,7 +279,7 @@ def _wrapped(text: str) -> str:
 
 @dataclass(frozen=True)
 class Asked:
-    """Something that was asked for, and what came out."""
+    """A target, and what was measured."""
 
     claim: str
     measured: float
@@ -265,8 +318,9 @@ def _asked_of_steps(results: Results) -> Iterator[Asked]:
                 if peer and ours:
                     where = f"{TITLES[mode]}, {lengths} lengths, malloc {malloc}"
                     speed = ours.median("tokens_per_s") / peer.median("tokens_per_s")
-                    yield Asked(f"tokens/s over TRL's: {where}", speed, TOKENS_WANTED[lengths])
-                    yield Asked(f"TRL's peak over ours: {where}", peer.memory() / ours.memory(), PEAK_WANTED)
+                    yield Asked(f"tokens/s relative to TRL: {where}", speed, TOKENS_WANTED[lengths])
+                    memory = peer.memory() / ours.memory()
+                    yield Asked(f"TRL's peak relative to ours: {where}", memory, PEAK_WANTED)
 
 
 def _asked_of_the_kl(results: Results) -> Iterator[Asked]:
@@ -275,7 +329,9 @@ def _asked_of_the_kl(results: Results) -> Iterator[Asked]:
         for malloc in _mallocs(results):
             cached, dpo = (_find(results, "ours", task, m, malloc) for m in (mode, COMPARED_WITH[mode]))
             if cached and dpo and shape in KL_WANTED:
-                claim = f"time over DPO's: {TITLES[mode]}, {shape}, {lengths} lengths, malloc {malloc}"
+                claim = (
+                    f"step time relative to DPO: {TITLES[mode]}, {shape}, {lengths} lengths, malloc {malloc}"
+                )
                 ratio = cached.median("timed_s") / dpo.median("timed_s")
                 yield Asked(claim, ratio, KL_WANTED[shape], at_most=True)
 
@@ -284,16 +340,16 @@ def _asked_of_heads(results: Results) -> Iterator[Asked]:
     for malloc in _mallocs(results, "heads"):
         for dtype in dict.fromkeys(h["dtype"] for h in results["heads"]):
             for more, gives in (("", "log-probs"), ("-kl", "log-probs and KL")):
-                # In half precision compiled passes measure faster, which is where they are asked for.
+                # The targets for half precision are for compiled operations, which are faster there.
                 how = "-compiled" if dtype != "float32" else ""
                 names = ("eager" + more, "ours" + how + more)
                 eager, ours = (_head_of(results, n, HEAD_VOCABULARY, dtype, malloc) for n in names)
                 if eager and ours:
                     where = f"head alone, {gives}, V = {HEAD_VOCABULARY:,}, {dtype}{', compiled' if how else ''}, malloc {malloc}"
                     peak = _over(eager["above_mib"], ours["above_mib"])
-                    yield Asked(f"eager's peak over ours: {where}", peak, HEAD_PEAK_WANTED)
+                    yield Asked(f"eager's peak relative to ours: {where}", peak, HEAD_PEAK_WANTED)
                     ratio = ours["best_s"] / eager["best_s"]
-                    yield Asked(f"time over eager's: {where}", ratio, HEAD_TIME_WANTED, at_most=True)
+                    yield Asked(f"time relative to eager: {where}", ratio, HEAD_TIME_WANTED, at_most=True)
 
 
 def _asked_of_growth(results: Results) -> Iterator[Asked]:
@@ -304,7 +360,7 @@ def _asked_of_growth(results: Results) -> Iterator[Asked]:
 
 
 def _over(one: float, other: float) -> float:
-    """A ratio of two memories, either of which may be too small to be seen."""
+    """The ratio of two amounts of memory, either of which may be too small to measure."""
     return one / max(other, 1.0)
 
 
@@ -313,14 +369,10 @@ def _step_words(results: Results) -> str:
     shape = SHAPES[task["shape"]]
     optimizer = "fused AdamW" if results["plan"]["fused_adamw"] else "AdamW"
     return _wrapped(
-        f"Both sides train the same random Llama ({shape.parameters / 1e6:.1f} M parameters, V = {shape.vocab:,}, float32) on "
-        f"the same pairs in the same order: {task['batch']} pairs a step of up to {task['length']} tokens, {optimizer} "
-        f"{task['lr']:g}, no weight decay, no clipping, beta {task['beta']:g}, {task['steps']} steps, of which the first "
-        f"{task['warmup']} are not timed. tokens/s credits both sides with all tokens that are not padding, the prompt counted "
-        "in both answers. Peak: highest resident memory in training above what the loaded models take; gradients and optimizer "
-        "state are in it. `keep`: glibc keeps freed memory; `default`: as it ships. Needed: the matrix products that the step "
-        "cannot do without; floor: their time at the rates below, its share that of the best round. Precomputation is not in a "
-        "step's time."
+        f"Both sides train the same Llama with random weights ({shape.parameters / 1e6:.1f} M parameters, vocabulary of "
+        f"{shape.vocab:,}, float32) on the same pairs in the same order. A step has {task['batch']} pairs of up to "
+        f"{task['length']} tokens. Both use {optimizer} with learning rate {task['lr']:g}, no weight decay, no gradient "
+        f"clipping, and beta {task['beta']:g}. Of {task['steps']} steps, the first {task['warmup']} are not timed."
     )
 
 
@@ -401,8 +453,8 @@ def _ratio_table(results: Results) -> str:
 def _loss_words(results: Results) -> str:
     worst = max(d.worst for d in differences(results))
     return _wrapped(
-        f"Of the first round, reference model, malloc {_mallocs(results)[0]}. Over all rounds, modes and allocators the largest "
-        f"difference of a step is {worst:.1e}; allowed is {TOLERANCE:.0e}."
+        f"The table shows the first round, with a reference model and malloc {_mallocs(results)[0]}. Over all rounds, modes and "
+        f"allocators, the largest difference of a step's loss is {worst:.1e}. The target is at most {TOLERANCE:.0e}."
     )
 
 
@@ -425,8 +477,8 @@ def _loss_table(results: Results) -> str:
 
 def _kl_words() -> str:
     return _wrapped(
-        "TDPO2's step over our DPO step with the same reference, by turns, medians; beside it the ratio of their floors. The KL "
-        "is the exact one over the whole vocabulary."
+        "The table compares the median step of TDPO2 with the median DPO step of tokenpref with the same kind of reference; the "
+        "two take turns. The last column is the ratio of their minimum times. The KL is exact, over the whole vocabulary."
     )
 
 
@@ -477,18 +529,19 @@ def _head_of(results: Results, name: str, vocab: int, dtype: str, malloc: str) -
 def _heads_words(results: Results) -> str:
     plan, fewest, most = results["plan"], min(_starts(results)), max(_starts(results))
     each = (
-        f"each of {fewest if fewest == most else f'{fewest} to {most}'} processes"
+        f"in each of {fewest if fewest == most else f'{fewest} to {most}'} processes"
         if most > 1
-        else "one process"
+        else "in one process"
     )
     return _wrapped(
-        f"Forward and backward of N = {plan['rows']:,} positions, D = {plan['width']:,}, to the gradients of hidden states and "
-        f"head: best of {plan['repeats']} in {each}. Peak: highest resident memory above inputs, weights and "
-        "these gradients, the middle one of them. Eager takes "
-        "the logits to float32 and a log-softmax; with the KL, as TDPO's own code does. Liger's loss has no reference here, so "
-        "that it does the same work. TRL's chunks are those of its trainers, with nothing beside the log-probabilities. "
-        "Compiled: the passes over our blocks of logits are kernels that torch.compile makes (`compile: true`), which in "
-        "bfloat16 is what was asked for above; compiling is not timed."
+        f"This is one forward and backward pass of the output layer for N = {plan['rows']:,} positions of width D = "
+        f"{plan['width']:,}, including the gradients of the hidden states and of the layer's weight. Times are the best of "
+        f"{plan['repeats']} {each}. Peak is the highest resident memory above inputs, weights and these gradients; with several "
+        "processes it is their median. *Eager* converts all logits to float32 and applies a log-softmax, as TDPO's own code does "
+        "for the KL. *Liger* runs its chunked DPO loss without a reference, so that it does the same work. *TRL* is the chunked "
+        "computation of its trainers, and gives the log-probabilities only. *Compiled* means that `torch.compile` fuses the "
+        "operations on blocks of logits (`compile: true`). The targets for bfloat16 are for this form. The time to compile is "
+        "not counted."
     )
 
 
@@ -516,7 +569,7 @@ def _head_row(results: Results, found: dict[str, Any]) -> list[str]:
     if "failed" in found:
         return [*title, f"not run: {found['failed']}", "-", "-", "-", "-"]
     more = "-kl" if found["name"].endswith("-kl") else ""
-    # Whoever has slow products in one dtype may take the other's.
+    # If products are slow in one dtype, the other dtype can be used.
     of_dtype = results["rates"]["heads"]
     rated = [of_dtype[d][str(found["vocab"])] for d in {found["dtype"], "float32"} & of_dtype.keys()]
     rates = {kind: max(rate[kind] for rate in rated) for kind in KINDS}
@@ -535,10 +588,11 @@ def _head_row(results: Results, found: dict[str, Any]) -> list[str]:
 def _growth_words(results: Results) -> str:
     first = results["growth"][0]
     return _wrapped(
-        f"Our head, log-probs, D = {first['width']:,}, V = {first['vocab']:,}, {first['dtype']}, the library's own budget, "
-        "which is less than the logits of the fewest positions: peak of one forward and backward above hidden states, weights "
-        f"and their gradients, in MiB, the middle one of {results['plan']['growth_starts']} processes (in brackets the lowest "
-        "and the highest). Growth is that of the highest over the lowest middle one, whichever is which."
+        f"This is our head for log-probabilities with D = {first['width']:,}, a vocabulary of {first['vocab']:,}, "
+        f"{first['dtype']}, and a memory budget of 128 MiB, which is less than the logits of the fewest positions. The table "
+        "shows the peak of one forward and backward pass above hidden states, weights and their gradients, in MiB: the median "
+        f"of {results['plan']['growth_starts']} processes, and the lowest and highest in brackets. The growth in the targets "
+        "compares the highest median with the lowest."
     )
 
 

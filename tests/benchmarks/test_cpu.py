@@ -136,9 +136,15 @@ def test_a_peers_head_that_is_not_there_is_named(monkeypatch):
 def test_quick_prints_its_tables(folders, here, capsys):
     assert command.main(["--quick", "--output", str(folders)]) == 0
     text = capsys.readouterr().out
-    for title in ("DPO steps", "What the KL costs", "The head alone", "Rates of matrix products"):
+    for title in (
+        "How to read this page",
+        "DPO steps",
+        "Cost of the KL",
+        "The head alone",
+        "Speed of matrix products",
+    ):
         assert f"## {title}" in text
-    assert "## Side by side" not in text and "Not a whole run" in text
+    assert "## Comparison with TRL" not in text and "not a complete run" in text
     results = json.loads((folders / "results.json").read_text(encoding="utf-8"))
     assert {r["mode"] for r in results["runs"]} == set(ours.MODES)
     assert all(r["memory_mib"]["peak"] >= r["memory_mib"]["before"] for r in results["runs"])
@@ -161,6 +167,7 @@ def test_the_page_compares_with_the_peer(folders, here):
     assert [d.worst for d in report.differences(results)] == pytest.approx([5e-4] * 2, rel=1e-2)
     text = report.page(results)
     assert text.count("| 2.00 x") == 4 and text.count("3.0 x") >= 2
+    assert "2.00 times as many tokens" in text and "TRL's peak memory is 3.00 times ours" in text
     assert "| 5.0e-04  | at most 0.0001 | **no** " in text
 
 
