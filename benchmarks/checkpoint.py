@@ -118,7 +118,7 @@ def report(
         ["safetensors, write and sync", f"{other:.2f}", "-", "-"],
         ["checkpoint", f"{own:.2f}", f"{own / other:.2f} x safetensors", f"{SYNC_LIMIT:g} x"],
         [
-            "checkpoint in the background, with what the steps beside it take longer",
+            "checkpoint in the background, including the slowdown of the steps meanwhile",
             f"{cost:.2f}",
             f"{cost / own:.2f} x checkpoint",
             f"{BACKGROUND_LIMIT:g} x",
@@ -130,9 +130,9 @@ def report(
     singles = " ".join(f"{c:.2f}" for c in costs)
     return (
         tables.markdown(["save", "seconds", "ratio", "at most"], rows)
-        + f"\n\nThe background save's call takes {calls:.2f} s, and {max(n for _, n in saving)} of the {length} steps at most "
-        f"ran beside the rest (median step {step:.2f} s; costs of the rounds: {singles} s).\nAll {length} steps together took "
-        f"{statistics.mean(whole):+.2f} s (standard error {error:.2f}) longer than {length} steps without a save."
+        + f"\n\nThe call that starts a background save takes {calls:.2f} s. At most {max(n for _, n in saving)} of the {length} "
+        f"steps ran while it was being written (median step {step:.2f} s; cost in each round: {singles} s).\nAll {length} steps "
+        f"together took {statistics.mean(whole):+.2f} s (standard error {error:.2f}) longer than {length} steps without a save."
     )
 
 
@@ -175,14 +175,14 @@ def main() -> None:
             for name, value in times.items():
                 found[name].append(value)
         saves.checkpoints.close()
-    text = report(found, plain, saving, arguments.steps) + f"\n{size / 2**30:.2f} GiB."
+    text = report(found, plain, saving, arguments.steps) + f"\nThe checkpoint has {size / 2**30:.2f} GiB."
     print(text)
     if arguments.write_docs:
         head = (
-            "# What a checkpoint costs\n\nWhat `python -m benchmarks.checkpoint --write-docs` measured: "
-            "the shape of SmolLM2-135M, float32, with AdamW's state;\n"
-            f"{arguments.pairs} pairs a step, {arguments.rounds} rounds by turns, medians. "
-            f"Python {platform.python_version()}, torch {torch.__version__}, two cores.\n\n"
+            "# What a checkpoint costs\n\n`python -m benchmarks.checkpoint --write-docs` measured this page: a model with the "
+            "shape of SmolLM2-135M in float32, with AdamW's state.\n"
+            f"Pairs per step: {arguments.pairs}. Values are medians of {arguments.rounds} rounds, in which the variants took "
+            f"turns. Python {platform.python_version()}, torch {torch.__version__}, two cores.\n\n"
         )
         DOC.write_text(head + text + "\n", encoding="utf-8")
 

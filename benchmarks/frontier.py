@@ -103,7 +103,7 @@ def prepare(output: Path, samples: int, seed: int) -> Path:
 
 
 def train(name: str, folder: Path, start: Path, arguments: argparse.Namespace, seed: int) -> None:
-    """One arm, from where it stopped."""
+    """Train one method, or resume its run."""
     if (folder / "finished.json").is_file():
         return
     arm = ARMS[name]
@@ -166,16 +166,24 @@ def document(output: Path, arguments: argparse.Namespace) -> str:
         for level, value in zip(LEVELS, found, strict=True):
             if value is not None:
                 ranking.setdefault(level, []).append((value, arm.title))
-    head = ["arm", "step", "KL(policy‖ref)", "KL(ref‖policy)", "sampled reward", "gain, paired", "accuracy"]
+    head = [
+        "method",
+        "step",
+        "KL(policy‖ref)",
+        "KL(ref‖policy)",
+        "sampled reward",
+        "gain, paired",
+        "accuracy",
+    ]
     return "\n".join(
         [
             tables.markdown(head, rows),
             "",
-            "Reward at equal KL(policy‖ref), by straight lines between the points (the starting model is the point at",
-            f"KL 0, reward {start['reward']:+.3f}); a dash where the arm has no point that far. A straight line from the start",
-            "underestimates an arm whose first point is far away:",
+            "The next table compares the rewards at equal KL(policy‖ref). Values between the measured points are interpolated",
+            f"linearly, from the starting model at KL 0 with reward {start['reward']:+.3f}. A dash means that the method did not",
+            "reach this KL. Linear interpolation from the start underestimates a method whose first point has a large KL.",
             "",
-            tables.markdown(["arm", *(f"KL {level:g}" for level in LEVELS)], levels),
+            tables.markdown(["method", *(f"KL {level:g}" for level in LEVELS)], levels),
             "",
             sentences(ranking, sum(widths) / max(len(widths), 1)),
         ]
@@ -192,7 +200,7 @@ def at_level(curves: list[list[dict[str, float]]], level: float, origin: float) 
 
 
 def sentences(ranking: dict[float, list[tuple[float, str]]], half_width: float) -> str:
-    """Who wins at each KL, in words, with the noise of a reward beside it."""
+    """The ranking at each KL in words, and the noise of a reward."""
     lines = []
     for level, found in sorted(ranking.items()):
         if len(found) > 1:
@@ -200,7 +208,7 @@ def sentences(ranking: dict[float, list[tuple[float, str]]], half_width: float) 
             rest = ", ".join(f"{title} {value:+.3f}" for value, title in others)
             lines.append(f"- At KL {level:g}: **{winner}** {best:+.3f}; then {rest}.")
     lines.append(
-        f"\nA reward's own 95 % interval is about ±{half_width:.2f}: smaller differences decide nothing."
+        f"\nThe 95 % interval of each reward is about ±{half_width:.2f}. Smaller differences are not significant."
     )
     return "\n".join(lines)
 
@@ -215,15 +223,17 @@ def interpolated(curve: list[tuple[float, float]], level: float) -> float | None
 
 HEADER = """# Reward against KL
 
-What `python -m benchmarks.frontier --write-docs` found. SmolLM2-135M-Instruct on `data/sentiment`, {versions}; CPU,
-float32. Every arm: AdamW 5e-5, beta 0.1, {steps} steps of 8 pairs, the same pairs in the same order; {seeds}. Points every
-{every} steps, on {pairs} held-out pairs: both KLs in nats, summed over the chosen answer's tokens, and the accuracy of the
-implicit reward beta log(policy/ref). Reward: VADER of {samples} sampled continuations of 40 tokens, same openings and noise
-for all. Brackets: 95 % intervals over samples, not over training runs.
+`python -m benchmarks.frontier --write-docs` wrote this page: SmolLM2-135M-Instruct on `data/sentiment`, {versions}, CPU,
+float32.
 
-The contrastive pair: DPO on the same data and on the data with its sides exchanged, 50 steps each. Weights: exp of the log
-ratio clamped to [-0.5, 1.5]; "mean-one": divided by their mean over each answer. Oracle: the lexicon's valence in place of
-the log ratio.
+- Every method trains {steps} steps of 8 pairs with AdamW 5e-5 and beta 0.1, on the same pairs in the same order; {seeds}.
+- It is measured every {every} steps on {pairs} held-out pairs: both KL divergences in nats, summed over the chosen answer's
+  tokens, and the accuracy of the implicit reward beta log(policy/ref).
+- The reward is VADER's sentiment of {samples} sampled continuations of 40 tokens, with the same openings and noise for all
+  methods. Brackets are 95 % intervals over samples, not over training runs.
+- The sides of the contrastive pair are DPO on the same data and DPO on the data with swapped answers, 50 steps each.
+- The weights are exp(log ratio), with the log ratio clamped to [-0.5, 1.5]. "mean-one" weights are divided by their mean over
+  each answer. "oracle" uses the lexicon's valence in place of the log ratio.
 
 """
 

@@ -36,11 +36,14 @@ ATTRIBUTIONS = {
 }
 INTRO = """# Which tokens a contrastive pair finds
 
-What `python -m benchmarks.lexicon_auc --write-docs` found on `data/sentiment/eval.jsonl`: SmolLM2-135M-Instruct, {versions},
-CPU, float32. `dpo` and `sft`: 50 steps of 8 pairs a side, AdamW 5e-5, on `train.jsonl`; `prompt`: the two prompts of
-`configs/smollm2/135M_contrastive_reference.yaml`. One seed; 0.5 is chance. The lexicon decided what was preferred, and knows
-neither negation nor context. Attribution: weights of the starting model by target and norm, no prior (mixture 1), mean one
-over each answer, so they cannot say which answers hold more of such words.
+`python -m benchmarks.lexicon_auc --write-docs` wrote this page: SmolLM2-135M-Instruct on the held-out pairs of
+`data/sentiment/eval.jsonl`, {versions}, CPU, float32, one seed. An AUC of 0.5 is chance.
+
+- `dpo` and `sft` train each side of the pair for 50 steps of 8 pairs on `train.jsonl`, with AdamW 5e-5. `prompt` uses the two
+  prompts of `configs/smollm2/135M_contrastive_reference.yaml`.
+- A lexicon of sentiment words decided which answer was preferred. It knows neither negation nor context.
+- The attribution rows use weights of the starting model, by target and norm, without a prior (mixture 1). They have mean one over
+  each answer, so they cannot show which answers contain more sentiment words, and they have no sign.
 
 """
 

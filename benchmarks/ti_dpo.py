@@ -138,7 +138,7 @@ LIMITS = {
 
 
 def sampling(steps: Steps, count: int) -> tuple[float, float]:
-    """Tokens a second of sampling ``count`` anchors side by side, and what one reading of the weights a token would allow."""
+    """Tokens per second of sampling ``count`` anchors in a batch, and the bound from reading all weights once per step."""
     vocabulary = steps.policy.model.tok_embeddings.num_embeddings
     prompts = [ids[:PROMPT] for ids, _ in pairs(count, 0, vocabulary)[1]]
     settings = AnchorSampler()._sampling
@@ -153,7 +153,7 @@ def sampling(steps: Steps, count: int) -> tuple[float, float]:
 
 
 def reading_rate() -> float:
-    """Bytes a second that summing a large array reads."""
+    """Bytes per second that are read to sum a large array."""
     array = torch.ones(128 * 2**20)
     array.sum()
     start = time.perf_counter()
@@ -191,16 +191,17 @@ def main() -> None:
     for count in (arguments.pairs, 4 * arguments.pairs):
         ours, bound = sampling(steps, count)
         lines.append(
-            f"Sampling {count} anchors of {ANSWER} tokens side by side: {ours:.0f} tokens/s; reading the weights once per token "
-            f"of each row would allow {bound:.0f}."
+            f"Sampling {count} anchors of {ANSWER} tokens in one batch: {ours:.0f} tokens/s. The bound from reading all weights "
+            f"once per step of the batch is {bound:.0f} tokens/s."
         )
     text += "\n\n" + "\n".join(lines)
     print(text)
     if arguments.write_docs:
         head = (
-            "# What TI-DPO costs\n\nWhat `python -m benchmarks.ti_dpo --write-docs` measured: the shape of SmolLM2-135M, "
-            f"float32, {arguments.pairs} pairs a step of\n{PROMPT} prompt and {ANSWER} answer tokens, AdamW, "
-            f"{arguments.rounds} rounds by turns. Python {platform.python_version()}, torch {torch.__version__}, two cores.\n\n"
+            "# What TI-DPO costs\n\n`python -m benchmarks.ti_dpo --write-docs` measured this page: a model with the shape of "
+            f"SmolLM2-135M, float32, {arguments.pairs} pairs per step of\n{PROMPT} prompt and {ANSWER} answer tokens, AdamW. "
+            f"The variants took turns, for {arguments.rounds} rounds. Python {platform.python_version()}, "
+            f"torch {torch.__version__}, two cores.\n\n"
         )
         DOC.write_text(head + text + "\n", encoding="utf-8")
 

@@ -1,4 +1,4 @@
-"""Tables and sentences out of finished cells; no number in the page is typed by hand."""
+"""Writes the page of results from finished cells; no number is typed by hand."""
 
 from __future__ import annotations
 
@@ -155,16 +155,16 @@ def page(results: Results) -> str:
         "## Recovery of the hidden reward",
         _recovery_table(results),
         _recovery_words(results),
-        "## Weights that come out",
+        "## Mean weights",
         _weights_table(results),
         "## Reward against KL",
         _level_table(results, results.gain),
         _frontier_words(results),
-        "The same less DPO's reward at that KL:",
+        "The next table shows the difference from DPO's reward at the same KL:",
         _level_table(results, results.over_baseline, skip=(BASELINE,)),
-        "Last checkpoint of each arm, means over seeds:",
+        "The next table shows the last checkpoint of each method, as means over seeds:",
         _last_table(results),
-        "## Signs",
+        "## Sign checks",
         "\n".join(f"- {'right' if s.holds else '**WRONG**'}: {s.claim}" for s in signs(results)),
         _tail(results),
     ]
@@ -181,14 +181,16 @@ def _head(results: Results) -> str:
     s, facts = results.settings, results.facts
     accuracy = ", ".join(f"{100 * facts[seed]['accuracy']:.0f} %" for seed in results.seeds)
     share = ", ".join(f"{100 * facts[seed]['planted']:.0f} %" for seed in results.seeds)
-    text = f"""`python -m benchmarks.planted --write-docs` made this page: a {s.layers}-layer Llama of width {s.width}, trained
-    here on a random bigram language of {s.vocab} tokens, answers prompts of {s.prompt_tokens[0]}-{s.prompt_tokens[1]} tokens
-    with {s.answer_tokens[0]}-{s.answer_tokens[1]}. {s.planted} planted tokens have a hidden reward of
-    {", ".join(f"±{m:g}" for m in s.magnitudes)}, a third of them only after one half of the vocabulary; an answer is worth the
-    sum. Bradley-Terry at temperature {s.temperature:g} labels pairs of its answers. Seeds
-    {", ".join(map(str, results.seeds))}: {share} of answer tokens are worth something, and {accuracy} of the labels are right.
-    Everything is trained with the library's own step, losses, weights and statistics. The DPO pair's and the frontier's
-    learning rates were set on seed 0, which is not shown."""
+    text = f"""This benchmark plants a known reward in a small artificial language, so that the true credit of every token
+    is known. `python -m benchmarks.planted --write-docs` wrote this page. A {s.layers}-layer Llama of width {s.width} is
+    first trained on a random bigram language of {s.vocab} tokens. It answers prompts of
+    {s.prompt_tokens[0]}-{s.prompt_tokens[1]} tokens with {s.answer_tokens[0]}-{s.answer_tokens[1]} tokens. {s.planted}
+    planted tokens have a hidden reward of {", ".join(f"±{m:g}" for m in s.magnitudes)}; a third of them have it only
+    after tokens of one half of the vocabulary. The reward of an answer is the sum. Pairs of answers are labelled by the
+    Bradley-Terry model at temperature {s.temperature:g}. For seeds {", ".join(map(str, results.seeds))}, {share} of the
+    answer tokens have a reward, and {accuracy} of the labels are right. All training uses the library's own step, losses,
+    weights and statistics. The learning rates of the DPO pair and of the comparison of rewards were chosen on seed 0,
+    which is not shown."""
     return "# Planted rewards\n\n" + _paragraph(text)
 
 
@@ -223,13 +225,15 @@ def _recovery_table(results: Results) -> str:
             )
             cells.append(f"{_mean(values):.3f}{spread}" if values else "-")
         lines.append(f"| {name} | {count or '-'} | {' | '.join(cells)} |")
-    text = f"""Held-out answers, chosen and rejected ({results.settings.heldout} pairs a seed); mean over seeds, in brackets the
-    least and the most. *AUC planted*: |log ratio| finds tokens that are worth something. *AUC sign*: among them, the log ratio
-    tells good from bad. *Spearman*: log ratio and hidden reward over all tokens; as most rewards are exactly 0, even a
-    perfect log ratio stays below 1 unless it is 0 there too. *attribution*: weights without prior, in place of the
-    log ratio, by the largest logit where the last token is predicted (max) or the answer's log-probability (answer) on the base
-    model, and the latter on a model trained by DPO on so many pairs (dpo); they have no sign, so the first column is theirs.
-    *random* and *uniform*: the library's control weights, less one."""
+    text = f"""The measures are over held-out answers, chosen and rejected ({results.settings.heldout} pairs per seed).
+    Values are means over seeds, with the lowest and highest in brackets. *AUC planted* says how well |log ratio| finds
+    the tokens that have a reward. *AUC sign* says how well, among these, the log ratio separates good from bad ones.
+    *Spearman* is the rank correlation of log ratio and hidden reward over all tokens. As most rewards are exactly 0, even
+    a perfect log ratio stays below 1 unless it is 0 there too. *attribution* uses attribution weights without a prior in
+    place of the log ratio: by the largest logit at the position that predicts the last token (max) or by the answer's
+    log-probability (answer), on the base model; and the latter on a model that DPO trained on so many pairs (dpo). These
+    weights have no sign, so only the first column applies to them. *random* and *uniform* are the library's control
+    weights, minus one."""
     lines += ["", _paragraph(text)]
     return "\n".join(lines)
 
@@ -246,10 +250,10 @@ def _recovery_words(results: Results) -> str:
             parts.append(f"{title} {verb} from {first:.3f} to {last:.3f}")
         lines.append(f"- **{name}**, from {least} to {most} pairs: {', '.join(parts)}.")
     prompt = {key: _mean(_measure(results, "prompt", 0, key)) for key in ("planted", "sign", "spearman")}
-    text = f"""- **prompt** needs no pairs and stays where its control tokens put it:
-    {", ".join(f"{value:.3f}" for value in prompt.values())}. Its style knows {results.settings.style_known:.0%} of the planted
-    tokens and {results.settings.distractors} distractors, by construction of the task; the numbers say how well the style is
-    read, not how good prompts are."""
+    text = f"""- **prompt** needs no pairs of data. Its measures are
+    {", ".join(f"{value:.3f}" for value in prompt.values())}. The task gives it a style that knows
+    {results.settings.style_known:.0%} of the planted tokens and {results.settings.distractors} distractors, so these
+    numbers say how well the style is read, not how good prompts are."""
     lines.append(_paragraph(text, "  "))
     for name in (n for n in TRAINED if n in PAIRS):
         enough = [
@@ -258,9 +262,9 @@ def _recovery_words(results: Results) -> str:
             if _mean(_measure(results, name, n, "spearman")) > prompt["spearman"]
         ]
         lines.append(
-            f"- {name} has the better rank correlation than prompt from {min(enough)} pairs on."
+            f"- **{name}** has a higher rank correlation than prompt from {min(enough)} pairs on."
             if enough
-            else f"- {name} does not reach prompt's rank correlation with {most} pairs."
+            else f"- **{name}** does not reach the rank correlation of prompt with {most} pairs."
         )
     return "\n".join(lines)
 
@@ -272,8 +276,9 @@ def _weights_table(results: Results) -> str:
             f"{_mean([results.weights[seed][side + kind] for seed in results.seeds]):.3f}" for kind in "+0-"
         ]
         lines.append(f"| {side} | {' | '.join(cells)} |")
-    text = f"""Mean exponential weight (defaults, not normalised) of a token, by the hidden reward that the pair never saw; the
-    DPO pair trained on {results.settings.frontier_pairs} pairs scores those same pairs."""
+    text = f"""The values are mean exponential weights of a token (default settings, not normalised), grouped by the
+    hidden reward, which the pair never saw. The DPO pair was trained on {results.settings.frontier_pairs} pairs and
+    scores those same pairs."""
     lines += ["", _paragraph(text)]
     return "\n".join(lines)
 
@@ -303,11 +308,12 @@ def _level_table(
 
 def _frontier_words(results: Results) -> str:
     s = results.settings
-    text = f"""Sampled hidden reward of an answer of {s.sampled_tokens} tokens, over the base model's, where training first passes
-    a given KL(policy‖ref) per answer (nats, summed over tokens, from the whole vocabulary at each position of the policy's own
-    samples); linear between checkpoints, mean over seeds. ±: 95 % interval of the sampling of {s.samples} answers a seed, not
-    of seeds or training runs. A dash: not passed within {max(s.checkpoints)} steps of {s.batch} pairs
-    ({s.frontier_pairs} pairs in all), AdamW {s.frontier_lr:g}, beta {s.beta:g}."""
+    text = f"""The values are the sampled hidden reward of an answer of {s.sampled_tokens} tokens minus that of the base
+    model, where training first reaches a given KL(policy‖ref) per answer. The KL is in nats, summed over tokens, from the
+    whole vocabulary at each position of the policy's own samples. Values are interpolated linearly between checkpoints
+    and averaged over seeds. ± is the 95 % interval of the sampling of {s.samples} answers per seed; it does not cover
+    seeds or training runs. A dash means that the KL was not reached within {max(s.checkpoints)} steps of {s.batch} pairs
+    ({s.frontier_pairs} pairs in all), with AdamW {s.frontier_lr:g} and beta {s.beta:g}."""
     lines = [_paragraph(text), ""]
     for arm, spec in ARMS.items():
         if arm == BASELINE:
@@ -336,12 +342,12 @@ def _frontier_words(results: Results) -> str:
     last = [results.frontier[seed, "swapped"][-1]["reward"] for seed in results.seeds]
     below = sum(value < results.base_reward(seed) for value, seed in zip(last, results.seeds, strict=True))
     verdict = (
-        "A sign error in the weights turns improvement into harm."
+        "A sign error in the weights would therefore be visible as a falling reward."
         if below == len(last)
-        else "Read it together with the differences to DPO below."
+        else "The differences from DPO are below."
     )
-    text = f"""With the sides of the pair **swapped** the reward ends at {_mean(last):+.2f} (base model {base:+.2f}): below the
-    base model in {below} of {len(last)} seeds. {verdict}"""
+    text = f"""With the sides of the pair **swapped** the reward ends at {_mean(last):+.2f} (base model {base:+.2f}),
+    below the base model in {below} of {len(last)} seeds. {verdict}"""
     lines += ["", _paragraph(text)]
     return "\n".join(lines)
 
@@ -379,12 +385,12 @@ def _pairs_seen(results: Results, arm: str) -> str:
 
 
 def _tail(results: Results) -> str:
-    again = """`OMP_NUM_THREADS=1 python -m benchmarks.planted --write-docs` from the repository's root; `--quick` for seconds,
-    without the page. Finished cells stay in `outputs/planted` as JSON, with every checkpoint's numbers. The command fails when
-    a sign is wrong."""
-    machine = f"""{results.cpu_seconds / 60:.0f} minutes of CPU time on one thread of {_processor()}; Python
-    {platform.python_version()}, torch {torch.__version__}, torchtune {_version("torchtune")}."""
-    return "\n\n".join(["## Again", _paragraph(again), _paragraph(machine)])
+    again = """Run `OMP_NUM_THREADS=1 python -m benchmarks.planted --write-docs` in the root of the repository. `--quick`
+    takes seconds and does not write the page. Finished cells stay in `outputs/planted` as JSON, with the numbers of every
+    checkpoint. The command fails if a sign check fails."""
+    machine = f"""The measurement took {results.cpu_seconds / 60:.0f} minutes of CPU time on one thread of {_processor()};
+    Python {platform.python_version()}, torch {torch.__version__}, torchtune {_version("torchtune")}."""
+    return "\n\n".join(["## How to repeat this", _paragraph(again), _paragraph(machine)])
 
 
 def _version(name: str) -> str:
