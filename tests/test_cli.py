@@ -207,7 +207,11 @@ def test_show_weights_reports_what_it_cannot_do(store, tmp_path, capsys):
     faults = {
         "no weight store there": [str(tmp_path / "nothing")],
         "no row 4": [str(store), "--row", "4"],
-        f"there is no folder {tmp_path / 'no'}": [str(store), "-o", str(tmp_path / "no" / "rows.html")],
+        f"the folder {tmp_path / 'no'} does not exist": [
+            str(store),
+            "-o",
+            str(tmp_path / "no" / "rows.html"),
+        ],
         "cannot be written": [str(store), "-o", str(tmp_path)],
     }
     for message, arguments in faults.items():
@@ -218,7 +222,7 @@ def test_show_weights_reports_what_it_cannot_do(store, tmp_path, capsys):
     empty.write(0, [])
     empty.finish()
     assert cli.main(["show-weights", str(tmp_path / "empty")]) == 2
-    assert "holds no rows" in capsys.readouterr().err
+    assert "has no rows" in capsys.readouterr().err
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""The ``tokenpref`` command: what is not a recipe. Recipes run through ``tune run``."""
+"""The ``tokenpref`` command, for everything that is not a recipe. Recipes run through ``tune run``."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def main(argv: Sequence[str] | None = None) -> int:
         argv: arguments without the program's name; None takes the process's own.
 
     Returns:
-        Exit code: 0, or 2 after an error that the user can mend, which is printed in one line.
+        Exit code: 0, or 2 after an error that the user can fix, which is printed in one line.
     """
     arguments = _parser().parse_args(argv)
     try:
@@ -142,7 +142,7 @@ def _show_weights(arguments: argparse.Namespace) -> None:
     output: Path | None = arguments.output
     if output is not None and not output.parent.is_dir():
         raise TokenprefError(
-            f"{output}: there is no folder {output.parent}; make it, or set another --output"
+            f"{output}: the folder {output.parent} does not exist; create it, or set another --output"
         )
 
     from tokenpref.insight import html_page, terminal_text
@@ -150,7 +150,9 @@ def _show_weights(arguments: argparse.Namespace) -> None:
 
     store = WeightStore.open(arguments.store)
     if len(store) == 0:
-        raise TokenprefError(f"{arguments.store}: holds no rows; make the store from data that has some")
+        raise TokenprefError(
+            f"{arguments.store}: the store has no rows; estimate weights for data that has rows"
+        )
     rows = [store.row(n) for n in dict.fromkeys(arguments.row)] if arguments.row else [next(iter(store))]
     limit, full, top = arguments.limit, arguments.full, arguments.top
     if output is None:
@@ -164,7 +166,7 @@ def _show_weights(arguments: argparse.Namespace) -> None:
         output.write_text(page, encoding="utf-8")
     except OSError as error:
         raise TokenprefError(
-            f"{output}: cannot be written ({error.strerror}); set another --output"
+            f"{output}: the page cannot be written ({error.strerror}); set another --output"
         ) from error
     print(f"{len(rows)} row{'' if len(rows) == 1 else 's'} of {arguments.store} in {output}")
 
@@ -176,14 +178,14 @@ def _wants_color(choice: str) -> bool:
 
 
 def _is_light(choice: str) -> bool:
-    """Terminals that say so set COLORFGBG to "letters;background"; 7 and 15 are the two whites."""
+    """Some terminals set COLORFGBG to "foreground;background"; 7 and 15 are the two whites."""
     if choice != "auto":
         return choice == "light"
     return os.environ.get("COLORFGBG", "").rpartition(";")[2] in {"7", "15"}
 
 
 def _print_shown(text: str) -> None:
-    """Print what the output's encoding has, and the rest as escapes: a log may be ASCII."""
+    """Print the text, with escapes for characters that the output's encoding lacks (a log may be ASCII)."""
     encoding = sys.stdout.encoding or "utf-8"
     print(text.encode(encoding, "backslashreplace").decode(encoding), end="")
 

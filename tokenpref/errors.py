@@ -1,4 +1,4 @@
-"""Errors that a user can mend: each says what is wrong, the value found, and what to set instead."""
+"""Errors that a user can fix: each says what is wrong, the value found, and what to set instead."""
 
 from __future__ import annotations
 
@@ -17,25 +17,25 @@ __all__ = [
 ]
 
 USER_ERROR_EXIT = 2
-"""Exit code after an error that the user can mend."""
+"""Exit code after an error that the user can fix."""
 
 INTERRUPTED_EXIT = 75
-"""Exit code of a run that a signal stopped and that can go on (EX_TEMPFAIL of sysexits.h)."""
+"""Exit code of a run that a signal stopped and that can be resumed (EX_TEMPFAIL of sysexits.h)."""
 
 
 class Interrupted(Exception):
-    """A run has saved and stopped because it was asked to."""
+    """A run has saved its state and stopped because a signal asked it to."""
 
 
 class DryRun(Exception):
-    """Everything was checked, and the config asks for no more (``dry_run: true``)."""
+    """All checks are done, and the config asks for nothing else (``dry_run: true``)."""
 
 
 class TokenprefError(ValueError):
     """Something in the user's input is wrong. Recipes print it without a traceback.
 
     Args:
-        message: what is wrong, the value found, and the mend; what libraries said in several lines becomes one.
+        message: what is wrong, the value found, and the remedy. Several lines, as in messages of libraries, become one.
     """
 
     def __init__(self, message: str) -> None:
@@ -50,7 +50,7 @@ class ConfigError(TokenprefError):
     """One or more faults of a config, reported together.
 
     Args:
-        faults: a single message or all messages; each names the key, the value found and the mend.
+        faults: one message or several; each names the key, the value found and the remedy.
     """
 
     def __init__(self, faults: str | Sequence[str]) -> None:
@@ -73,8 +73,8 @@ class TrainingDiverged(TokenprefError):
         step: the optimizer step, from 1.
         cause: what is not finite.
         rows: the step's rows, of all ranks.
-        bad_rows: those whose loss is not finite; empty if only the gradient is not.
-        note: what else to say.
+        bad_rows: the rows whose loss is not finite; empty if only the gradient is not finite.
+        note: a further sentence for the message.
     """
 
     def __init__(

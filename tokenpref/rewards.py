@@ -1,9 +1,9 @@
 """Rewards of sampled text.
 
-A reward is any callable ``(prompts: list[str], completions: list[str]) -> list[float]``, one finite number for each
-completion, larger is better. In a config it is named by dotted path: a function, or a class whose instance is called
-(the config's other keys are its arguments). It may live in the current directory: ``_component_: my_rewards.length``.
-One that also knows which words its number comes from offers ``valence`` (see :class:`ValenceReward`).
+A reward is any callable ``(prompts: list[str], completions: list[str]) -> list[float]``. It returns one finite number for each
+completion; a larger number is better. A config names it by its dotted path: a function, or a class whose instance is called
+(the config's other keys are its arguments). It may be in the current directory: ``_component_: my_rewards.length``.
+A reward that knows which words its number comes from can also offer ``valence`` (see :class:`ValenceReward`).
 """
 
 from __future__ import annotations
@@ -19,33 +19,33 @@ from tokenpref.errors import ConfigError
 __all__ = ["KeywordReward", "Reward", "VaderReward", "Valence", "ValenceReward", "checked_rewards"]
 
 Reward = Callable[[list[str], list[str]], list[float]]
-"""From prompts and completions of the same number to one number for each completion."""
+"""Maps prompts and as many completions to one number for each completion."""
 
 Valence = tuple[int, int, float]
-"""First character, character after the last, and what this stretch of text counts."""
+"""The first character of a stretch of text, the character after its last, and the value of the stretch."""
 
 
 @runtime_checkable
 class ValenceReward(Protocol):
-    """A reward that can say which characters of a text it counts: a ground truth for credit on tokens."""
+    """A reward that can say which characters of a text it counts, which gives a ground truth for token credit."""
 
     def __call__(self, prompts: list[str], completions: list[str]) -> list[float]:
         """One number for each completion."""
         ...
 
     def valence(self, text: str) -> list[Valence]:
-        """The stretches of a completion that count, in order, with what each counts by itself."""
+        """The stretches of a completion that count, in order, each with its own value."""
         ...
 
 
 def checked_rewards(reward: Reward, prompts: list[str], completions: list[str], name: str) -> list[float]:
-    """What a reward gives for completions, one finite number for each.
+    """The rewards of completions, one finite number for each.
 
     Args:
-        reward: anybody's reward.
+        reward: any reward.
         prompts: text before each completion.
         completions: texts to score.
-        name: the reward in the error, such as ``sampling.reward (my_rewards.length)``.
+        name: how the error names the reward, such as ``sampling.reward (my_rewards.length)``.
 
     Raises:
         ConfigError: if the reward returns anything else.
@@ -66,7 +66,7 @@ class VaderReward:
     """VADER's compound sentiment of a text, -1 to 1 (Hutto and Gilbert, 2014; package vaderSentiment, MIT).
 
     Args:
-        scope: "completion" scores the sampled text alone, "text" the prompt with it.
+        scope: "completion" scores the sampled text alone, "text" scores the prompt together with it.
 
     Raises:
         ConfigError: if vaderSentiment is not installed.
@@ -99,8 +99,8 @@ class VaderReward:
     def valence(self, text: str) -> list[Valence]:
         """Character spans of the words that the lexicon knows, with their valence (-4 to 4).
 
-        Words are cut as VADER cuts them: at white space, punctuation around a word off, emoticons whole. Negation,
-        intensifiers, capitals and exclamation marks, which change what a word counts in its sentence, are left out.
+        Words are split as in VADER: at white space, without the punctuation around them, and with whole emoticons. Negation,
+        intensifiers, capitals and exclamation marks, which change a word's value in its sentence, are ignored.
         """
         lexicon = self._analyzer.lexicon
         found = (
@@ -112,7 +112,7 @@ class VaderReward:
 
 
 class KeywordReward:
-    """Share of positive minus share of negative words; needs nothing installed.
+    """The share of positive words minus the share of negative words; needs no further package.
 
     Args:
         positive: words that count +1, compared without case.
@@ -158,7 +158,7 @@ _WORD = re.compile(r"[\w']+")
 def _paired(prompts: list[str], completions: list[str]) -> Iterator[tuple[str, str]]:
     if len(prompts) != len(completions):
         raise ValueError(
-            f"one prompt a completion: got {len(prompts)} prompts and {len(completions)} completions"
+            f"each completion needs one prompt: got {len(prompts)} prompts and {len(completions)} completions"
         )
     return zip(prompts, completions, strict=True)
 
@@ -167,7 +167,7 @@ def _vader_words(text: str) -> Iterator[tuple[int, int, str]]:
     for match in re.finditer(r"\S+", text):
         whole = match.group()
         word = whole.strip(string.punctuation)
-        if len(word) <= 2:  # VADER's rule, so that ":)" stays what it is
+        if len(word) <= 2:  # VADER's rule, so that ":)" stays whole
             yield match.start(), match.end(), whole
         else:
             start = match.start() + whole.index(word)

@@ -216,7 +216,7 @@ def test_a_world_of_one_computes_and_samples_in_another_dtype():
     # No buffers: FSDP2 leaves the angles of rotary embeddings in float32.
     for parameter in half.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
-    with pytest.raises(ValueError, match="compute_dtype is FSDP2's: it needs a world with a mesh"):
+    with pytest.raises(ValueError, match="compute_dtype needs FSDP2 and so a world with a mesh"):
         shard(mixed, plain, compute_dtype=torch.bfloat16)
     world = init_world("cpu", process_group=True)
     try:

@@ -158,7 +158,7 @@ def two_groups(params):
     [
         (lambda p: SGD(p, lr=0.1), r"written by torch\.optim\.adamw\.AdamW, and this run has torch\.optim\.sgd\.SGD; set optim"),
         (lambda p: Adam(p, lr=0.1), r"written by torch\.optim\.adamw\.AdamW, and this run has torch\.optim\.adam\.Adam; set"),
-        (adamw(amsgrad=True), "keeps no 'max_exp_avg_sq', which this one needs.; set optimizer as it was"),
+        (adamw(amsgrad=True), "has no 'max_exp_avg_sq', which this optimizer needs.; set optimizer as it was"),
         (two_groups, "written with 1 parameter groups, and this run has 2; set optimizer as it was"),
     ],
     ids=["class", "class with the same state", "amsgrad", "groups"],

@@ -13,16 +13,16 @@ __all__ = ["plain_weights", "refresh_float8_scales"]
 
 
 def refresh_float8_scales(model: nn.Module) -> None:
-    """Take the scales of all weights that are gathered in float8, with one reduction for all of them.
+    """Compute the scales of all weights that are gathered in float8, with one reduction for all of them.
 
-    Whatever changes the weights calls it: their shards are cast with these scales from then on. Nothing happens to
-    a model without such weights.
+    It must be called after every change of the weights, because their shards are cast with these scales. A
+    model without such weights is not changed.
     """
     precompute_float8_dynamic_scale_for_fsdp(model)
 
 
 def plain_weights(state: dict[str, Any]) -> dict[str, Any]:
-    """A state dict with bare tensors in the place of torchao's, on the same memory."""
+    """A state dict with plain tensors instead of torchao's, sharing their memory."""
     return {name: _plain(tensor) for name, tensor in state.items()}
 
 

@@ -1,8 +1,8 @@
-"""Distributed checkpoints as bare elements of tensors, hashed as they are written.
+"""Writes distributed checkpoints as plain elements of tensors, and hashes them while they are written.
 
-PyTorch's own writer makes an archive of every tensor, in Python, under the interpreter's lock: more work than the writing,
-which a save in the background would take from the training. The hash is a fast one (xxh3): it tells harm, not forgery, which
-no checksum beside the data could.
+PyTorch's own writer builds an archive for every tensor in Python. That takes longer than the writing itself and holds the
+interpreter's lock, so a save in the background would slow the training. The hash is a fast one (xxh3). It detects damage but
+not forgery, which no checksum stored beside the data can detect.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ _PIECE = 16 << 20
 _ROOM_OF_A_SETTING = 1 << 16
 
 SERIALISED = "torch.save"
-"""Marks a tensor that is not bare elements, such as quantised optimizer state."""
+"""Marks a tensor that is not stored as plain elements, such as quantised optimizer state."""
 
 
 @dataclass(frozen=True)
@@ -40,7 +40,7 @@ class Written:
 
     Args:
         size: bytes.
-        checksum: of them, xxh3_128 in hexadecimal.
+        checksum: xxh3_128 of the bytes, in hexadecimal.
     """
 
     size: int
@@ -48,14 +48,14 @@ class Written:
 
 
 class PlainWriter(dcp.FileSystemWriter):
-    """Writes the shards of this process into one file, at once or by way of memory.
+    """Writes the shards of this process into one file, directly or through memory.
 
     Args:
         path: an empty folder.
-        memory: where to put everything first; :meth:`flush` then writes the file. None: straight to the file.
+        memory: receives everything first, and :meth:`flush` then writes the file. None writes directly to the file.
 
     Attributes:
-        written: what was written, by file name; the index, which comes last and is small, is not among it.
+        written: what was written, by file name, without the index, which is small and written last.
     """
 
     def __init__(self, path: Path, memory: Arena | None = None) -> None:
@@ -65,7 +65,7 @@ class PlainWriter(dcp.FileSystemWriter):
         self._name = ""
 
     def write_data(self, plan: SavePlan, planner: SavePlanner) -> Future[list[WriteResult]]:
-        """Write what the plan lists, and sync it to the disk; with a memory, put it there."""
+        """Write the items of the plan and sync them to the disk, or copy them to the memory."""
         self._name = f"{plan.storage_data.prefix}0.distcp"
         if self._memory is not None:
             self._memory.start(_bytes_of(plan))
@@ -82,8 +82,8 @@ class PlainWriter(dcp.FileSystemWriter):
         return done
 
     def flush(self) -> None:
-        """Write what lies in memory to its file, and sync it; no tensor is looked at, nothing is sent."""
-        assert self._memory is not None  # there is nothing to flush otherwise
+        """Write the memory to its file and sync it. This touches no tensor and communicates with no other process."""
+        assert self._memory is not None  # otherwise there is nothing to flush
         self.written[self._name] = self._memory.to_file(Path(self.path) / self._name)
 
     def _write(self, target: Arena | _HashedFile, item: WriteItem, planner: SavePlanner) -> WriteResult:
@@ -117,10 +117,10 @@ class _HashedFile:
 
 
 class Arena:
-    """Memory for a file's content that every save uses again.
+    """Memory for a file's content, reused by every save.
 
-    It goes to the disk past the page cache where the file system allows: 1.6 GB of cache would have to be found, filled and
-    written out by processors that the training needs.
+    It is written to the disk without the page cache where the file system allows this. Filling and writing out 1.6 GB of
+    cache would take processor time that the training needs.
     """
 
     def __init__(self) -> None:
@@ -128,16 +128,16 @@ class Arena:
         self.size = 0
 
     def start(self, capacity: int) -> None:
-        """Forget what is there, and make room."""
+        """Discard the content, and reserve ``capacity`` bytes."""
         self.size = 0
         if capacity > len(self._memory):
             self._memory = mmap.mmap(-1, -(-capacity // _PIECE) * _PIECE)
 
     def write(self, content: Tensor) -> None:
-        """Add a flat tensor of bytes, from whatever device."""
+        """Append a flat tensor of bytes from any device."""
         end = self.size + content.numel()
         if end > len(self._memory):
-            raise ValueError(f"{end} bytes for a memory of {len(self._memory)}")
+            raise ValueError(f"{end} bytes do not fit into a memory of {len(self._memory)}")
         if content.numel():
             torch.frombuffer(self._memory, dtype=torch.uint8)[self.size : end].copy_(content)
         self.size = end
@@ -149,7 +149,7 @@ class Arena:
         try:
             for start in range(0, self.size, _PIECE):
                 hasher.update(view[start : min(start + _PIECE, self.size)])
-                # Whole pages, as direct writing wants them; what is too much at the end is cut off below.
+                # Direct writing needs whole pages; the surplus at the end is truncated below.
                 end = min(start + _PIECE, -(-self.size // mmap.PAGESIZE) * mmap.PAGESIZE)
                 while start < end:
                     start += _write(descriptor, view[start:end])
@@ -161,7 +161,7 @@ class Arena:
 
 
 def _write(descriptor: int, content: memoryview) -> int:
-    """Write what fits; a place where the disk or a limit ends is not whole pages, and direct writing would hide that cause."""
+    """Write as much as fits. Where the disk or a limit ends, direct writing hides the cause, so write plainly."""
     try:
         return os.write(descriptor, content)
     except OSError as error:
@@ -174,7 +174,7 @@ def _write(descriptor: int, content: memoryview) -> int:
 
 
 def _opened(file: Path) -> int:
-    """A new file for direct writing, or for plain writing where there is none (tmpfs, some network file systems)."""
+    """Open a new file for direct writing, or plain writing where that is not supported (tmpfs, some network disks)."""
     flags = os.O_WRONLY | os.O_CREAT | os.O_TRUNC
     try:
         return os.open(file, flags | getattr(os, "O_DIRECT", 0), 0o644)
@@ -185,7 +185,7 @@ def _opened(file: Path) -> int:
 
 
 def _bytes_of(plan: SavePlan) -> int:
-    """Room for a plan's tensors, and for what else it lists: settings of an optimizer, a few bytes each."""
+    """An upper bound of the bytes of a plan: its tensors, and small values such as settings of an optimizer."""
     total = 0
     for item in plan.items:
         data = item.tensor_data
@@ -196,5 +196,5 @@ def _bytes_of(plan: SavePlan) -> int:
 
 
 def _elements(tensor: Tensor) -> Tensor:
-    """A tensor's elements as bytes, where they lie, not copied if they stand in their order."""
+    """The elements of a tensor as bytes, without a copy if the tensor is contiguous."""
     return tensor.contiguous().reshape(-1).view(torch.uint8)

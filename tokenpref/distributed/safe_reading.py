@@ -1,6 +1,7 @@
-"""PyTorch's distributed checkpoints, read without running anything that they say.
+"""Reads PyTorch's distributed checkpoints without executing anything that they contain.
 
-Their index is a pickle, from which only the classes of such an index are taken; what is no tensor is read with ``weights_only``.
+Their index is a pickle, of which only the classes of such an index are accepted. Other values that are not tensors are read
+with ``weights_only``.
 """
 
 from __future__ import annotations
@@ -26,17 +27,19 @@ __all__ = ["SafePlanner", "SafeReader"]
 
 
 def _member(kind: Any, name: str) -> Any:
-    """A member of an enumeration: what ``getattr`` is called for in an index, as some versions of Python pickle members.
+    """A member of an enumeration. Some versions of Python pickle such members as calls of ``getattr``.
 
     Raises:
         pickle.UnpicklingError: for an attribute of anything else.
     """
     if not (isinstance(kind, type) and issubclass(kind, Enum)):
-        raise pickle.UnpicklingError(f"the checkpoint's index asks for {name!r} of {kind!r}; it is not read")
+        raise pickle.UnpicklingError(
+            f"the checkpoint's index refers to {name!r} of {kind!r}, which is not allowed"
+        )
     return kind[name]
 
 
-# What the index of a distributed checkpoint is made of; anything else in it is refused.
+# The classes in the index of a distributed checkpoint; anything else is refused.
 _INDEX_CLASSES: dict[tuple[str, str], Any] = {
     **{
         (module.__name__, name): getattr(module, name)
@@ -63,7 +66,7 @@ _INDEX_CLASSES: dict[tuple[str, str], Any] = {
     ("torch.serialization", "_get_layout"): getattr(torch.serialization, "_get_layout", None),
     ("collections", "OrderedDict"): OrderedDict,
     ("builtins", "getattr"): _member,
-    # Where the writer put it; a path that is never opened.
+    # The writer's folder; this path is never opened.
     ("pathlib", "PosixPath"): PurePosixPath,
     ("pathlib", "PurePosixPath"): PurePosixPath,
     ("pathlib._local", "PosixPath"): PurePosixPath,
@@ -79,14 +82,14 @@ class _IndexUnpickler(pickle.Unpickler):
     """Reads the index of a distributed checkpoint and nothing else."""
 
     def find_class(self, module: str, name: str) -> Any:
-        """The named part of an index.
+        """The class of this name, if an index may contain it.
 
         Raises:
-            pickle.UnpicklingError: for anything that an index does not hold; nothing is imported.
+            pickle.UnpicklingError: for any other name; nothing is imported.
         """
         if (module, name) not in _INDEX_CLASSES:
             raise pickle.UnpicklingError(
-                f"the checkpoint's index asks for {module}.{name}, which no checkpoint of this package does; it is not read"
+                f"the checkpoint's index refers to {module}.{name}, which no checkpoint of this package contains"
             )
         return _INDEX_CLASSES[module, name]
 
@@ -97,12 +100,12 @@ class SafeReader(dcp.FileSystemReader):
     def set_up_storage_reader(
         self, metadata: Metadata, is_coordinator: bool, *args: Any, **kwargs: Any
     ) -> None:
-        """Take the index."""
+        """Keep the index."""
         super().set_up_storage_reader(metadata, is_coordinator, *args, **kwargs)
         self._tensors = metadata.state_dict_metadata
 
     def read_data(self, plan: LoadPlan, planner: LoadPlanner) -> Future[None]:
-        """Fill what the plan asks for."""
+        """Read all items of the plan."""
         for item in plan.items:
             place = self.storage_data[item.storage_index]
             with (Path(self.path) / place.relative_path).open("rb") as stream:
@@ -130,7 +133,7 @@ class SafeReader(dcp.FileSystemReader):
         return done
 
     def _chunk(self, index: metadata.MetadataIndex, data: bytearray, *, whole: bool) -> Tensor:
-        """A stored part of a tensor: its bare elements, or, where these have a structure, what PyTorch serialised."""
+        """A stored part of a tensor: plain elements, or PyTorch's serialised form for tensors with a structure."""
         described = self._tensors[index.fqn]
         if not isinstance(described, metadata.TensorStorageMetadata):
             raise ValueError(f"its index lists no tensor of the name {index.fqn}")
@@ -162,7 +165,7 @@ def _check_index(index: Any, folder: Path) -> None:
     """Check that an index names files of its folder only, within their sizes, and whole tensors.
 
     Raises:
-        ValueError: for the first thing that is not so; nothing has been read by then.
+        ValueError: for the first violation, before anything has been read.
     """
     if not isinstance(index, metadata.Metadata):
         raise ValueError(f"its index holds a {type(index).__name__}")
@@ -192,13 +195,13 @@ def _check_index(index: Any, folder: Path) -> None:
 
 
 class SafePlanner(DefaultLoadPlanner):
-    """PyTorch's planner, which unpickles only plain data, of the kind that the optimizer has."""
+    """PyTorch's planner, restricted to plain data of the same kind as the optimizer's."""
 
     def load_bytes(self, read_item: ReadItem, value: io.BytesIO) -> None:
-        """Put what is no tensor into its place.
+        """Load a value that is not a tensor.
 
         Raises:
-            ValueError: if another kind of value is there.
+            ValueError: if the checkpoint has another kind of value there.
         """
         loaded = torch.load(value, weights_only=True)
         own = self.state_dict[read_item.dest_index.fqn]

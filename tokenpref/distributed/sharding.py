@@ -31,13 +31,13 @@ def shard(
 ) -> None:
     """Shard every decoder layer, then the rest with the root, over the world's mesh (in place).
 
-    Embedding, final norm and output stay in the root's group: the token statistics run inside the root's
-    forward, where these weights are whole, tied or not.
+    Embedding, final norm and output layer stay in the root's group. The token statistics are computed inside the root's
+    forward, where these weights are unsharded, tied or not.
 
     Args:
         model: a torchtune decoder, on the meta device or loaded.
-        world: a distributed world; a plain single process leaves the model as it is.
-        reshard_after_forward: free the gathered weights after the forward (less memory, one gather more).
+        world: a distributed world; without a mesh the model is not changed.
+        reshard_after_forward: free the gathered weights after the forward (less memory, one more gather).
         compute_dtype: gather the weights in this dtype and compute in it; the shards, their gradients and the reduction of
             these keep their own precision, at least float32. None: the weights' own dtype.
 
@@ -47,7 +47,7 @@ def shard(
     if world.mesh is None:
         if compute_dtype is not None:
             raise ValueError(
-                "compute_dtype is FSDP2's: it needs a world with a mesh, which init_world(process_group=True) makes"
+                "compute_dtype needs FSDP2 and so a world with a mesh; make it with init_world(process_group=True)"
             )
         return
     policy = MixedPrecisionPolicy(
@@ -59,20 +59,20 @@ def shard(
 
 
 def compute_dtype_of(model: nn.Module) -> torch.dtype:
-    """What a model's forward computes in: its weights' dtype, unless :func:`shard` was given another."""
+    """The dtype in which a model computes: its weights' dtype, unless :func:`shard` was given another."""
     chosen: torch.dtype | None = model.__dict__.get(_COMPUTE_DTYPE)
     return next(model.parameters()).dtype if chosen is None else chosen
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> None:
-    """Switch the reduction of gradients after backward on or off (off: they stay whole and accumulate)."""
+    """Switch the reduction of gradients after the backward pass on or off. While off, they accumulate unsharded."""
     if isinstance(model, FSDPModule):
         model.set_requires_gradient_sync(enabled)
 
 
 @contextmanager
 def unsharded(model: nn.Module) -> Iterator[None]:
-    """Hold the root group's parameters (embedding, norm, output) whole for the time of the block."""
+    """Keep the root group's parameters (embedding, norm, output) unsharded during the block."""
     if not isinstance(model, FSDPModule):
         yield
         return

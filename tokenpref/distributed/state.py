@@ -1,4 +1,4 @@
-"""State of sharded and plain models: whole copies for export, sharded files for resume."""
+"""State of sharded and plain models: whole copies for export, and sharded files for resuming."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ __all__ = [
 
 
 def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
-    """The whole parameters of ``model`` on the CPU of the main process (an empty dict elsewhere).
+    """All parameters of ``model``, unsharded, on the CPU of the main process (an empty dict on the others).
 
     Every process must call it.
     """
@@ -54,8 +54,8 @@ def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
 def first_not_finite(model: nn.Module, world: World) -> str | None:
     """Name of the first weight with a value that is not finite, on any process; None if all are finite.
 
-    Every process must call it. It reads the weights once and looks at one number a tensor. Quantised weights are left out: they
-    are frozen.
+    Every process must call it. It reads the weights once and checks one number per tensor. Quantised weights are left out,
+    because they are frozen.
     """
     shards: dict[str, Tensor] = {}
     for name, tensor in plain_weights(model.state_dict()).items():
@@ -72,7 +72,7 @@ def first_not_finite(model: nn.Module, world: World) -> str | None:
 
 
 def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: World) -> None:
-    """Copy whole parameters into ``model``, whose tensors are materialised already (sharded or not).
+    """Copy unsharded parameters into ``model``, whose tensors must be materialised (sharded or not).
 
     Args:
         model: target; each tensor keeps its own dtype and device.
@@ -96,7 +96,7 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
 
 @contextmanager
 def _plain_failures(what: str, *, writes: bool = False) -> Iterator[None]:
-    """PyTorch's own exception is no ``Exception`` and hides its cause in a table; say the cause.
+    """Raise the cause of PyTorch's exception, which is not an ``Exception`` and hides its cause in a table.
 
     Args:
         what: what failed.
@@ -116,7 +116,7 @@ def _plain_failures(what: str, *, writes: bool = False) -> Iterator[None]:
 
 
 def sharded_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """What :func:`write_sharded` writes: this process's shards, not copied. Every process must call it."""
+    """This process's shards for :func:`write_sharded`, without a copy. Every process must call it."""
     weights, state = get_state_dict(model, optimizer)
     return {"model": plain_weights(weights), "optimizer": state}
 
@@ -130,7 +130,7 @@ def write_sharded(path: Path, state: dict[str, Any], world: World) -> dict[str, 
         world: the processes.
 
     Returns:
-        The shards of all processes by their file names, with checksums that were made as they were written.
+        The shards of all processes by file name, with checksums that were computed while they were written.
 
     Raises:
         TokenprefError: on every process, if one of them cannot write.
@@ -148,7 +148,7 @@ def _of_all(writer: PlainWriter, world: World) -> dict[str, Written]:
 
 
 class BackgroundWrite:
-    """A save in two parts: everything is copied to memory while nothing moves, and written by another thread.
+    """A save in two parts: everything is copied to memory while the training waits, and another thread writes it.
 
     Args:
         world: the processes, with a group of their own for that thread (:meth:`World.aside`).
@@ -159,15 +159,15 @@ class BackgroundWrite:
         self._memory = Arena()
 
     def take(self, path: Path, state: dict[str, Any]) -> Callable[[], dict[str, Written]]:
-        """Copy the shards of this process; every process calls it, in the thread that trains.
+        """Copy the shards of this process; every process must call it, in the training thread.
 
         Args:
             path: an empty folder.
             state: from :func:`sharded_state`.
 
         Returns:
-            What writes them to the folder, to be called in another thread, on every process, before the next copy is taken. It
-            returns what :func:`write_sharded` does.
+            A function that writes them to the folder. Call it in another thread, on every process, before the next copy. It
+            returns the same as :func:`write_sharded`.
 
         Raises:
             TokenprefError: on every process, if one of them cannot copy.
@@ -188,18 +188,16 @@ class BackgroundWrite:
 
 
 def check_sharded(path: Path) -> None:
-    """Check the index of what :func:`write_sharded` wrote, before any process reads anything else.
+    """Check the index of a folder that :func:`write_sharded` wrote, before any process reads anything else.
 
-    PyTorch would look for another index and print where it failed.
+    PyTorch itself would look for another index and print its own failure.
 
     Raises:
-        TokenprefError: if it is damaged, or asks for what no checkpoint of this package holds.
+        TokenprefError: if it is damaged, or contains something that no checkpoint of this package contains.
     """
     try:
         SafeReader(path).read_metadata()
-    except (
-        Exception
-    ) as error:  # a damaged pickle may raise nearly anything; it is turned into our error, not passed over
+    except Exception as error:  # a damaged pickle may raise nearly anything, which becomes our error
         raise TokenprefError(
             f"{path}: the checkpoint cannot be read ({type(error).__name__}: {error})"
         ) from error
@@ -218,17 +216,17 @@ def load_sharded(
     Args:
         path: the checkpoint's folder.
         model: target.
-        optimizer: fresh, of the kind that wrote the checkpoint. Which parameters a group has is its own affair.
-        settle: changes the settings of the checkpoint's parameter groups before the optimizer takes them.
+        optimizer: a new optimizer of the same kind. Its own parameter groups decide which parameters a group has.
+        settle: changes the settings of the checkpoint's parameter groups before the optimizer gets them.
 
     Raises:
-        TokenprefError: if the state is damaged, or is no state of this optimizer.
+        TokenprefError: if the state is damaged or belongs to another kind of optimizer.
     """
     stored = sharded_state(model, optimizer)
     own_groups: list[dict[str, Any]] = stored["optimizer"]["param_groups"]
     names = SafeReader(path).read_metadata().state_dict_metadata
     _check_optimizer_state(path, names, stored["model"], stored["optimizer"]["state"], len(own_groups))
-    # Only what the checkpoint has: another version of PyTorch may know further settings.
+    # Only the settings of the checkpoint: another version of PyTorch may have further ones.
     groups = [
         {k: v for k, v in group.items() if f"optimizer.param_groups.{number}.{k}" in names and k != "params"}
         for number, group in enumerate(own_groups)
@@ -250,7 +248,7 @@ def _check_optimizer_state(
     """Compare the kinds of state that a checkpoint and an optimizer keep.
 
     Raises:
-        TokenprefError: naming what only one of them has, or the numbers of parameter groups.
+        TokenprefError: naming the state that only one of them has, or the numbers of parameter groups.
     """
     prefixes = {f"optimizer.state.{parameter}." for parameter in parameters}
     found, numbers = set(), set()
@@ -261,12 +259,12 @@ def _check_optimizer_state(
             ends = (at + 1 for at, letter in enumerate(name) if letter == "." and name[: at + 1] in prefixes)
             found |= {name[end:].split(".")[0] for end in ends}
     mine = {str(kind) for state in own.values() for kind in state}
-    faults = [f"it keeps no {kind!r}, which this one needs" for kind in sorted(mine - found)]
-    faults += [f"it keeps {kind!r}, which this one has no use for" for kind in sorted(found - mine)]
+    faults = [f"it has no {kind!r}, which this optimizer needs" for kind in sorted(mine - found)]
+    faults += [f"it has {kind!r}, which this optimizer does not use" for kind in sorted(found - mine)]
     if len(numbers) != groups:
-        faults.append(f"it has {len(numbers)} parameter groups, and this one has {groups}")
+        faults.append(f"it has {len(numbers)} parameter groups, and this optimizer has {groups}")
     if faults:
         raise TokenprefError(
             f"optimizer: {path} was written by another kind of optimizer ({'; '.join(faults)}); set optimizer as it was, or "
-            "start anew from the exported weights"
+            "start a new run from the exported weights"
         )

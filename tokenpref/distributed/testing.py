@@ -52,11 +52,11 @@ def run_distributed(
         function: a picklable function of a module; its first argument is the rank's :class:`World`.
         args: picklable further arguments.
         size: number of ranks.
-        timeout_s: seconds until a rank that has not answered counts as hung.
+        timeout_s: seconds after which a rank without an answer counts as hung.
 
     Returns:
-        What the ranks returned, in rank order. Return plain numbers, numpy arrays or lists: a tensor would need
-        its process to live on.
+        The results of the ranks, in rank order. Return plain numbers, numpy arrays or lists: a tensor would be lost
+        when its process ends.
 
     Raises:
         AssertionError: with the rank's traceback, if one failed.

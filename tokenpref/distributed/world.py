@@ -1,4 +1,4 @@
-"""Who else takes part in this run, and the few collectives that the trainer needs."""
+"""The processes of a run, and the few collective operations that the trainer needs."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ __all__ = ["World", "init_world", "launched_by_torchrun", "single_process_world"
 class World:
     """The processes of a run.
 
-    Without a process group (``mesh`` is None) every collective is the identity, so that one code path serves
+    Without a process group (``mesh`` is None) every collective returns its input, so one code path serves
     a laptop and a cluster.
 
     Args:
@@ -40,7 +40,7 @@ class World:
         size: number of processes.
         device: where this process computes.
         mesh: one-dimensional device mesh for FSDP2, or None in a plain single process.
-        group: processes that ``gather_objects`` asks; None: those of the run.
+        group: the process group of ``gather_objects``; None for all processes of the run.
     """
 
     rank: int
@@ -101,10 +101,10 @@ class World:
         return values
 
     def together(self, action: Callable[[], T]) -> T:
-        """Run ``action`` on this process and fail on all processes when it fails on one.
+        """Run ``action`` on this process, and fail on all processes if it fails on one.
 
-        For work that may raise on some ranks only (a file on one node's disk, a row in one rank's shard): without
-        it the others would wait in the next collective until the timeout.
+        This is for work that may fail on some ranks only (a file on one node's disk, a row in one rank's shard). Otherwise
+        the other ranks would wait in the next collective until the timeout.
 
         Raises:
             Exception: this process's own exception.
@@ -125,9 +125,9 @@ class World:
         return result  # type: ignore[return-value]  # no failure: the action's own result
 
     def aside(self) -> World:
-        """The same processes with a group of their own, for collectives on objects in another thread.
+        """The same processes with a new group, for collectives on objects in another thread.
 
-        Every process must call it. Threads that share one group would take each other's messages.
+        Every process must call it. Threads that share one group would receive each other's messages.
         """
         return self if self.mesh is None else replace(self, group=dist.new_group(backend="gloo"))
 
@@ -135,12 +135,12 @@ class World:
         """Leave the process group."""
         if self.mesh is not None and dist.is_initialized():
             dist.destroy_process_group()
-            # DTensor's caches hold the mesh for good, and the mesh its groups.
+            # DTensor's caches keep the mesh forever, and the mesh keeps its groups.
             getattr(self.mesh, "_pg_registry", {}).clear()
 
 
 def launched_by_torchrun() -> bool:
-    """True when ``torchrun`` (so ``tune run --nproc_per_node``) started this process, even alone."""
+    """True when ``torchrun`` started this process (as ``tune run --nproc_per_node`` does), even with one rank."""
     return "RANK" in os.environ and "WORLD_SIZE" in os.environ
 
 
@@ -155,21 +155,19 @@ def init_world(device: str = "cpu", timeout_s: float = 1800.0, *, process_group:
     Args:
         device: ``cpu`` or ``cuda``; a rank's GPU is its ``LOCAL_RANK``.
         timeout_s: seconds after which a collective that a rank never joins fails.
-        process_group: also for a process on its own, for what only FSDP2 does (arithmetic in another dtype than the weights').
+        process_group: make a process group for a single process too. Computing in another dtype than the weights' needs FSDP2.
 
     Returns:
         The world; its mesh lies on ``device`` (never on whatever accelerator the machine happens to have).
 
     Raises:
-        ConfigError: if ``device`` is neither ``cpu`` nor ``cuda``, or no GPU is there.
+        ConfigError: if ``device`` is neither ``cpu`` nor ``cuda``, or there is no GPU.
     """
     kind, _, index = device.partition(":")
     if kind not in ("cpu", "cuda"):
         raise ConfigError(f"device: {device!r} is not supported; set device=cpu or device=cuda")
     if kind == "cuda" and not torch.cuda.is_available():
-        raise ConfigError(
-            f"device: {device!r} was asked for, but this machine has no usable GPU; set device=cpu"
-        )
+        raise ConfigError(f"device: this machine has no usable GPU for {device!r}; set device=cpu")
     if not launched_by_torchrun():
         chosen = torch.device(kind, int(index or 0)) if kind == "cuda" else torch.device("cpu")
         if kind == "cuda":
@@ -187,9 +185,9 @@ def init_world(device: str = "cpu", timeout_s: float = 1800.0, *, process_group:
 
 
 def _world_of_one(device: torch.device) -> World:
-    """This process with a process group and a mesh of its own."""
+    """A world of this process alone, with a process group and a mesh."""
     if device.type == "cuda":
-        torch.cuda.init()  # a mesh chooses a GPU by itself for a process that has not begun to use one
+        torch.cuda.init()  # otherwise the mesh would choose a GPU itself
     _join_group(device.type, store=dist.HashStore(), rank=0, world_size=1)
     return World(rank=0, size=1, device=device, mesh=init_device_mesh(device.type, (1,)))
 
@@ -201,21 +199,21 @@ def _join_group(device: str, **settings: Any) -> None:
 
 
 def end_threads() -> None:
-    """Let go of closed process groups, whose threads end with them, while the interpreter is still whole.
+    """Free closed process groups before the interpreter shuts down, because their threads end only then.
 
-    gloo's threads free the tensors of a collective after it is done. One that comes to it when the interpreter is being torn
-    down ends the process with an abort ("terminate called without an active exception"), and so a training that had ended
-    well with an error. ``destroy_process_group`` leaves them running as long as anything holds the group: FSDP2's modules
-    do, in cycles.
+    gloo's threads free the tensors of a collective after it is done. If such a thread runs during the interpreter's shutdown,
+    it aborts the process ("terminate called without an active exception"), so a training that succeeded ends with an error.
+    ``destroy_process_group`` leaves the threads running while anything refers to the group. FSDP2's modules do so, in
+    reference cycles.
     """
     gc.collect()
 
 
 def _stop_with_the_launcher() -> None:
-    """Ask Linux for SIGTERM when torchrun dies: killed itself, it cannot stop its workers, and they would keep the folder."""
+    """Ask Linux to send SIGTERM when torchrun dies. A killed torchrun cannot stop its workers, and they would keep the lock."""
     if sys.platform != "linux":
         return
     parent = os.getppid()
     ctypes.CDLL(None).prctl(_PR_SET_PDEATHSIG, signal.SIGTERM)
-    if os.getppid() != parent:  # it died in between
+    if os.getppid() != parent:  # the parent died in between
         os.kill(os.getpid(), signal.SIGTERM)

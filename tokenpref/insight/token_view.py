@@ -1,4 +1,4 @@
-"""Answers with their tokens coloured by score, for the terminal and as HTML. Pure functions from rows to text.
+"""Shows answers with their tokens coloured by score, in the terminal and as HTML. Pure functions from rows to text.
 
 Texts come from a data set and are not trusted: control and formatting characters are shown as escapes, so that they
 reach neither the terminal nor the page, and HTML is escaped.
@@ -21,14 +21,14 @@ from tokenpref.weights import StoredRow
 __all__ = ["Piece", "group_tokens", "html_page", "row_limit", "shade", "terminal_text", "visible"]
 
 LIMIT_PERCENTILE = 95
-MIN_LIMIT = 1e-3  # below it, differences are numerical noise and should look like it
+MIN_LIMIT = 1e-3  # smaller differences are numerical noise and should look like it
 PROMPT_CHARACTERS = 300
 
 RGB = tuple[int, int, int]
-# Blue and vermilion of Okabe and Ito's palette, which stay apart in every common kind of colour blindness.
+# Blue and vermilion of Okabe and Ito's palette, which can be told apart with every common kind of colour blindness.
 POSITIVE: RGB = (0, 114, 178)
 NEGATIVE: RGB = (213, 94, 0)
-MAX_ALPHA = 0.65  # black text on the light page and white text on the dark one stay readable
+MAX_ALPHA = 0.65  # keeps black text on the light page and white text on the dark page readable
 DARK: RGB = (18, 18, 18)
 LIGHT: RGB = (255, 255, 255)
 
@@ -45,7 +45,7 @@ _JOINERS = "\u200c\u200d"  # part of how words and emoji are written
 
 @dataclass(frozen=True)
 class _Meaning:
-    """What a kind's scores are: their formula, and what the two colours say."""
+    """The formula of a kind of score, and the meaning of the two colours."""
 
     formula: str
     positive: str
@@ -79,7 +79,7 @@ class Piece:
 
 
 def group_tokens(text: str, scores: Sequence[float], spans: Sequence[tuple[int, int]]) -> list[Piece]:
-    """Cut an answer into pieces: tokens whose characters overlap share one, with the sum of their scores.
+    """Split an answer into pieces. Tokens whose characters overlap share a piece, with the sum of their scores.
 
     Args:
         text: the answer.
@@ -117,33 +117,33 @@ def group_tokens(text: str, scores: Sequence[float], spans: Sequence[tuple[int, 
 
 
 def _mark(spans: Sequence[tuple[int, int]], index: int) -> str:
-    """Name of a token without characters: the first one behind all characters ends the answer."""
+    """The mark of a token without characters: the first one after all characters is EOS."""
     last = max((i for i, (start, stop) in enumerate(spans) if start < stop), default=-1)
     return EOS_MARK if index == last + 1 else EMPTY_MARK
 
 
 def _check_spans(text: str, scores: Sequence[float], spans: Sequence[tuple[int, int]]) -> None:
     if len(scores) != len(spans):
-        raise DataError(f"{len(scores)} scores for {len(spans)} tokens; make the store anew")
+        raise DataError(f"{len(scores)} scores for {len(spans)} tokens; estimate the weights again")
     before = 0
     for number, (start, stop) in enumerate(spans, 1):
         if not before <= start <= stop <= len(text):
             raise DataError(
                 f"token {number} has characters {start} to {stop}, after one that begins at {before} in a text of "
-                f"{len(text)} characters; make the store anew"
+                f"{len(text)} characters; estimate the weights again"
             )
         before = start
 
 
 def row_limit(row: StoredRow) -> float:
-    """Score at which colours saturate: the 95th percentile of the absolute scores of both answers' tokens."""
+    """The score at which colours saturate: the 95th percentile of the absolute scores of all tokens of both answers."""
     scores = np.abs(np.concatenate([row.chosen, row.rejected]).astype(np.float64))
     scores = scores[np.isfinite(scores)]
     return max(float(np.percentile(scores, LIMIT_PERCENTILE)), MIN_LIMIT) if scores.size else MIN_LIMIT
 
 
 def shade(score: float | None, limit: float) -> tuple[RGB, float] | None:
-    """Colour of a score and its opacity, which grows linearly up to ``limit``.
+    """The colour of a score and its opacity, which grows linearly up to ``limit``.
 
     Args:
         score: the score; None and NaN have no colour.
@@ -158,7 +158,7 @@ def shade(score: float | None, limit: float) -> tuple[RGB, float] | None:
 
 
 def visible(text: str, line_break: str = NEWLINE_MARK) -> str:
-    r"""Text in which nothing acts on a terminal or a page: hidden characters become escapes such as ``\x1b``.
+    r"""Text that is safe for a terminal or a page: hidden characters become escapes such as ``\x1b``.
 
     Args:
         text: untrusted text.
@@ -183,7 +183,7 @@ class _Answer:
 
 @dataclass(frozen=True)
 class _View:
-    """A row, ready to be laid out."""
+    """A row, prepared for display."""
 
     title: str
     source: str
@@ -220,7 +220,7 @@ def _views(
 
 
 def _source(metadata: Mapping[str, Any]) -> str:
-    """The estimator and its pair, as far as the store's metadata names them."""
+    """The estimator and its pair, if the store's metadata names them."""
     estimator = metadata.get("estimator")
     if not isinstance(estimator, Mapping):
         return "" if estimator is None else f"estimator {estimator}"
@@ -314,7 +314,7 @@ class _Ink:
     light: bool
 
     def style(self, text: str, code: str) -> str:
-        """Each line on its own: a terminal would paint the rest of a line whose background is still set."""
+        """Style each line by itself, because a terminal would fill the rest of a line whose background is still set."""
         if not self.color:
             return text
         return "\n".join(f"\x1b[{code}m{line}\x1b[0m" if line else "" for line in text.split("\n"))
@@ -389,7 +389,7 @@ def html_page(
     full: bool = False,
     top: int = 0,
 ) -> str:
-    """Rows of a store as a page that needs nothing else: no script, no file, no network.
+    """Rows of a store as a self-contained page, without scripts, further files or network access.
 
     Args:
         rows: the rows.

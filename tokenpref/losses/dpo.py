@@ -8,7 +8,7 @@ __all__ = ["DPOLoss"]
 
 
 class DPOLoss(PreferenceLoss):
-    """DPO (Rafailov et al., arXiv 2305.18290): sums of token log ratios, all tokens alike.
+    """DPO (Rafailov et al., arXiv 2305.18290): unweighted sums of token log ratios.
 
     loss = -(1 - e) log sigmoid(beta h) - e log sigmoid(-beta h),  h = M(chosen) - M(rejected),  M = sum_t r_t
 
@@ -40,5 +40,5 @@ class DPOLoss(PreferenceLoss):
             "vanishes_with_beta",
         }
         if label_smoothing == 0:
-            invariants |= {"gradient_direction"}  # smoothing turns the push round where the margin is large
+            invariants |= {"gradient_direction"}  # smoothing reverses the gradient where the margin is large
         super().__init__(beta, label_smoothing=label_smoothing, invariants=frozenset(invariants))

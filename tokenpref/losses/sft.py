@@ -1,4 +1,4 @@
-"""Negative log-likelihood of one side: the supervised half of a contrastive pair."""
+"""Negative log-likelihood of one side, for the supervised construction of a contrastive pair."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ class NLLLoss(nn.Module):
 
     loss = -(1 / n) sum_t log pi_theta(y_t | x, y_<t),  n = tokens of the answer
 
-    Trains pi+ on the chosen answers or pi- on the rejected ones (TIS-DPO's supervised pair, arXiv 2410.04350). Each
-    answer counts alike, whatever its length; an answer without tokens has loss 0 and no gradient.
+    It trains pi+ on the chosen answers or pi- on the rejected ones (TIS-DPO's supervised pair, arXiv 2410.04350). All
+    answers have the same weight, whatever their length. An answer without tokens has loss 0 and no gradient.
 
-    A likelihood has no reference, hence no implicit reward: both rewards are 0, and so are accuracy and margin in the
-    log. There is no ``rewards/train_margins``, because nothing is trained on a margin. ``sides`` names the one side that
-    it reads, so that a trainer leaves the other out.
+    The likelihood uses no reference, so there is no implicit reward: both rewards are 0, and so are accuracy and margin
+    in the log. There is no ``rewards/train_margins``, because the loss has no margin. ``sides`` names the one side that
+    the loss uses, so that a trainer can leave the other out.
 
     Args:
         side: "chosen" or "rejected".
@@ -37,7 +37,7 @@ class NLLLoss(nn.Module):
         super().__init__()
         self.side = check_choice("side", side, ("chosen", "rejected"))
         self.needs: frozenset[str] = frozenset()
-        self.sides = (self.side,)  # the trainer runs no model over the other one
+        self.sides = (self.side,)  # the trainer does not run the model on the other side
         self.invariants: frozenset[str] = frozenset()
 
     def forward(self, pair: PairStats) -> LossOutput:

@@ -1,4 +1,4 @@
-"""Token-level DPO: forward KL terms beside the log ratios."""
+"""Token-level DPO: log ratios with KL terms."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ __all__ = ["TokenDPOLoss"]
 
 
 class TokenDPOLoss(PreferenceLoss):
-    """TDPO (Zeng et al., arXiv 2404.11999), both variants, as in the paper's loss figure and the authors' code.
+    """Both variants of TDPO (Zeng et al., arXiv 2404.11999), as in the paper's loss figure and the authors' code.
 
     tdpo1: h = M(chosen) - M(rejected) - (F(rejected) - F(chosen))
     tdpo2: h = M(chosen) - M(rejected) - alpha (F(rejected) - sg[F(chosen)])
@@ -22,13 +22,13 @@ class TokenDPOLoss(PreferenceLoss):
     with M = sum_t log pi_theta - log pi_ref, F = sum_t KL(pi_ref || pi_theta) over the vocabulary at each position of
     the answer, and sg the stop-gradient. tdpo1 rewards a growing KL on the chosen answer; tdpo2 removes that incentive.
 
-    Rewards, as published: beta (M + F), for any alpha, so that their margin is the training logit for tdpo1 and for
-    alpha = 1 only; the logit is logged as ``rewards/train_margins``. With alpha = 0 the loss asks for no KL (it is
-    DPO), and the rewards contain F only if ``kl_ref_policy`` was computed all the same (``log_stats``).
+    The rewards are beta (M + F) for any alpha, as published. Their margin equals the trained logit only for tdpo1 and
+    for alpha = 1; the logit is logged as ``rewards/train_margins``. With alpha = 0 the loss is DPO and needs no KL. The
+    rewards then contain F only if ``log_stats`` asked for ``kl_ref_policy``.
 
     Args:
         beta: strength of the pull to the reference, > 0.
-        alpha: factor of the KL terms, >= 0, for tdpo2 only. None: 0.5.
+        alpha: factor of the KL terms, >= 0, for tdpo2 only. None means 0.5.
         variant: "tdpo1" or "tdpo2".
 
     Raises:

@@ -1,4 +1,4 @@
-"""Token-importance DPO: weighted log ratios, and a triplet term that draws a sampled answer to the chosen one."""
+"""Token-importance DPO: weighted log ratios, and a triplet term that pulls a sampled answer towards the chosen one."""
 
 from __future__ import annotations
 
@@ -18,29 +18,30 @@ LENGTH_NORMALIZATIONS = ("none", "tokens", "overlap")
 
 
 class TripletTIDPOLoss(PreferenceLoss):
-    """TI-DPO (arXiv 2505.19653): as the paper writes it (alpha = 0) and as its authors' code trains it (alpha = 0.5).
+    """TI-DPO (arXiv 2505.19653), in the paper's form (alpha = 0) and in the form of its authors' code (alpha = 0.5).
 
     h = M(chosen) - M(rejected) - alpha (F(rejected) - sg[F(chosen)])
     loss = -log sigmoid(beta h) + gamma relu(D(anchor, chosen) - D(anchor, rejected) + margin)
     D(anchor, side) = sum_{t <= min(T_anchor, T_side)} (d_t - s_t)^2
 
     with M = sum_t w_t (log pi_theta - log pi_ref) over weights from attribution (paper, Eq. 11 and 12, with Algorithm 1's
-    beta), F = sum_t KL(pi_ref || pi_theta), which is not weighted (code), sg the stop-gradient, and d_t, s_t the unweighted
-    log ratios of the t-th answer tokens of anchor and side, whatever columns they stand in (Eq. 13, one hinge a pair).
-    The anchor is a third answer to the same prompt, sampled from the policy.
+    beta), F = sum_t KL(pi_ref || pi_theta), which is not weighted (code), and sg the stop-gradient. d_t and s_t are the
+    unweighted log ratios of the t-th answer tokens of anchor and side, independent of their columns (Eq. 13, one hinge per
+    pair). The anchor is a third answer to the same prompt, sampled from the policy.
 
-    Rewards: beta M for alpha = 0, else beta (M + F), whatever alpha is; ``rewards/train_margins`` is beta h, without the
-    triplet. For gamma > 0 also logged: ``triplet/loss`` (before gamma), ``triplet/active`` (1 where the hinge is open),
-    ``triplet/distance/chosen|rejected|margin``.
+    The rewards are beta M for alpha = 0, and beta (M + F) for any other alpha. ``rewards/train_margins`` is beta h, without
+    the triplet. With gamma > 0 the metrics also contain ``triplet/loss`` (without the factor gamma), ``triplet/active`` (1
+    where the triplet term is positive) and ``triplet/distance/chosen|rejected|margin``.
 
     Args:
         beta: strength of the pull to the reference, > 0.
-        gamma: factor of the triplet term, >= 0; 0 switches it off, and no anchor is asked for.
+        gamma: factor of the triplet term, >= 0; 0 switches it off, and the loss then needs no anchor.
         margin: how much farther from the anchor the rejected answer has to be, >= 0; 0 does not switch the term off.
         alpha: factor of the KL terms, >= 0.
         length_normalization: "none" as published; "tokens" divides a distance by the answer's number of tokens, "overlap"
             by the number of tokens compared.
-        anchor_grad: let the triplet's gradient flow through the anchor too, as published; else it is taken as given.
+        anchor_grad: whether the triplet's gradient flows through the anchor too, as published; otherwise the anchor is a
+            constant.
 
     Raises:
         ValueError: for a value out of its range.
@@ -57,7 +58,7 @@ class TripletTIDPOLoss(PreferenceLoss):
     ) -> None:
         alpha = coefficient("alpha", alpha, at_least=0)
         gamma = coefficient("gamma", gamma, at_least=0)
-        # The shared properties are those of the margin's part; the triplet has its own.
+        # The shared properties hold for the part without the triplet; the triplet has its own tests.
         invariants: set[str] = set()
         if gamma == 0:
             invariants |= {"log2_at_reference", "antisymmetric", "sums_over_tokens"}
@@ -100,7 +101,7 @@ class TripletTIDPOLoss(PreferenceLoss):
         return replace(output, losses=output.losses + self.gamma * triplet, metrics=metrics)
 
     def _distance(self, anchor: Tensor, anchor_mask: Tensor, side: TokenStats) -> Tensor:
-        """Of the anchor's packed log ratios to an answer's, ``[B]``."""
+        """Distance between the packed log ratios of the anchor and of an answer, ``[B]``."""
         values, mask = _packed(side)
         width = min(values.shape[1], anchor.shape[1])
         both = mask[:, :width] & anchor_mask[:, :width]

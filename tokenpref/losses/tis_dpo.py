@@ -1,4 +1,4 @@
-"""Token-level importance sampling DPO: every token's log ratio has a weight."""
+"""Token-level importance sampling DPO: weighted log ratios."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ __all__ = ["TISDPOLoss"]
 
 
 class TISDPOLoss(PreferenceLoss):
-    """TIS-DPO (Liu et al., arXiv 2410.04350): as in the authors' code, and with TDPO2's KL instead of its own.
+    """TIS-DPO (Liu et al., arXiv 2410.04350), as in the authors' code or with TDPO2's KL instead of its own.
 
     kl="policy":     h = M(chosen) - M(rejected) - alpha (K(chosen) - K(rejected))
     kl="reference":  h = M(chosen) - M(rejected) - alpha (F(rejected) - sg[F(chosen)])
@@ -17,17 +17,17 @@ class TISDPOLoss(PreferenceLoss):
 
     with M = sum_t w_t (log pi_theta - log pi_ref), K = sum_t w_t KL(pi_theta || pi_ref) and F = sum_t KL(pi_ref || pi_theta)
     over the vocabulary at each position, and token weights w_t from a contrastive pair of models
-    (``tokenpref.weights``). "policy" is published: alpha = 0 is the released code without its KL, alpha = 0.5 its default with
-    it, alpha = 1 the difference of advantages under the policy. "reference" is a composition of ours: TIS-DPO's credit
-    with TDPO2's anchor, which is not weighted and has no gradient on the chosen side.
+    (``tokenpref.weights``). "policy" is the published form: alpha = 0 is the released code without its KL, alpha = 0.5 its
+    default with the KL, and alpha = 1 the difference of advantages under the policy. "reference" is our own combination:
+    TIS-DPO's weights with TDPO2's KL term, which is not weighted and has no gradient on the chosen side.
 
-    Rewards: beta M for alpha = 0, else beta (M - K) or beta (M + F), whatever alpha is; so in general their margin is not
-    the training logit, which is logged as ``rewards/train_margins``.
+    The rewards are beta M for alpha = 0, and beta (M - K) or beta (M + F) for any other alpha. Their margin is therefore
+    not the trained logit in general; the logit is logged as ``rewards/train_margins``.
 
     Args:
         beta: strength of the pull to the reference, > 0.
         alpha: factor of the KL terms, >= 0.
-        kl: "policy" or "reference"; without effect for alpha = 0.
+        kl: "policy" or "reference"; it has no effect for alpha = 0.
 
     Raises:
         ValueError: for a value out of its range.

@@ -4,10 +4,10 @@ With e_i the input embedding of token i and a target f (a number for each row):
 
     I_i = || d f / d e_i ||             over a span of n tokens: I_norm = I / sum I
     P_j = exp(-((j - (n - 1) / 2) / s)^2 / 2),  j = 0..n-1
-    w   = mixture * I_norm + (1 - mixture) * P,  then scaled to mean one over the span, and cut to the answer
+    w   = mixture * I_norm + (1 - mixture) * P,  then scaled to mean one over the span; 0 outside the answer
 
-The weight of a token is its importance as input, and multiplies the log ratio of predicting it, as in the authors' code.
-Everything here is tensors; :mod:`tokenpref.training.attribution` runs the model.
+The weight of a token is its importance as an input, and it multiplies the log ratio of predicting the token, as in the
+authors' code. This module works on tensors only; :class:`tokenpref.training.Attribution` runs the model.
 """
 
 from __future__ import annotations
@@ -40,14 +40,14 @@ SPANS = ("answer", "prompt_and_answer")
 
 @dataclass(frozen=True)
 class TargetInputs:
-    """What a target may look at; nothing is computed that it does not call for.
+    """What a target may use. Logits and log-probabilities are computed only if the target calls for them.
 
     Args:
-        logits_at: positions ``[N]`` to logits ``[N, V]`` there.
-        logps: the log-probabilities ``[N, L-1]`` of the labels, 0 where the label is -100.
+        logits_at: maps positions ``[N]`` to the logits ``[N, V]`` there.
+        logps: returns the log-probabilities ``[N, L-1]`` of the labels, 0 where the label is -100.
         labels: ``[N, L]``, -100 outside the answers.
         last: ``[N]`` position of each row's last token.
-        sides: the sides that the rows hold, in their order: ``("chosen", "rejected")`` is chosen rows, then rejected ones.
+        sides: the sides of the rows, in order: ``("chosen", "rejected")`` means all chosen rows, then all rejected ones.
     """
 
     logits_at: Callable[[Tensor], Tensor]
@@ -58,7 +58,7 @@ class TargetInputs:
 
 
 class Target(Protocol):
-    """A number whose gradient says how much each input token matters. Named in configs by dotted path."""
+    """A number whose gradient says how much each input token matters. Configs name it by its dotted path."""
 
     needs_pair: bool
     """Whether both answers of a pair have to be among the rows."""
@@ -69,11 +69,11 @@ class Target(Protocol):
 
 
 class MaxLogit:
-    """The largest logit at the end of the answer: the model's most confident prediction there (paper, Eq. 5).
+    """The largest logit at the end of the answer, which is the model's most confident prediction there (paper, Eq. 5).
 
     Args:
-        position: "last_valid", at the row's last token, normally EOS (the authors' code); or "before_last", where that
-            token is predicted (the paper): the last token then has no gradient and keeps the prior's share.
+        position: "last_valid" is the row's last token, normally EOS (the authors' code). "before_last" is the position that
+            predicts this token (the paper); the last token then has no gradient and keeps the prior's share.
 
     Raises:
         ValueError: for an unknown position.
@@ -91,7 +91,7 @@ class MaxLogit:
 
 
 class AnswerLogp:
-    """log pi(answer | prompt), summed over the answer's tokens. Its last token, which predicts nothing, has no gradient."""
+    """log pi(answer | prompt), summed over the answer's tokens. The last token predicts nothing, so it has no gradient."""
 
     needs_pair = False
 
@@ -101,11 +101,11 @@ class AnswerLogp:
 
 
 class PreferenceMargin:
-    """log pi(chosen) - log pi(rejected): what the objective raises. The reference's part is constant in the embeddings.
+    """log pi(chosen) - log pi(rejected), which the objective raises. The reference's part does not depend on the embeddings.
 
-    The rejected answer's gradient is that of :class:`AnswerLogp` turned round, which the norms "l1" and "l2" cannot see:
-    with them the two targets give the same weights. "input_times_gradient" keeps what raises the target: in the
-    rejected answer the tokens that speak against it.
+    The gradient at the rejected answer is that of :class:`AnswerLogp` with the opposite sign. The norms "l1" and "l2" ignore
+    the sign, so with them the two targets give the same weights. "input_times_gradient" keeps the tokens that raise the
+    target: in the rejected answer these are the tokens that speak against it.
     """
 
     needs_pair = True
@@ -121,9 +121,9 @@ class GaussianPrior:
     """A bell over the span, highest at its centre.
 
     Args:
-        sigma: its width as a fraction of the span's length: 0.25 in the paper, 0.125 in the authors' config.
-        normalized: True sums to one over the span, with a width of at least one token (the code); False peaks at one,
-            whatever the width (as the paper writes it), so that it outweighs importances that sum to one.
+        sigma: the width as a fraction of the span's length: 0.25 in the paper, 0.125 in the authors' config.
+        normalized: with True the values sum to one over the span, and the width is at least one token (the code). With False
+            the peak is one for any width (as the paper writes it), so the prior outweighs importances that sum to one.
 
     Raises:
         ValueError: for a width that is not above 0.
@@ -137,7 +137,7 @@ class GaussianPrior:
         check_flag("normalized", self.normalized)
 
     def __call__(self, span: Tensor) -> Tensor:
-        """Values on the tokens of ``span`` (``[N, L]`` bool), 0 elsewhere.
+        """The prior on the tokens of ``span`` (``[N, L]`` bool), and 0 elsewhere.
 
         Returns:
             ``[N, L]`` float64.
@@ -155,16 +155,16 @@ class GaussianPrior:
 
 
 def importances(gradient: Tensor, embeddings: Tensor, norm: str = "l1") -> Tensor:
-    """How much each token matters, from the gradient at its embedding.
+    """The importance of each token, from the gradient at its embedding.
 
     Args:
         gradient: ``[N, L, D]``.
         embeddings: ``[N, L, D]``, where the gradient was taken.
         norm: "l1" (paper and code) or "l2" of the gradient, or "input_times_gradient": the positive part of its product
-            with the embedding, which is what the token adds to the target to first order.
+            with the embedding, which is the token's first-order contribution to the target.
 
     Returns:
-        ``[N, L]``, not negative.
+        ``[N, L]``, non-negative.
 
     Raises:
         ValueError: for an unknown norm.
@@ -187,18 +187,18 @@ def attribution_weights(
     mixture: float = 1.0,
     prior: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """Weights from importances: mixed with a prior, mean one over the span, cut to the answer.
+    """Weights from importances: mixed with a prior, scaled to mean one over the span, and 0 outside the answer.
 
     Args:
-        found: importances ``[N, L]``, not negative.
+        found: importances ``[N, L]``, non-negative.
         answer: ``[N, L]`` bool, the answer's tokens.
         span: ``[N, L]`` bool, the tokens that share a row's weight; the answer is part of it.
         mixture: share of the importances (the paper's lambda), in [0, 1]; the rest is the prior's.
         prior: values ``[N, L]`` of a span; None for :class:`GaussianPrior`.
 
     Returns:
-        ``[N, L]``: over each row's span they sum to its number of tokens before the cut to the answer. A row whose
-        importances are all 0 has the prior alone; a span of one token has weight 1.
+        ``[N, L]``. Before values outside the answer are set to 0, the weights of a span sum to its number of tokens. A row
+        whose importances are all 0 gets the prior alone. A span of one token has weight 1.
 
     Raises:
         ValueError: for a mixture outside [0, 1], or importances that are negative or not finite; the message names the rows.
@@ -214,7 +214,7 @@ def attribution_weights(
     total = share.sum(-1, keepdim=True)
     beside = (prior or GaussianPrior())(span)
     mixed = mixture * share / torch.where(total > 0, total, 1) + (1 - mixture) * beside
-    # Nothing to attribute: the prior has all of it.
+    # Without importances the prior gets the whole share.
     mixed = torch.where(total > 0, mixed, beside)
     whole = mixed.sum(-1, keepdim=True)
     if bool(((whole == 0) & (count > 0)).any()):

@@ -14,14 +14,14 @@ LogpsOf = Callable[[Tensor, Tensor], Tensor]
 
 
 def answer_scores(logps: Tensor, labels: Tensor) -> list[Tensor]:
-    """The labelled columns of each row, as one vector a row.
+    """The labelled columns of each row, as one vector per row.
 
     Args:
         logps: ``[N, L-1]``, column t belonging to label t + 1.
         labels: ``[N, L]``, -100 where no token is scored.
 
     Returns:
-        N vectors, as long as each row has labels.
+        N vectors, each with one number per label of its row.
     """
     return [row[kept] for row, kept in zip(logps, labels[:, 1:] != -100, strict=True)]
 
@@ -35,7 +35,7 @@ def contrastive_log_ratios(
 ) -> list[Tensor]:
     """log pi+(y_t | x, y_<t) - log pi-(y_t | x, y_<t) of every answer token.
 
-    The two sides may read different prompts before the same answers, so each brings its own tokens and labels.
+    The two sides may use different prompts before the same answers, so each has its own tokens and labels.
 
     Args:
         positive: scores under pi+.
@@ -44,7 +44,7 @@ def contrastive_log_ratios(
         negative_batch: tokens and labels ``[N, L-]`` for pi-, the same answers in the same order.
 
     Returns:
-        N vectors in nats, one number a token of the answer.
+        N vectors in nats, with one number per token of the answer.
 
     Raises:
         ValueError: if the answers of the two batches differ, or a score is not finite.

@@ -1,4 +1,4 @@
-"""Values of character ranges, carried over to the tokens that cover these characters."""
+"""Transfers values of character ranges to the tokens that cover these characters."""
 
 from __future__ import annotations
 
@@ -22,9 +22,9 @@ def values_of_tokens(
 
         value(t) = sum_s o(t, s) v_s / sum_s o(t, s)
 
-    so that characters without a span (the space in front of a word) dilute nothing, and a token over two spans has
-    their mean, weighted by its characters in each. Characters in several spans count once for each of them. Tokens
-    that are parts of one character have that character's range, and each its value.
+    Characters without a span, such as the space in front of a word, therefore do not change the value. A token over two spans
+    gets their mean, weighted by its characters in each. Characters in several spans count once for each of them. Tokens
+    that are parts of one character have that character's range, and each gets its value.
 
     Args:
         tokens: half-open character range of each token, in the text that the spans refer to; may be empty.
@@ -40,6 +40,8 @@ def values_of_tokens(
     overlap = np.minimum(token_ends[:, None], ends) - np.maximum(token_starts[:, None], starts)
     overlap = np.maximum(overlap, 0).astype(np.float64)
     covered = overlap.sum(axis=1, keepdims=True)
-    shares = overlap / np.where(covered > 0, covered, 1)  # first, so that a single span's value stays exact
+    shares = overlap / np.where(
+        covered > 0, covered, 1
+    )  # divided first, so that the value of a single span stays exact
     result = shares @ np.asarray(values, dtype=np.float64).reshape(-1)
     return np.where(covered[:, 0] > 0, result, default)

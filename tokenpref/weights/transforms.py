@@ -1,9 +1,9 @@
-"""From log ratios of a contrastive pair to token weights (TIS-DPO, arXiv 2410.04350, and its released code).
+"""Transforms from log ratios of a contrastive pair to token weights (TIS-DPO, arXiv 2410.04350, and its released code).
 
 Every transform takes ``log_ratio = log pi+(y_t | x, y_<t) - log pi-(y_t | x, y_<t)`` ``[B, T]`` of one side's answers.
-The rejected side sees the negated ratio, so that larger always means "trust this token's direction more": push it up
-on the chosen side, down on the rejected one. Padding (mask False) never counts, whatever stands there, and gets
-weight 0. No gradient flows.
+The rejected side uses the negated ratio, which is called the trust of a token. On both sides a larger trust gives a larger
+weight: the token is pushed up more on the chosen side, and down more on the rejected side. Padding (mask False) is ignored
+and gets weight 0. No gradient flows through a transform.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ class TransformedWeights(NamedTuple):
 
     Args:
         weights: ``[B, T]``, float32 or float64, 0 outside the mask.
-        clipped: ``[B, T]`` bool, True where a bound cut the ratio.
+        clipped: ``[B, T]`` bool, True where the ratio was clipped at a bound.
     """
 
     weights: Tensor
@@ -56,7 +56,7 @@ def exponential(
 ) -> TransformedWeights:
     """The paper's weights: k exp(mu x) on the chosen side, k exp(-mu x) on the rejected side.
 
-    x = clamp(ratio, lower, upper): the ratio is clamped before its sign is turned. With the defaults, chosen weights
+    Here x = clamp(ratio, lower, upper), so the ratio is clamped before its sign changes. With the defaults, chosen weights
     lie in [exp(-0.5), exp(1.5)] = [0.607, 4.482] and rejected ones in [exp(-1.5), exp(0.5)] = [0.223, 1.649]. They are
     not normalised, so they also change the effective beta. The paper's form with k = 1, mu = 1 and these bounds is
     known to us from reviews and re-implementations; the released code has no such transform.
@@ -92,7 +92,7 @@ def rank_based(
     max_scale: float = 1.3,
     ties: str = "average",
 ) -> TransformedWeights:
-    """Ascending rank in the answer, mapped evenly onto [min_scale, max_scale]; the released code's recommended method.
+    """The ascending rank in the answer, mapped evenly onto [min_scale, max_scale]; the method that the released code recommends.
 
     With n >= 2 tokens the weights' mean is exactly (min_scale + max_scale) / 2. Only the order of the ratios matters.
 
@@ -164,7 +164,7 @@ def threshold(
 ) -> TransformedWeights:
     """The trust itself, clipped to [lower, upper] (released code, with -1 and 1).
 
-    With lower < 0 weights can be negative, and a negative weight turns the push on its token round.
+    With lower < 0 weights can be negative. A negative weight reverses the gradient of its token.
 
     Args:
         log_ratio: log pi+ - log pi-, ``[B, T]``.
@@ -190,7 +190,7 @@ def binary(
 ) -> TransformedWeights:
     """Weight 1 for an answer's floor(n top_percent / 100) most trusted tokens, 0 for the rest.
 
-    Equal ratios always share one fate; ``ties`` says which when the cut falls among them.
+    Equal ratios are kept or dropped together; ``ties`` says which of the two if the cut falls among them.
 
     Args:
         log_ratio: log pi+ - log pi-, ``[B, T]``.
@@ -226,10 +226,10 @@ def random(
     seed: int = 0,
     keys: Tensor | Sequence[int] | None = None,
 ) -> TransformedWeights:
-    """Weights drawn evenly from [min_scale, max_scale]: the control that an estimate has to beat.
+    """Weights drawn uniformly from [min_scale, max_scale], as a control that an estimate has to beat.
 
-    A token's weight is a hash of seed, row key, side and its number in the answer. So it depends on nothing else: not
-    on the other rows of the batch, the padding, the device, or PyTorch's random state.
+    A token's weight is a hash of seed, row key, side and its number in the answer. It does not depend on the other rows of
+    the batch, the padding, the device, or PyTorch's random state.
 
     Args:
         log_ratio: ``[B, T]``; only its shape and dtype count.
@@ -237,15 +237,15 @@ def random(
         side: "chosen" or "rejected".
         min_scale: lower end, >= 0.
         max_scale: upper end.
-        seed: another seed, other weights.
+        seed: selects the weights.
         keys: ``[B]`` integers that name the rows, such as their numbers in the data set. None: 0 to B-1.
 
     Returns:
         Weights; nothing is clipped.
 
     Raises:
-        ValueError: for a negative scale, min_scale > max_scale, a seed that is no integer, or keys of another length
-            than B.
+        ValueError: for a negative scale, min_scale > max_scale, a seed that is not an integer, or keys of a length
+            other than B.
     """
     _check_side_and_shapes(log_ratio, mask, side)
     min_scale, max_scale = _scale(min_scale, max_scale)
@@ -264,7 +264,7 @@ def random(
 
 
 def uniform(log_ratio: Tensor, mask: Tensor, *, side: str, value: float = 1.0) -> TransformedWeights:
-    """The same weight for every token; with 1, TIS-DPO is DPO.
+    """The same weight for every token; with a value of 1, TIS-DPO equals DPO.
 
     Args:
         log_ratio: ``[B, T]``; only its shape and dtype count.
@@ -284,10 +284,10 @@ def uniform(log_ratio: Tensor, mask: Tensor, *, side: str, value: float = 1.0) -
 
 
 def normalized(weights: Tensor, mask: Tensor) -> Tensor:
-    """Each answer's weights divided by their mean over its tokens, so that they average one.
+    """Divide each answer's weights by their mean over its tokens, so that the mean is one.
 
-    Keeps DPO's scale: without it weights above one act like a larger beta, answer by answer. An answer whose weights
-    are all zero stays so.
+    This keeps DPO's scale. Without it, weights above one act like a larger beta for their answer. If all weights of an
+    answer are zero, they stay zero.
 
     Args:
         weights: ``[B, T]``, non-negative where the mask is True.
@@ -297,7 +297,7 @@ def normalized(weights: Tensor, mask: Tensor) -> Tensor:
         ``[B, T]``, 0 outside the mask.
 
     Raises:
-        ValueError: for a mean below zero, which has no such normalisation.
+        ValueError: if a mean is below zero, because it cannot be normalised to one.
     """
     weights = torch.where(mask, weights, 0)
     count = mask.sum(-1, keepdim=True).clamp(min=1)
@@ -307,7 +307,7 @@ def normalized(weights: Tensor, mask: Tensor) -> Tensor:
         raise ValueError(
             f"weights have a negative mean ({float(mean[row, 0]):.4g}) in row {row}; normalise non-negative weights only"
         )
-    # Where the sum overflows or the mean vanishes, every weight would become 0 without a word: bring the largest to 1.
+    # Where the sum overflows or the mean underflows, every weight would silently become 0: scale the largest to 1 first.
     lost = mean.isinf() | (mean < torch.finfo(mean.dtype).tiny)
     largest = weights.amax(-1, keepdim=True)
     weights = torch.where(lost & (largest > 0), weights / torch.where(largest > 0, largest, 1), weights)
@@ -330,7 +330,7 @@ def _check_side_and_shapes(log_ratio: Tensor, mask: Tensor, side: str) -> None:
 
 
 def _checked(log_ratio: Tensor, mask: Tensor, side: str) -> tuple[Tensor, float]:
-    """The ratio, 0 outside the mask, and the side's sign."""
+    """The ratio, with 0 outside the mask, and the sign of the side."""
     _check_side_and_shapes(log_ratio, mask, side)
     ratio = torch.where(mask, log_ratio.detach().to(_dtype(log_ratio)), 0)
     if not bool(ratio.isfinite().all()):
