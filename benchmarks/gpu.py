@@ -55,13 +55,13 @@ from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import TokenStats
-from tokenpref.training.compute import Compute
+from tokenpref.training.config.compute import Compute
 from tokenpref.training.scoring import BatchWeights, no_weights
 from tokenpref.training.setup import place_decoder
 from tokenpref.training.step import train_step
 from tokenpref.weights import TransformedWeights
 
-__all__ = ["Cell", "ModelSize", "PEAKS", "measure", "model_flops", "peak_flops", "table"]
+__all__ = ["PEAKS", "Cell", "ModelSize", "measure", "model_flops", "peak_flops", "table"]
 
 ROOT = Path(__file__).parents[1]
 PAGE = ROOT / "docs" / "results" / "gpu.md"

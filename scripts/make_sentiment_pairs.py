@@ -28,8 +28,8 @@ from tokenpref.data import Tokenizer, tokenizer_json
 from tokenpref.distributed import World, single_process_world
 from tokenpref.errors import ConfigError, DataError, TokenprefError
 from tokenpref.rewards import Reward, ValenceReward, checked_rewards
+from tokenpref.training.config.fields import Component
 from tokenpref.training.generation import sample
-from tokenpref.training.schema import Component
 from tokenpref.training.setup import check_state_fits, read_weights
 
 

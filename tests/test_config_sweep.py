@@ -13,8 +13,8 @@ import pytest
 
 from tests.support import sweep
 from tokenpref.training import ContrastiveReference, WeightEstimation
-from tokenpref.training.cli import load_config
-from tokenpref.training.schema import Component
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.fields import Component
 
 ONE_IN = 37  # of the values, in the fast test
 MEMOISED = ("tokenpref.data.tokenizer_json", "tokenpref.data.preference_dataset")

@@ -7,11 +7,13 @@ from omegaconf import OmegaConf
 from tokenpref._registry import config_files, recipe_of
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models.scoring import install_head
-from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer, config, estimate
-from tokenpref.training.config import EvaluateConfig, TrainConfig, TripletConfig, WeightedConfig, loss_faults
+from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer, estimate
+from tokenpref.training.config.faults import loss_faults
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import EvaluateConfig, TrainConfig, TripletConfig, WeightedConfig
+from tokenpref.training.config.keys import keys as config
 from tokenpref.training.contrastive_reference import ContrastiveConfig
 from tokenpref.training.estimate import EstimateConfig
-from tokenpref.training.schema import read_config
 
 RECIPES = {
     "tdpo_distributed": (TrainConfig, PreferenceTrainer),

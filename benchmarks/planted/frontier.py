@@ -16,8 +16,8 @@ from tokenpref.data import IGNORE_INDEX, PairBatch
 from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.training.config.fields import Component
 from tokenpref.training.metrics import mean_interval
-from tokenpref.training.schema import Component
 from tokenpref.training.scoring import BatchWeights
 from tokenpref.training.token_weights import Weighing, in_columns
 

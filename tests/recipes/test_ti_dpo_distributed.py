@@ -9,7 +9,7 @@ from support.commands import logged, tune, weights
 from tokenpref._paths import data_root
 from tokenpref.errors import TokenprefError
 from tokenpref.training import TripletTrainer, WeightedTrainer, WeightEstimation
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 
 TI = ["recipes/ti_dpo_distributed", "--config", "tiny/ti_dpo"]
 ESTIMATE = ["recipes/estimate_weights_distributed", "--config", "tiny/estimate_weights_attribution"]

@@ -9,7 +9,7 @@ from support.commands import logged, tune, weights
 
 from tokenpref.errors import TokenprefError
 from tokenpref.training import ContrastiveReference, WeightedTrainer, WeightEstimation
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 
 PAIR = ["recipes/contrastive_reference_distributed", "--config", "tiny/contrastive_reference"]
 ESTIMATE = ["recipes/estimate_weights_distributed", "--config", "tiny/estimate_weights"]

@@ -13,9 +13,9 @@ from tokenpref.losses import TokenDPOLoss
 from tokenpref.models import tiny_llama
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.config import SamplingConfig
+from tokenpref.training.config.fields import Component
+from tokenpref.training.config.keys import SamplingConfig
 from tokenpref.training.evaluation import evaluate_pairs, sample_rewards
-from tokenpref.training.schema import Component
 
 NEEDS = frozenset({"ref", "kl_ref_policy", "kl_policy_ref"})
 

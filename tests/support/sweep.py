@@ -24,7 +24,7 @@ from tokenpref.training import (
     WeightedTrainer,
     WeightEstimation,
 )
-from tokenpref.training.config import BestConfig, EvaluateConfig, SamplingConfig
+from tokenpref.training.config.keys import BestConfig, EvaluateConfig, SamplingConfig
 from tokenpref.training.contrastive_reference import ContrastiveConfig
 from tokenpref.training.estimate import EstimateConfig
 

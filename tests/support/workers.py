@@ -29,7 +29,7 @@ from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.anchors import AnchorSampler
 from tokenpref.training.attribution import Attribution
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.live import LiveModels
 from tokenpref.training.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step import StepResult, no_anchors, train_step

@@ -12,10 +12,10 @@ from tokenpref._paths import data_root
 from tokenpref._registry import config_files
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.training import ContrastiveReference, Evaluator, PreferenceTrainer, WeightEstimation
-from tokenpref.training.architecture import check_architecture
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.fields import Component
+from tokenpref.training.loading.architecture import check_architecture
 from tokenpref.training.preflight import meta_model
-from tokenpref.training.schema import Component
 
 PUBLISHED = {
     "tokenpref.models.smollm2_135m": "smollm2",

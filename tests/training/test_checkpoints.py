@@ -16,7 +16,7 @@ from tokenpref.distributed.safe_reading import SafeReader
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training import PreferenceTrainer, TripletTrainer
 from tokenpref.training.checkpoints import MANIFEST, Checkpoints, fault_of, seal
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.validation import Validation
 

@@ -14,9 +14,9 @@ from tokenpref.losses import DPOLoss, TokenDPOLoss
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import logits_of
 from tokenpref.rewards import KeywordReward
-from tokenpref.training.config import EvaluateConfig, SamplingConfig
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import EvaluateConfig, SamplingConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.schema import read_config
 from tokenpref.weights import TransformedWeights
 
 WORLD = single_process_world()

@@ -13,7 +13,7 @@ from safetensors.torch import load_file, save_file
 from tokenpref._paths import data_root
 from tokenpref.data import tokenizer_json
 from tokenpref.training import PreferenceTrainer
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.export import describe_export
 
 TINY = data_root() / "data" / "tiny" / "model"

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
 from tokenpref.training.checkpoints import MANIFEST, seal
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.export_check import check_exports, epochs_until, finished_epochs
 from tokenpref.training.pair import PAIR_FILE, SIDES, read_pair
 

@@ -14,7 +14,7 @@ from tokenpref.distributed import load_sharded, sharded_state, single_process_wo
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training import PreferenceTrainer, TripletTrainer, get_constant_schedule_with_warmup
 from tokenpref.training.checkpoints import Checkpoints, Progress, seal
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.hyperparameters import Hyperparameters, replay_schedule
 
 WORLD = single_process_world()

@@ -5,7 +5,7 @@ import json
 import pytest
 
 from tokenpref.training import Evaluator, evaluation, portions
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 
 
 @pytest.fixture

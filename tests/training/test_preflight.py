@@ -10,10 +10,10 @@ from support.saved import saved_bytes
 
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
-from tokenpref.training.cli import load_config
-from tokenpref.training.config import TrainConfig
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.preflight import bf16_fault, estimate_memory, meta_model
-from tokenpref.training.schema import read_config
 
 Usage = namedtuple("Usage", "total used free")
 
@@ -84,7 +84,7 @@ def test_selective_checkpointing_keeps_some_layers_whole():
 
 
 def test_offloading_leaves_five_inputs_on_the_gpu(monkeypatch):
-    monkeypatch.setattr("tokenpref.training.compute._on_cpu", lambda config: False)
+    monkeypatch.setattr("tokenpref.training.config.compute._on_cpu", lambda config: False)
     deep = ["enable_activation_checkpointing=true", "model.num_layers=20"]
     kept, moved = memory(*deep).activations, memory(*deep, "enable_activation_offloading=true").activations
     assert kept - moved == pytest.approx((20 - 5) * 32 * 4 * 96, abs=1)

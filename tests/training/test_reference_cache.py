@@ -24,7 +24,7 @@ from tokenpref.models.reference import KL_STATISTICS, CachedReference, FrozenRef
 from tokenpref.models.reference_store import ReferenceWriter
 from tokenpref.stats import LossOutput
 from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTrainer, preflight
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.live import LiveModels
 from tokenpref.training.reference_cache import ReferenceCache, cached_references, stored_kind
 from tokenpref.training.scoring import what_is_read

@@ -9,7 +9,7 @@ from tokenpref.data import StoredScores, collate_pairs, provenance
 from tokenpref.losses import TISDPOLoss
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import split_pair
-from tokenpref.training.schema import Component
+from tokenpref.training.config.fields import Component
 from tokenpref.training.token_weights import TokenWeights, Weighing
 from tokenpref.weights import StoredRow, StoreWriter
 

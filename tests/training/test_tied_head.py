@@ -10,7 +10,7 @@ from safetensors.torch import load_file, save_file
 from tokenpref._paths import data_root
 from tokenpref.errors import ConfigError
 from tokenpref.training import PreferenceTrainer
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 
 TINY = data_root() / "data" / "tiny" / "model"
 HEAD, EMBEDDING = "lm_head.weight", "model.embed_tokens.weight"

@@ -8,9 +8,9 @@ from tokenizers import AddedToken, Tokenizer
 
 from tokenpref._paths import data_root
 from tokenpref.errors import ConfigError, DryRun
+from tokenpref.models.token_ids import check_token_ids
 from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightEstimation
-from tokenpref.training.cli import load_config
-from tokenpref.training.token_ids import check_token_ids
+from tokenpref.training.config.command_line import load_config
 
 TINY = data_root() / "data" / "tiny" / "model"
 BEYOND = 384  # the first id without a row

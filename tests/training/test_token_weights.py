@@ -9,7 +9,7 @@ from support.evaluating import pairs, tokenizer
 
 from tokenpref.data import collate_pairs, preference_dataset
 from tokenpref.errors import ConfigError, DataError
-from tokenpref.training.schema import Component
+from tokenpref.training.config.fields import Component
 from tokenpref.training.token_weights import TokenWeights, Weighing, clipped_share
 
 EXPONENTIAL = Component("weight_transform", "tokenpref.weights.transforms.exponential", {})

@@ -14,7 +14,7 @@ from tokenpref.losses import DPOLoss
 from tokenpref.models.reference import NoReference
 from tokenpref.models.tiny import TINY_SIZES
 from tokenpref.training import PreferenceTrainer
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 
 
 @pytest.fixture

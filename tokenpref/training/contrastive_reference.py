@@ -13,14 +13,15 @@ from tokenpref.components import COMPONENT, accepts
 from tokenpref.data import adapt_tokenizer
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import DryRun
-from tokenpref.training.config import TrainConfig, loss_faults
+from tokenpref.training.config.faults import loss_faults
+from tokenpref.training.config.fields import Component, component, read_config, text
+from tokenpref.training.config.keys import TrainConfig
+from tokenpref.training.config.written import plain_without_environment
 from tokenpref.training.export_check import check_exports, epochs_until
 from tokenpref.training.pair import METHODS, PAIR_FILE, SIDES, nested_components, write_pair
 from tokenpref.training.preflight import check_scored
 from tokenpref.training.run_folder import RunFolder
-from tokenpref.training.schema import Component, component, read_config, text
 from tokenpref.training.trainer import PreferenceTrainer
-from tokenpref.training.written import plain_without_environment
 
 __all__ = ["ContrastiveConfig", "ContrastiveReference"]
 

@@ -21,12 +21,13 @@ from tokenpref.data import PreferenceDataset, Tokenizer, adapt_tokenizer, padded
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import ConfigError, DataError, DryRun
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.config import ScoringConfig, checkpoint_faults
+from tokenpref.training.config.faults import checkpoint_faults
+from tokenpref.training.config.fields import Component, component, integer, read_config
+from tokenpref.training.config.keys import ScoringConfig
+from tokenpref.training.config.sanity import component_faults, own_component_faults
 from tokenpref.training.online import check_context, prompted_answers
 from tokenpref.training.pair import ContrastivePair, PairSide, check_weights, read_pair, weights_digest
 from tokenpref.training.preflight import check_scored
-from tokenpref.training.sanity import component_faults, own_component_faults
-from tokenpref.training.schema import Component, component, integer, read_config
 from tokenpref.training.setup import build_scorer, check_pairs, read_weights
 from tokenpref.weights import StoredRow, StoreWriter, contrastive_log_ratios
 

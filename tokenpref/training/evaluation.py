@@ -17,7 +17,7 @@ from tokenpref.errors import DataError
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.rewards import checked_rewards
-from tokenpref.training.config import SamplingConfig
+from tokenpref.training.config.keys import SamplingConfig
 from tokenpref.training.generation import sample
 from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval
 from tokenpref.training.portions import Portions

@@ -17,13 +17,14 @@ from tokenpref.data import PreferenceDataset, adapt_tokenizer
 from tokenpref.distributed import init_world
 from tokenpref.errors import DryRun
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference
-from tokenpref.training.config import EvaluateConfig, loss_faults
+from tokenpref.training.config.faults import loss_faults
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import EvaluateConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.metrics import mean_interval, wilson_interval
 from tokenpref.training.pair import weights_digest
 from tokenpref.training.portions import KeptPortions
 from tokenpref.training.preflight import check_openings, check_scored, meta_model
-from tokenpref.training.schema import read_config
 from tokenpref.training.setup import build_scorer, check_pairs, read_weights
 
 __all__ = ["Evaluator"]

@@ -21,7 +21,7 @@ from torch import Tensor
 from tokenpref._files import follow_umask
 from tokenpref.data import JsonTokenizer, Tokenizer
 from tokenpref.data.tokenizers import TOOL_TEMPLATE, named_template
-from tokenpref.training.tied_head import HEAD, HEAD_IN_FILES
+from tokenpref.models.tied_head import HEAD, HEAD_IN_FILES
 
 __all__ = ["describe_export", "forget_tied_head"]
 

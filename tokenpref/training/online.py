@@ -9,8 +9,8 @@ from torch import Tensor
 from tokenpref.data import Answer, PairBatch, PreferenceDataset, padded
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.models.token_ids import check_answer_ids
 from tokenpref.training.live import LiveModels
-from tokenpref.training.token_ids import check_answer_ids
 from tokenpref.weights import contrastive_log_ratios
 
 __all__ = ["OnlinePrompts", "check_context", "prompted_answers"]

@@ -17,7 +17,7 @@ from tokenpref._yaml import read_yaml
 from tokenpref.components import COMPONENT, find_component
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training.checkpoints import MANIFEST, fault_of
-from tokenpref.training.schema import Component
+from tokenpref.training.config.fields import Component
 
 __all__ = [
     "METHODS",

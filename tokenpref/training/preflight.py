@@ -19,27 +19,23 @@ from tokenpref.distributed import World
 from tokenpref.errors import ConfigError
 from tokenpref.models.lean import keep_layers_lean
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.architecture import check_architecture
-from tokenpref.training.compute import DTYPES, Compute, check_model
-from tokenpref.training.config import SamplingConfig, TrainConfig
+from tokenpref.models.token_ids import check_token_ids
+from tokenpref.training.config.compute import DTYPES, Compute, check_model
+from tokenpref.training.config.fields import Component
+from tokenpref.training.config.keys import SamplingConfig, TrainConfig
+from tokenpref.training.config.parts import build_optimizer
+from tokenpref.training.loading.architecture import check_architecture
 from tokenpref.training.memory import free_memory
 from tokenpref.training.memory import size_text as _size
 from tokenpref.training.reference_cache import ReferenceCache, cache_folder
 from tokenpref.training.samples import read_openings
-from tokenpref.training.schema import Component
-from tokenpref.training.setup import (
-    build_optimizer,
-    check_data_fits,
-    check_decoder,
-    check_tokens_per_batch,
-)
-from tokenpref.training.token_ids import check_token_ids
+from tokenpref.training.setup import check_data_fits, check_decoder, check_tokens_per_batch
 
 __all__ = [
     "MemoryEstimate",
     "bf16_fault",
-    "check_scored",
     "check_openings",
+    "check_scored",
     "disk_fault",
     "estimate_memory",
     "meta_model",

@@ -27,7 +27,7 @@ from tokenpref.distributed import World, unsharded
 from tokenpref.models.reference import KL_STATISTICS, CachedReference
 from tokenpref.models.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.config import TrainConfig
+from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.memory import size_text
 from tokenpref.training.pair import weights_digest
 

@@ -14,9 +14,14 @@ from tokenpref.distributed import World, init_world
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.models.token_ids import check_token_ids
 from tokenpref.training.checkpoints import Progress
-from tokenpref.training.compute import check_device
-from tokenpref.training.config import TrainConfig, anchor_faults, loss_faults
+from tokenpref.training.config.compute import check_device
+from tokenpref.training.config.faults import loss_faults
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import TrainConfig, anchor_faults
+from tokenpref.training.config.parts import build_logger, build_optimizer, build_profiler, build_scheduler
+from tokenpref.training.config.written import environment_unread, plain_without_environment
 from tokenpref.training.live import LiveModels
 from tokenpref.training.memory import size_text
 from tokenpref.training.metrics import Stopwatch
@@ -25,21 +30,9 @@ from tokenpref.training.preflight import check_openings, meta_model, preflight
 from tokenpref.training.reference_cache import cached_references, plan_caches
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.saving import Saver, TrainState
-from tokenpref.training.schema import read_config
 from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, no_weights
-from tokenpref.training.setup import (
-    build_logger,
-    build_optimizer,
-    build_pairs,
-    build_profiler,
-    build_scheduler,
-    build_scorer,
-    planned_steps,
-    read_weights,
-)
-from tokenpref.training.token_ids import check_token_ids
+from tokenpref.training.setup import build_pairs, build_scorer, planned_steps, read_weights
 from tokenpref.training.validation import Validation, best_faults
-from tokenpref.training.written import environment_unread, plain_without_environment
 
 __all__ = ["RunSetup"]
 

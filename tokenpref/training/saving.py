@@ -18,7 +18,7 @@ from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World, first_not_finite
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training.checkpoints import Progress, read_progress
-from tokenpref.training.config import TrainConfig
+from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.hyperparameters import Hyperparameters
 from tokenpref.training.run_folder import RunFolder
 

@@ -10,8 +10,6 @@ from typing import Any
 import numpy as np
 import torch
 from torch import Tensor, nn
-from torch.optim import Optimizer
-from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref._torchtune import (
     TransformerDecoder,
@@ -35,22 +33,18 @@ from tokenpref.errors import ConfigError
 from tokenpref.models.activations import activation_offloading, checkpoint_layers, offload_layers
 from tokenpref.models.float8 import convert_to_float8
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.compute import DTYPES, Compute
-from tokenpref.training.config import ScoringConfig, TrainConfig
-from tokenpref.training.schema import Component
-from tokenpref.training.tied_head import check_unread_head, drop_tied_head, head_hint
+from tokenpref.models.tied_head import check_unread_head, drop_tied_head, head_hint
+from tokenpref.training.config.compute import DTYPES, Compute
+from tokenpref.training.config.fields import Component
+from tokenpref.training.config.keys import ScoringConfig, TrainConfig
 
 __all__ = [
     "DTYPES",
-    "build_logger",
-    "build_optimizer",
     "build_pairs",
-    "build_profiler",
-    "build_scheduler",
     "build_scorer",
-    "check_pairs",
     "check_data_fits",
     "check_decoder",
+    "check_pairs",
     "check_state_fits",
     "check_tokens_per_batch",
     "pair_batches",
@@ -297,53 +291,6 @@ def check_pairs(dataset: Any, component: Component) -> None:
             f"{component.key} ({component.path}): makes a {type(dataset).__name__} of another kind; name "
             "tokenpref.data.preference_dataset, or a function of your own that calls it"
         )
-
-
-def build_optimizer(component: Component, model: nn.Module) -> Optimizer:
-    """The optimizer of a model's parameters.
-
-    Raises:
-        ConfigError: if the component makes something else.
-    """
-    return _of_kind(component, component.build(model.parameters()), "param_groups", "step", "zero_grad")
-
-
-def build_scheduler(component: Component | None, optimizer: Optimizer, steps: int) -> LRScheduler | None:
-    """The schedule of an optimizer's learning rate over a run of so many steps; None without a component."""
-    if component is None:
-        return None
-    scheduler: LRScheduler = component.build(optimizer, num_training_steps=steps, last_epoch=-1)
-    return scheduler
-
-
-def build_logger(component: Component) -> Any:
-    """A metric logger, as torchtune's are.
-
-    Raises:
-        ConfigError: if the component makes something else.
-    """
-    return _of_kind(component, component.build(), "log_config", "log_dict", "close")
-
-
-def build_profiler(component: Component | None) -> Any:
-    """A profiler, of the pair that torchtune's setup function returns; None without a component.
-
-    Raises:
-        ConfigError: if the component makes something else.
-    """
-    built = component.build() if component is not None else None
-    profiler = built[0] if isinstance(built, tuple) and built else built
-    return None if component is None else _of_kind(component, profiler, "start", "step", "stop")
-
-
-def _of_kind(component: Component, built: Any, *names: str) -> Any:
-    missing = [name for name in names if not hasattr(built, name)]
-    if missing:
-        raise ConfigError(
-            f"{component.key} ({component.path}): makes a {type(built).__name__}, which has no {' and no '.join(missing)}; name "
-            f"another component for {component.key}"
-        )
-    return built
 
 
 def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:

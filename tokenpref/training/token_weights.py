@@ -14,7 +14,7 @@ from tokenpref.components import accepts
 from tokenpref.data import IGNORE_INDEX, PairBatch, PreferenceDataset, ScoreSource
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.stats import SIDES
-from tokenpref.training.schema import Component
+from tokenpref.training.config.fields import Component
 from tokenpref.weights import TransformedWeights, normalized
 
 __all__ = ["TokenWeights", "Weighing", "clipped_share", "in_columns"]

@@ -6,11 +6,11 @@ from typing import ClassVar
 
 from tokenpref.data import AnchorBatch, ColumnAnchors, PairBatch, PreferenceDataset, collate_anchors
 from tokenpref.errors import ConfigError
-from tokenpref.training.config import TrainConfig, TripletConfig
+from tokenpref.models.token_ids import check_answer_ids
+from tokenpref.training.config.keys import TrainConfig, TripletConfig
 from tokenpref.training.live import AnchorSource
 from tokenpref.training.preflight import meta_model
 from tokenpref.training.scoring import BatchAnchors
-from tokenpref.training.token_ids import check_answer_ids
 from tokenpref.training.weighted import WeightedTrainer
 
 __all__ = ["TripletTrainer"]

@@ -14,7 +14,7 @@ from tokenpref.distributed import World
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import STATISTICS, PairStats, TokenStats
-from tokenpref.training.config import TrainConfig
+from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.metrics import loss_metrics, mean_interval
 from tokenpref.training.scoring import BatchAnchors, BatchWeights

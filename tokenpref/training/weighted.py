@@ -7,7 +7,7 @@ from typing import ClassVar
 from tokenpref.data import PairBatch, PreferenceDataset
 from tokenpref.errors import ConfigError
 from tokenpref.stats import SIDES
-from tokenpref.training.config import WeightedConfig
+from tokenpref.training.config.keys import WeightedConfig
 from tokenpref.training.live import LiveScores
 from tokenpref.training.scoring import BatchWeights
 from tokenpref.training.token_weights import TokenWeights, Weighing, in_columns

@@ -14,11 +14,11 @@ from tokenpref.distributed import compute_dtype_of, init_world, shard, single_pr
 from tokenpref.errors import ConfigError
 from tokenpref.models.float8 import Float8
 from tokenpref.training import ContrastiveReference, PreferenceTrainer, TripletTrainer
-from tokenpref.training.cli import load_config
-from tokenpref.training.compute import Compute
-from tokenpref.training.config import EvaluateConfig, TrainConfig
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.compute import Compute
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import EvaluateConfig, TrainConfig
 from tokenpref.training.generation import sample
-from tokenpref.training.schema import read_config
 
 EMULATED = ("enable_fp8_training=true", "fp8_emulate=true")
 QUIET = ("log_stats=[]", "run_val_every_n_steps=null")
@@ -233,7 +233,7 @@ def test_a_world_of_one_computes_and_samples_in_another_dtype():
 
 
 def test_a_gpu_that_cannot_is_refused_before_weights_are_read(run, monkeypatch):
-    monkeypatch.setattr("tokenpref.training.compute._on_cpu", lambda config: False)
+    monkeypatch.setattr("tokenpref.training.config.compute._on_cpu", lambda config: False)
     monkeypatch.setattr(
         TransformerDecoder, "load_state_dict", lambda *args, **kwargs: pytest.fail("weights were read")
     )

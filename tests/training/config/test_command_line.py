@@ -2,7 +2,7 @@ import pytest
 from omegaconf import OmegaConf
 
 from tokenpref.errors import ConfigError
-from tokenpref.training.cli import load_config
+from tokenpref.training.config.command_line import load_config
 
 
 @pytest.fixture

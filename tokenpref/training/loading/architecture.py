@@ -12,7 +12,7 @@ from tokenpref._torchtune import TransformerDecoder
 from tokenpref.components import accepts
 from tokenpref.errors import ConfigError
 from tokenpref.models.agreement import Difference, compare_with_config, pairs_interleaved
-from tokenpref.training.schema import Component
+from tokenpref.training.config.fields import Component
 
 __all__ = ["check_architecture"]
 

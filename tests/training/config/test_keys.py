@@ -3,9 +3,10 @@ from omegaconf import OmegaConf
 
 from tokenpref._paths import data_root
 from tokenpref.errors import ConfigError
-from tokenpref.training.cli import load_config
-from tokenpref.training.config import EvaluateConfig, TrainConfig, loss_faults
-from tokenpref.training.schema import read_config
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.faults import loss_faults
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import EvaluateConfig, TrainConfig
 
 PROVIDES = frozenset({"ref", "kl_ref_policy", "kl_policy_ref"})
 

@@ -22,7 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenpref.components import COMPONENT, argument_faults, find_component, nearest, signature_faults
 from tokenpref.errors import ConfigError, TokenprefError
-from tokenpref.training.written import resolved_paths
+from tokenpref.training.config.written import resolved_paths
 
 __all__ = [
     "Component",

@@ -8,10 +8,10 @@ from omegaconf import OmegaConf
 from tokenpref._paths import data_root
 from tokenpref.errors import ConfigError, Interrupted
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
-from tokenpref.training.cli import load_config
-from tokenpref.training.config import TrainConfig
-from tokenpref.training.schema import read_config
-from tokenpref.training.written import environment_unread, plain_without_environment, resolved_paths
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import TrainConfig
+from tokenpref.training.config.written import environment_unread, plain_without_environment, resolved_paths
 
 SHORT = ["dataset.max_rows=8", "batch_size=8", "dataset_val=null", "run_val_every_n_steps=null"]
 

@@ -18,8 +18,8 @@ from torch.optim.lr_scheduler import LambdaLR
 from tokenpref._torchtune import ModelType
 from tokenpref.components import nearest
 from tokenpref.errors import ConfigError, DataError
-from tokenpref.training.schema import Component
-from tokenpref.training.written import is_path_key
+from tokenpref.training.config.fields import Component
+from tokenpref.training.config.written import is_path_key
 
 __all__ = ["component_faults", "folder_faults", "optimizer_faults", "own_component_faults"]
 

@@ -11,10 +11,10 @@ from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World
 from tokenpref.models.activations import checkpointed_layers
 from tokenpref.models.float8 import FLOAT8_RECIPES, Float8, check_float8_device, float8_layers
-from tokenpref.training.schema import flag, integer, text
+from tokenpref.training.config.fields import flag, integer, text
 
 if TYPE_CHECKING:
-    from tokenpref.training.config import TrainConfig
+    from tokenpref.training.config.keys import TrainConfig
 
 __all__ = ["DTYPES", "Compute", "ComputeConfig", "check_device", "check_model", "compute_faults"]
 

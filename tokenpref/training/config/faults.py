@@ -1,0 +1,90 @@
+"""Faults of a config that need more than one key to be seen."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import torch
+
+from tokenpref.errors import ConfigError
+from tokenpref.training.config.fields import (
+    Component,
+)
+
+__all__ = ["checkpoint_faults", "loss_faults", "transform_faults"]
+
+
+def checkpoint_faults(checkpointer: Component | None, model: Component | None) -> list[str]:
+    """Missing folder or files of a checkpointer, with the command that prepares the model when it has one."""
+    if checkpointer is None or "checkpoint_dir" not in checkpointer.kwargs:
+        return []
+    given, files = (checkpointer.kwargs.get(name) for name in ("checkpoint_dir", "checkpoint_files"))
+    if not isinstance(given, str) or not given:
+        return [f"{checkpointer.key}.checkpoint_dir: expected the path of a folder, found {given!r}"]
+    if isinstance(files, list) and (strange := [name for name in files if not isinstance(name, str)]):
+        return [f"{checkpointer.key}.checkpoint_files: expected names of files, found {strange[0]!r}"]
+    if files in ([], {}):
+        return [f"{checkpointer.key}.checkpoint_files: names no file; list the files of the weights"]
+    folder = Path(given)
+    if not folder.is_dir():
+        command = getattr(model.target(), "prepare_command", None) if model is not None else None
+        mend = f"prepare the model with `{command}`" if command else "download it, e.g. with `tune download`"
+        return [
+            f"{checkpointer.key}.checkpoint_dir: no folder at {folder.absolute()}; {mend}, or set another path"
+        ]
+    written = checkpointer.kwargs.get("output_dir")
+    if isinstance(written, str) and folder.resolve() in (out := Path(written).resolve(), *out.parents):
+        return [
+            f"{checkpointer.key}.output_dir: {written} is the model's folder ({given}) or lies inside it, and what is written "
+            "would be mixed with the model; set output_dir to another place"
+        ]
+    missing = [name for name in files if not (folder / name).is_file()] if isinstance(files, list) else []
+    if missing:
+        return [f"{checkpointer.key}.checkpoint_files: {missing[0]!r} is not in {folder.absolute()}"]
+    return []
+
+
+def transform_faults(transform: Component | None) -> list[str]:
+    """A transform that refuses its settings, found by trying it on three tokens."""
+    if transform is None:
+        return []
+    ratios = torch.tensor([[0.0, 30.0, -30.0]])
+    try:
+        result = transform.build(ratios, torch.ones(1, 3, dtype=torch.bool), side="chosen")
+    except ConfigError as error:
+        return error.faults
+    if not (
+        isinstance(result, tuple) and len(result) == 2 and all(isinstance(r, torch.Tensor) for r in result)
+    ):
+        return [
+            f"{transform.key} ({transform.path}): must return weights and the mask of clipped tokens, two tensors [B, T]; "
+            f"found {type(result).__name__}"
+        ]
+    if not bool(result[0].isfinite().all()):
+        return [
+            f"{transform.key} ({transform.path}): makes weights that are not finite of the log ratios {ratios.tolist()[0]}: "
+            f"{result[0].tolist()}; lower its bounds and factors"
+        ]
+    return []
+
+
+def loss_faults(loss: Component | None, provides: frozenset[str], recipe: str) -> list[str]:
+    """A loss that refuses its settings, or that needs a statistic which the recipe does not provide."""
+    if loss is None:
+        return []
+    try:
+        built = loss.build()
+    except ConfigError as error:
+        return error.faults
+    needs = getattr(built, "needs", None)
+    if not isinstance(needs, frozenset):
+        return [
+            f"{loss.key} ({loss.path}): a loss must say what it needs as a frozenset `needs`, found {needs!r}"
+        ]
+    missing = sorted(needs - provides)
+    if missing:
+        return [
+            f"{loss.key} ({loss.path}): needs {', '.join(map(repr, missing))}, which {recipe} does not provide "
+            f"(it provides {', '.join(sorted(provides))}); use another loss or another recipe"
+        ]
+    return []
