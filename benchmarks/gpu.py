@@ -56,9 +56,9 @@ from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import TokenStats
 from tokenpref.training.config.compute import Compute
-from tokenpref.training.scoring import BatchWeights, no_weights
 from tokenpref.training.setup import place_decoder
-from tokenpref.training.step import train_step
+from tokenpref.training.step.pair_loss import BatchWeights, no_weights
+from tokenpref.training.step.train_step import train_step
 from tokenpref.weights import TransformedWeights
 
 __all__ = ["PEAKS", "Cell", "ModelSize", "measure", "model_flops", "peak_flops", "table"]

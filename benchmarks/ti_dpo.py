@@ -27,7 +27,7 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.training import AnchorSampler, Attribution
 from tokenpref.training.generation import sample
 from tokenpref.training.live import LiveModels
-from tokenpref.training.step import no_anchors, train_step
+from tokenpref.training.step.train_step import no_anchors, train_step
 from tokenpref.training.token_weights import in_columns
 from tokenpref.weights import AnswerLogp, MaxLogit
 

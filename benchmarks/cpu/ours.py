@@ -28,9 +28,9 @@ from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
 from tokenpref.models.reference import FrozenReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.reference_cache import ReferenceCache, cached_references
-from tokenpref.training.scoring import no_weights
 from tokenpref.training.setup import read_weights
-from tokenpref.training.step import train_step
+from tokenpref.training.step.pair_loss import no_weights
+from tokenpref.training.step.train_step import train_step
 
 __all__ = ["MODES", "measure"]
 

@@ -5,7 +5,7 @@ from support import small
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference
 from tokenpref.models.scoring import logits_of
 from tokenpref.ops import AnswerRows, token_stats_from_logits
-from tokenpref.training.scoring import score_pairs
+from tokenpref.training.step.pair_loss import score_pairs
 
 BATCH = small.batch([0, 1, 2])
 

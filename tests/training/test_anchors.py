@@ -12,7 +12,7 @@ from tokenpref.models.reference import FrozenReference
 from tokenpref.stats import split_pair
 from tokenpref.training.anchors import AnchorSampler
 from tokenpref.training.live import LiveModels, Refresh
-from tokenpref.training.setup import pair_batches
+from tokenpref.training.step.batches import pair_batches
 
 WORLD = single_process_world()
 TOKENIZER = evaluating.tokenizer()

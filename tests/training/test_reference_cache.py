@@ -27,8 +27,8 @@ from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTraine
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.live import LiveModels
 from tokenpref.training.reference_cache import ReferenceCache, cached_references, stored_kind
-from tokenpref.training.scoring import what_is_read
-from tokenpref.training.step import train_step
+from tokenpref.training.step.pair_loss import what_is_read
+from tokenpref.training.step.train_step import train_step
 
 ROWS = list(range(20))  # three shards
 WORLD = single_process_world()

@@ -28,7 +28,8 @@ from tokenpref.training.config.sanity import component_faults, own_component_fau
 from tokenpref.training.online import check_context, prompted_answers
 from tokenpref.training.pair import ContrastivePair, PairSide, check_weights, read_pair, weights_digest
 from tokenpref.training.preflight import check_scored
-from tokenpref.training.setup import build_scorer, check_pairs, read_weights
+from tokenpref.training.setup import build_scorer, read_weights
+from tokenpref.training.step.batches import check_pairs
 from tokenpref.weights import StoredRow, StoreWriter, contrastive_log_ratios
 
 __all__ = ["ContrastiveEstimator", "EstimateConfig", "Estimator", "WeightEstimation"]

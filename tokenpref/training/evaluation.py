@@ -18,11 +18,13 @@ from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.rewards import checked_rewards
 from tokenpref.training.config.keys import SamplingConfig
+from tokenpref.training.evaluation_intervals import mean_interval
 from tokenpref.training.generation import sample
-from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval
 from tokenpref.training.portions import Portions
 from tokenpref.training.samples import read_openings, read_samples
-from tokenpref.training.scoring import (
+from tokenpref.training.step.batches import pair_batches
+from tokenpref.training.step.metrics import MetricSums, loss_metrics
+from tokenpref.training.step.pair_loss import (
     BatchAnchors,
     BatchWeights,
     no_anchors,
@@ -30,7 +32,6 @@ from tokenpref.training.scoring import (
     score_pairs,
     what_is_read,
 )
-from tokenpref.training.setup import pair_batches
 
 __all__ = ["evaluate_pairs", "paired_gain", "sample_rewards"]
 

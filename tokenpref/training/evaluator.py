@@ -21,11 +21,12 @@ from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.metrics import mean_interval, wilson_interval
+from tokenpref.training.evaluation_intervals import mean_interval, wilson_interval
 from tokenpref.training.pair import weights_digest
 from tokenpref.training.portions import KeptPortions
 from tokenpref.training.preflight import check_openings, check_scored, meta_model
-from tokenpref.training.setup import build_scorer, check_pairs, read_weights
+from tokenpref.training.setup import build_scorer, read_weights
+from tokenpref.training.step.batches import check_pairs
 
 __all__ = ["Evaluator"]
 

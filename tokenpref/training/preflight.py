@@ -29,7 +29,8 @@ from tokenpref.training.memory import free_memory
 from tokenpref.training.memory import size_text as _size
 from tokenpref.training.reference_cache import ReferenceCache, cache_folder
 from tokenpref.training.samples import read_openings
-from tokenpref.training.setup import check_data_fits, check_decoder, check_tokens_per_batch
+from tokenpref.training.setup import check_decoder
+from tokenpref.training.step.batches import check_data_fits, check_tokens_per_batch
 
 __all__ = [
     "MemoryEstimate",

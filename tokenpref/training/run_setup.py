@@ -24,14 +24,15 @@ from tokenpref.training.config.parts import build_logger, build_optimizer, build
 from tokenpref.training.config.written import environment_unread, plain_without_environment
 from tokenpref.training.live import LiveModels
 from tokenpref.training.memory import size_text
-from tokenpref.training.metrics import Stopwatch
 from tokenpref.training.pair import weights_digest
 from tokenpref.training.preflight import check_openings, meta_model, preflight
 from tokenpref.training.reference_cache import cached_references, plan_caches
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.saving import Saver, TrainState
-from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, no_weights
-from tokenpref.training.setup import build_pairs, build_scorer, planned_steps, read_weights
+from tokenpref.training.setup import build_scorer, read_weights
+from tokenpref.training.step.batches import build_pairs, planned_steps
+from tokenpref.training.step.metrics import Stopwatch
+from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights, no_anchors, no_weights
 from tokenpref.training.validation import Validation, best_faults
 
 __all__ = ["RunSetup"]

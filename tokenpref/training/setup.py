@@ -3,11 +3,8 @@
 from __future__ import annotations
 
 import logging
-from collections.abc import Sequence
-from functools import lru_cache
 from typing import Any
 
-import numpy as np
 import torch
 from torch import Tensor, nn
 
@@ -16,17 +13,6 @@ from tokenpref._torchtune import (
     compile_model,
     set_default_dtype,
     validate_no_params_on_meta_device,
-)
-from tokenpref.data import (
-    PairBatch,
-    PreferenceDataset,
-    Tokenizer,
-    collate_pairs,
-    epoch_order,
-    micro_batches_by_tokens,
-    step_micro_batches,
-    step_pairs,
-    steps_per_epoch,
 )
 from tokenpref.distributed import World, load_full_state_dict, shard
 from tokenpref.errors import ConfigError
@@ -38,20 +24,7 @@ from tokenpref.training.config.compute import DTYPES, Compute
 from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import ScoringConfig, TrainConfig
 
-__all__ = [
-    "DTYPES",
-    "build_pairs",
-    "build_scorer",
-    "check_data_fits",
-    "check_decoder",
-    "check_pairs",
-    "check_state_fits",
-    "check_tokens_per_batch",
-    "pair_batches",
-    "place_decoder",
-    "planned_steps",
-    "read_weights",
-]
+__all__ = ["DTYPES", "build_scorer", "check_decoder", "check_state_fits", "place_decoder", "read_weights"]
 
 log = logging.getLogger("tokenpref")
 
@@ -259,133 +232,3 @@ def check_decoder(decoder: Any, component: Component) -> None:
             f"{component.key} ({component.path}): its context is {decoder.max_seq_len} tokens; set max_seq_len from 2 to "
             f"{LONGEST_CONTEXT}, which is as long as rotary tables are made for"
         )
-
-
-def build_pairs(component: Component, tokenizer: Tokenizer, world: World) -> PreferenceDataset:
-    """A data set of pairs, with a line about it.
-
-    Raises:
-        ConfigError: if it has fewer pairs than the run has processes.
-    """
-    dataset: PreferenceDataset = world.together(lambda: component.build(tokenizer))
-    check_pairs(dataset, component)
-    if world.is_main:
-        for part, own in zip(dataset.parts, component.parts, strict=False):
-            log.info(f"{own.key}: {part.report.summary()}")
-    if len(dataset) < world.size:
-        raise ConfigError(
-            f"{component.key}: {len(dataset)} pairs for {world.size} processes; "
-            f"run with at most --nproc_per_node {len(dataset)}"
-        )
-    return dataset
-
-
-def check_pairs(dataset: Any, component: Component) -> None:
-    """Check that a component made a data set of this package.
-
-    Raises:
-        ConfigError: if it did not; torchtune's data sets, for one, keep no characters of tokens.
-    """
-    if not isinstance(dataset, PreferenceDataset):
-        raise ConfigError(
-            f"{component.key} ({component.path}): makes a {type(dataset).__name__} of another kind; name "
-            "tokenpref.data.preference_dataset, or a function of your own that calls it"
-        )
-
-
-def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:
-    """Check that every sequence and token id of a data set can be fed to the model.
-
-    Raises:
-        ConfigError: if a sequence is longer than the model's context, or an id lies outside its vocabulary.
-    """
-    longest = dataset.longest
-    if longest > model.max_seq_len:
-        raise ConfigError(
-            f"{component.key}: the longest sequence has {longest} tokens and the model's context is "
-            f"{model.max_seq_len}; set {component.key}.max_seq_len={model.max_seq_len} or raise the model's"
-        )
-    highest = dataset.highest_id
-    vocabulary = model.tok_embeddings.num_embeddings
-    if highest >= vocabulary:
-        raise ConfigError(
-            f"tokenizer: it makes token id {highest} ({dataset.tokenizer.decode_special(highest)!r}) of {component.key} and the "
-            f"model embeds {vocabulary} tokens; set the tokenizer that belongs to the model"
-        )
-
-
-def planned_steps(config: TrainConfig, rows: int, world_size: int) -> int:
-    """Optimizer steps of an epoch over ``rows`` pairs."""
-    steps = steps_per_epoch(
-        rows,
-        batch_size=config.batch_size,
-        accumulation=config.gradient_accumulation_steps,
-        world_size=world_size,
-    )
-    return steps if config.max_steps_per_epoch is None else min(steps, config.max_steps_per_epoch)
-
-
-@lru_cache(maxsize=2)
-def _epoch_order(num_rows: int, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    return epoch_order(num_rows, seed=seed, epoch=epoch, shuffle=shuffle)
-
-
-def check_tokens_per_batch(
-    dataset: PreferenceDataset, component: Component, tokens: int | None, *, padded: bool
-) -> None:
-    """Check that every pair fits a micro-batch.
-
-    Raises:
-        ConfigError: with the number that the longest pair needs.
-    """
-    longest = int(_pair_tokens(dataset, padded).max())
-    if tokens is not None and longest > tokens:
-        raise ConfigError(
-            f"tokens_per_batch: {tokens}, and a pair of {component.key} has {longest} tokens"
-            f"{' with its padding' if padded else ''}; set at least {longest}, or a lower {component.key}.max_seq_len"
-        )
-
-
-def _pair_tokens(dataset: PreferenceDataset, padded: bool, pairs: Sequence[int] | None = None) -> np.ndarray:
-    """Tokens of some pairs, or of all; of a large data set one step needs only its own."""
-    lengths = dataset.lengths(pairs)
-    return 2 * lengths.max(1) if padded else lengths.sum(1)
-
-
-def pair_batches(
-    dataset: PreferenceDataset,
-    world: World,
-    *,
-    pad_id: int,
-    step: int,
-    batch_size: int,
-    accumulation: int = 1,
-    seed: int = 0,
-    epoch: int = 0,
-    shuffle: bool = False,
-    tokens: int | None = None,
-    padded: bool = False,
-) -> list[PairBatch]:
-    """This rank's micro-batches of a step of an epoch; filler ones where it has no pair.
-
-    With ``tokens`` the step's pairs are cut by their lengths, see :func:`tokenpref.data.micro_batches_by_tokens`; the step has
-    the same pairs.
-    """
-    order = _epoch_order(len(dataset), seed, epoch, shuffle)
-    shape = {"batch_size": batch_size, "accumulation": accumulation, "world_size": world.size}
-    if tokens is None:
-        rows = step_micro_batches(order, step=step, rank=world.rank, **shape)
-    else:
-        pairs = step_pairs(order, step=step, **shape)
-        rows = micro_batches_by_tokens(
-            pairs,
-            _pair_tokens(dataset, padded, pairs).tolist(),
-            budget=tokens,
-            rank=world.rank,
-            world_size=world.size,
-            padded=padded,
-        )
-    return [
-        collate_pairs([dataset[i] for i in indices], pad_id, filler=not indices).to(world.device)
-        for indices in rows
-    ]

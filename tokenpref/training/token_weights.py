@@ -17,7 +17,7 @@ from tokenpref.stats import SIDES
 from tokenpref.training.config.fields import Component
 from tokenpref.weights import TransformedWeights, normalized
 
-__all__ = ["TokenWeights", "Weighing", "clipped_share", "in_columns"]
+__all__ = ["TokenWeights", "Weighing", "in_columns"]
 
 _CHUNK = 1024  # answers transformed at a time
 
@@ -183,10 +183,3 @@ def in_columns(answers: Sequence[tuple[Tensor, Tensor]], batch: PairBatch) -> Tr
     weights[mask] = torch.cat([w.to(device, torch.float32) for w, _ in answers])
     clipped[mask] = torch.cat([c.to(device) for _, c in answers])
     return TransformedWeights(weights, clipped)
-
-
-def clipped_share(weights: TransformedWeights, batch: PairBatch) -> dict[str, Tensor]:
-    """``weights/clipped``: the share of a pair's answer tokens whose score a bound has cut, ``[B]``."""
-    mask = batch.labels[:, 1:] != IGNORE_INDEX
-    cut, count = (marks.sum(-1).view(len(batch.sides), -1).sum(0) for marks in (weights.clipped, mask))
-    return {"weights/clipped": cut / count.clamp(min=1)}

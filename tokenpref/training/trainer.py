@@ -9,11 +9,11 @@ from tqdm import tqdm
 from tokenpref._torchtune import get_lr
 from tokenpref.errors import Interrupted, TrainingDiverged
 from tokenpref.training.memory import peak_memory_gib
-from tokenpref.training.metrics import LogInterval
 from tokenpref.training.run_setup import RunSetup
-from tokenpref.training.setup import pair_batches
 from tokenpref.training.signals import StopRequest
-from tokenpref.training.step import StepResult, train_step
+from tokenpref.training.step.batches import pair_batches
+from tokenpref.training.step.metrics import LogInterval
+from tokenpref.training.step.train_step import StepResult, train_step
 
 __all__ = ["PreferenceTrainer"]
 

@@ -10,7 +10,7 @@ from tokenpref.models.token_ids import check_answer_ids
 from tokenpref.training.config.keys import TrainConfig, TripletConfig
 from tokenpref.training.live import AnchorSource
 from tokenpref.training.preflight import meta_model
-from tokenpref.training.scoring import BatchAnchors
+from tokenpref.training.step.pair_loss import BatchAnchors
 from tokenpref.training.weighted import WeightedTrainer
 
 __all__ = ["TripletTrainer"]

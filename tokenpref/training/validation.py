@@ -16,8 +16,9 @@ from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import STATISTICS, PairStats, TokenStats
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.metrics import loss_metrics, mean_interval
-from tokenpref.training.scoring import BatchAnchors, BatchWeights
+from tokenpref.training.evaluation_intervals import mean_interval
+from tokenpref.training.step.metrics import loss_metrics
+from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights
 
 __all__ = ["Validation", "best_faults"]
 

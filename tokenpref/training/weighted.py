@@ -9,7 +9,7 @@ from tokenpref.errors import ConfigError
 from tokenpref.stats import SIDES
 from tokenpref.training.config.keys import WeightedConfig
 from tokenpref.training.live import LiveScores
-from tokenpref.training.scoring import BatchWeights
+from tokenpref.training.step.pair_loss import BatchWeights
 from tokenpref.training.token_weights import TokenWeights, Weighing, in_columns
 from tokenpref.training.trainer import PreferenceTrainer
 from tokenpref.weights import SCORE_KINDS, TransformedWeights

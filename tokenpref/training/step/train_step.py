@@ -15,8 +15,14 @@ from tokenpref.errors import TrainingDiverged
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import LossOutput
-from tokenpref.training.metrics import MetricSums, loss_metrics
-from tokenpref.training.scoring import BatchAnchors, BatchWeights, no_anchors, score_pairs, what_is_read
+from tokenpref.training.step.metrics import MetricSums, loss_metrics
+from tokenpref.training.step.pair_loss import (
+    BatchAnchors,
+    BatchWeights,
+    no_anchors,
+    score_pairs,
+    what_is_read,
+)
 
 __all__ = ["StepResult", "train_step"]
 

@@ -9,7 +9,7 @@ from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import TrainingDiverged
 from tokenpref.losses import DPOLoss, NLLLoss, TokenDPOLoss, TripletTIDPOLoss
-from tokenpref.training.step import train_step
+from tokenpref.training.step.train_step import train_step
 
 ROWS = [0, 1, 2, 3, 4]
 

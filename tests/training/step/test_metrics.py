@@ -5,7 +5,8 @@ import torch
 
 from tokenpref.distributed import single_process_world
 from tokenpref.stats import LossOutput
-from tokenpref.training.metrics import MetricSums, loss_metrics, mean_interval, wilson_interval
+from tokenpref.training.evaluation_intervals import mean_interval, wilson_interval
+from tokenpref.training.step.metrics import MetricSums, loss_metrics
 
 
 def test_means_are_over_pairs_not_over_micro_batches():

@@ -9,15 +9,22 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenpref.data import AnchorBatch, PairBatch
+from tokenpref.data import IGNORE_INDEX, AnchorBatch, PairBatch
 from tokenpref.models.head_work import HeadWork
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats, rows_of, split_pair
-from tokenpref.training.token_weights import clipped_share
 from tokenpref.weights import TransformedWeights
 
-__all__ = ["BatchAnchors", "BatchWeights", "no_anchors", "no_weights", "score_pairs", "what_is_read"]
+__all__ = [
+    "BatchAnchors",
+    "BatchWeights",
+    "clipped_share",
+    "no_anchors",
+    "no_weights",
+    "score_pairs",
+    "what_is_read",
+]
 
 BatchWeights = Callable[[PairBatch], "TransformedWeights | None"]
 """Token weights ``[2B, T]`` of a micro-batch, or None where the loss takes none."""
@@ -127,3 +134,10 @@ def _stats_without_gradient(
     needs = frozenset({"ref"})
     with reference.outputs(rows, needs) as ref:
         return policy.token_stats(rows.tokens, rows.labels, needs=needs, ref_logps=ref.logps)
+
+
+def clipped_share(weights: TransformedWeights, batch: PairBatch) -> dict[str, Tensor]:
+    """``weights/clipped``: the share of a pair's answer tokens whose score a bound has cut, ``[B]``."""
+    mask = batch.labels[:, 1:] != IGNORE_INDEX
+    cut, count = (marks.sum(-1).view(len(batch.sides), -1).sum(0) for marks in (weights.clipped, mask))
+    return {"weights/clipped": cut / count.clamp(min=1)}
