@@ -15,7 +15,7 @@ from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import SamplingConfig
-from tokenpref.training.evaluation import evaluate_pairs, sample_rewards
+from tokenpref.training.evaluation.measures import evaluate_pairs, sample_rewards
 
 NEEDS = frozenset({"ref", "kl_ref_policy", "kl_policy_ref"})
 

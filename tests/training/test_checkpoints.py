@@ -17,8 +17,8 @@ from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training import PreferenceTrainer, TripletTrainer
 from tokenpref.training.checkpoints import MANIFEST, Checkpoints, fault_of, seal
 from tokenpref.training.config.command_line import load_config
+from tokenpref.training.evaluation.validation import Validation
 from tokenpref.training.run_folder import RunFolder
-from tokenpref.training.validation import Validation
 
 WORLD = single_process_world()
 NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")

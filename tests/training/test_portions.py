@@ -4,8 +4,9 @@ import json
 
 import pytest
 
-from tokenpref.training import Evaluator, evaluation, portions
+from tokenpref.training import Evaluator, portions
 from tokenpref.training.config.command_line import load_config
+from tokenpref.training.evaluation.measures import measures as evaluation
 
 
 @pytest.fixture

@@ -4,7 +4,7 @@ import pytest
 import torch
 
 from tokenpref.errors import DataError
-from tokenpref.training.evaluation import _sample_seed
+from tokenpref.training.evaluation.measures import _sample_seed
 from tokenpref.training.samples import read_openings, read_samples
 
 

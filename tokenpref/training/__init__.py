@@ -4,7 +4,7 @@ from tokenpref.training.anchors import AnchorSampler
 from tokenpref.training.attribution import Attribution, AttributionEstimator
 from tokenpref.training.contrastive_reference import ContrastiveReference
 from tokenpref.training.estimate import ContrastiveEstimator, WeightEstimation
-from tokenpref.training.evaluator import Evaluator
+from tokenpref.training.evaluation.evaluator import Evaluator
 from tokenpref.training.online import OnlinePrompts
 from tokenpref.training.recipe import recipe_main
 from tokenpref.training.schedule import get_constant_schedule_with_warmup

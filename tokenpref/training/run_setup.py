@@ -22,6 +22,7 @@ from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import TrainConfig, anchor_faults
 from tokenpref.training.config.parts import build_logger, build_optimizer, build_profiler, build_scheduler
 from tokenpref.training.config.written import environment_unread, plain_without_environment
+from tokenpref.training.evaluation.validation import Validation, best_faults
 from tokenpref.training.live import LiveModels
 from tokenpref.training.memory import size_text
 from tokenpref.training.pair import weights_digest
@@ -33,7 +34,6 @@ from tokenpref.training.setup import build_scorer, read_weights
 from tokenpref.training.step.batches import build_pairs, planned_steps
 from tokenpref.training.step.metrics import Stopwatch
 from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights, no_anchors, no_weights
-from tokenpref.training.validation import Validation, best_faults
 
 __all__ = ["RunSetup"]
 

@@ -5,7 +5,7 @@ import torch
 
 from tokenpref.distributed import single_process_world
 from tokenpref.stats import LossOutput
-from tokenpref.training.evaluation_intervals import mean_interval, wilson_interval
+from tokenpref.training.evaluation.intervals import mean_interval, wilson_interval
 from tokenpref.training.step.metrics import MetricSums, loss_metrics
 
 

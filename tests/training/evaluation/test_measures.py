@@ -16,7 +16,7 @@ from tokenpref.models.scoring import logits_of
 from tokenpref.rewards import KeywordReward
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig, SamplingConfig
-from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
+from tokenpref.training.evaluation.measures import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.weights import TransformedWeights
 
 WORLD = single_process_world()

@@ -18,7 +18,7 @@ from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.rewards import checked_rewards
 from tokenpref.training.config.keys import SamplingConfig
-from tokenpref.training.evaluation_intervals import mean_interval
+from tokenpref.training.evaluation.intervals import mean_interval
 from tokenpref.training.generation import sample
 from tokenpref.training.portions import Portions
 from tokenpref.training.samples import read_openings, read_samples

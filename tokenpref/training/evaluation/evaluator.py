@@ -20,8 +20,8 @@ from tokenpref.models.reference import KL_STATISTICS, FrozenReference
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig
-from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.evaluation_intervals import mean_interval, wilson_interval
+from tokenpref.training.evaluation.intervals import mean_interval, wilson_interval
+from tokenpref.training.evaluation.measures import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.pair import weights_digest
 from tokenpref.training.portions import KeptPortions
 from tokenpref.training.preflight import check_openings, check_scored, meta_model

@@ -15,8 +15,8 @@ from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import STATISTICS, PairStats, TokenStats
 from tokenpref.training.config.keys import TrainConfig
-from tokenpref.training.evaluation import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.evaluation_intervals import mean_interval
+from tokenpref.training.evaluation.intervals import mean_interval
+from tokenpref.training.evaluation.measures import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.step.metrics import loss_metrics
 from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights
 

@@ -1,0 +1,1 @@
+"""Held-out measures and samples, during training and of a trained model."""
