@@ -21,7 +21,7 @@ from benchmarks.frontier import ROOT
 from tokenpref.data import padded
 from tokenpref.models.scoring import logits_of
 from tokenpref.training import ContrastiveReference, WeightEstimation
-from tokenpref.training.estimate import ContrastiveEstimator
+from tokenpref.training.estimation.estimators import ContrastiveEstimator
 
 
 def config(name: str, *overrides: str) -> OmegaConf:

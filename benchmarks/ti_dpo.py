@@ -25,10 +25,10 @@ from tokenpref.losses import DPOLoss, TripletTIDPOLoss
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training import AnchorSampler, Attribution
+from tokenpref.training.credit.live import LiveModels
+from tokenpref.training.credit.weighing import in_columns
 from tokenpref.training.generation import sample
-from tokenpref.training.live import LiveModels
 from tokenpref.training.step.train_step import no_anchors, train_step
-from tokenpref.training.token_weights import in_columns
 from tokenpref.weights import AnswerLogp, MaxLogit
 
 DOC = Path(__file__).parents[1] / "docs" / "results" / "ti_dpo_cost.md"

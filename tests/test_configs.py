@@ -13,7 +13,7 @@ from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig, TrainConfig, TripletConfig, WeightedConfig
 from tokenpref.training.config.keys import keys as config
 from tokenpref.training.contrastive_reference import ContrastiveConfig
-from tokenpref.training.estimate import EstimateConfig
+from tokenpref.training.estimation.estimators import EstimateConfig
 
 RECIPES = {
     "tdpo_distributed": (TrainConfig, PreferenceTrainer),

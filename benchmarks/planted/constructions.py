@@ -15,7 +15,7 @@ from tokenpref.data import IGNORE_INDEX, PairBatch
 from tokenpref.losses import DPOLoss, NLLLoss
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.attribution import token_importances
+from tokenpref.training.credit.gradients import token_importances
 from tokenpref.training.step.pair_loss import BatchWeights
 from tokenpref.training.step.train_step import train_step
 from tokenpref.weights import (

@@ -17,9 +17,9 @@ from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config.fields import Component
+from tokenpref.training.credit.weighing import Weighing, in_columns
 from tokenpref.training.evaluation.intervals import mean_interval
 from tokenpref.training.step.pair_loss import BatchWeights
-from tokenpref.training.token_weights import Weighing, in_columns
 
 __all__ = ["ARMS", "Arm", "run_arm", "sign_check"]
 

@@ -26,7 +26,7 @@ from tokenpref.training import (
 )
 from tokenpref.training.config.keys import BestConfig, EvaluateConfig, SamplingConfig
 from tokenpref.training.contrastive_reference import ContrastiveConfig
-from tokenpref.training.estimate import EstimateConfig
+from tokenpref.training.estimation.estimators import EstimateConfig
 
 VALUES: tuple[Any, ...] = (
     None, "", " ", "x", "yes", "no", "true", "1", "1e-3", "null", "auto", "a/b", "~", "~nobody_here", "é" * 200, "x" * 300,

@@ -27,10 +27,10 @@ from tokenpref.errors import TokenprefError
 from tokenpref.models.float8 import Float8, convert_to_float8
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.anchors import AnchorSampler
-from tokenpref.training.attribution import Attribution
 from tokenpref.training.config.command_line import load_config
-from tokenpref.training.live import LiveModels
+from tokenpref.training.credit.anchors import AnchorSampler
+from tokenpref.training.credit.attribution import Attribution
+from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step.train_step import StepResult, no_anchors, train_step
 from tokenpref.training.triplet import TripletTrainer

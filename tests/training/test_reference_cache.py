@@ -25,7 +25,7 @@ from tokenpref.models.reference_store import ReferenceWriter
 from tokenpref.stats import LossOutput
 from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTrainer, preflight
 from tokenpref.training.config.command_line import load_config
-from tokenpref.training.live import LiveModels
+from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.reference_cache import ReferenceCache, cached_references, stored_kind
 from tokenpref.training.step.pair_loss import what_is_read
 from tokenpref.training.step.train_step import train_step

@@ -10,7 +10,7 @@ from tokenpref.losses import TISDPOLoss
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import split_pair
 from tokenpref.training.config.fields import Component
-from tokenpref.training.token_weights import TokenWeights, Weighing
+from tokenpref.training.credit.weighing import TokenWeights, Weighing
 from tokenpref.weights import StoredRow, StoreWriter
 
 TOKEN = 1  # the answer token whose score changes

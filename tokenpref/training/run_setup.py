@@ -22,8 +22,8 @@ from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import TrainConfig, anchor_faults
 from tokenpref.training.config.parts import build_logger, build_optimizer, build_profiler, build_scheduler
 from tokenpref.training.config.written import environment_unread, plain_without_environment
+from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.evaluation.validation import Validation, best_faults
-from tokenpref.training.live import LiveModels
 from tokenpref.training.memory import size_text
 from tokenpref.training.pair import weights_digest
 from tokenpref.training.preflight import check_openings, meta_model, preflight

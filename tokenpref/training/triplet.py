@@ -8,7 +8,7 @@ from tokenpref.data import AnchorBatch, ColumnAnchors, PairBatch, PreferenceData
 from tokenpref.errors import ConfigError
 from tokenpref.models.token_ids import check_answer_ids
 from tokenpref.training.config.keys import TrainConfig, TripletConfig
-from tokenpref.training.live import AnchorSource
+from tokenpref.training.credit.live import AnchorSource
 from tokenpref.training.preflight import meta_model
 from tokenpref.training.step.pair_loss import BatchAnchors
 from tokenpref.training.weighted import WeightedTrainer
@@ -20,7 +20,7 @@ class TripletTrainer(WeightedTrainer):
     """The trainer with weights from ``token_weights`` and third answers from ``anchors``.
 
     A source of anchors of the user's own needs ``bind(dataset)`` and ``answers(rows, models)``, as
-    :class:`tokenpref.training.live.AnchorSource` says.
+    :class:`tokenpref.training.credit.live.AnchorSource` says.
     """
 
     recipe: ClassVar[str] = "recipes/ti_dpo_distributed"

@@ -8,9 +8,9 @@ from tokenpref.data import PairBatch, PreferenceDataset
 from tokenpref.errors import ConfigError
 from tokenpref.stats import SIDES
 from tokenpref.training.config.keys import WeightedConfig
-from tokenpref.training.live import LiveScores
+from tokenpref.training.credit.live import LiveScores
+from tokenpref.training.credit.weighing import TokenWeights, Weighing, in_columns
 from tokenpref.training.step.pair_loss import BatchWeights
-from tokenpref.training.token_weights import TokenWeights, Weighing, in_columns
 from tokenpref.training.trainer import PreferenceTrainer
 from tokenpref.weights import SCORE_KINDS, TransformedWeights
 
@@ -21,7 +21,7 @@ class WeightedTrainer(PreferenceTrainer):
     """The trainer with weights from the config's ``token_weights``: stored, from the data's columns, or made as it goes.
 
     A component of the user's own needs ``kind`` and either ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says,
-    or ``bind(dataset)`` and ``score(batch, models)``, as :class:`tokenpref.training.live.LiveScores` says.
+    or ``bind(dataset)`` and ``score(batch, models)``, as :class:`tokenpref.training.credit.live.LiveScores` says.
     """
 
     recipe: ClassVar[str] = "recipes/tis_dpo_distributed"

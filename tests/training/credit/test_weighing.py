@@ -10,8 +10,8 @@ from support.evaluating import pairs, tokenizer
 from tokenpref.data import collate_pairs, preference_dataset
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training.config.fields import Component
+from tokenpref.training.credit.weighing import TokenWeights, Weighing
 from tokenpref.training.step.pair_loss import clipped_share
-from tokenpref.training.token_weights import TokenWeights, Weighing
 
 EXPONENTIAL = Component("weight_transform", "tokenpref.weights.transforms.exponential", {})
 

@@ -10,7 +10,7 @@ from tokenpref.data import Answer, PairBatch, PreferenceDataset, padded
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_answer_ids
-from tokenpref.training.live import LiveModels
+from tokenpref.training.credit.live import LiveModels
 from tokenpref.weights import contrastive_log_ratios
 
 __all__ = ["OnlinePrompts", "check_context", "prompted_answers"]
@@ -59,7 +59,7 @@ class OnlinePrompts:
         check_lengths([answer for row in self._answers.values() for side in row for answer in side], limit)
 
     def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
-        """See :class:`tokenpref.training.live.LiveScores`: every rank runs the same two forwards of the reference.
+        """See :class:`tokenpref.training.credit.live.LiveScores`: every rank runs the same two forwards of the reference.
 
         Raises:
             ConfigError: if an answer with its prompt is longer than the model's context.

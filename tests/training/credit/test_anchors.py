@@ -10,8 +10,8 @@ from tokenpref.errors import ConfigError
 from tokenpref.losses import DPOLoss
 from tokenpref.models.reference import FrozenReference
 from tokenpref.stats import split_pair
-from tokenpref.training.anchors import AnchorSampler
-from tokenpref.training.live import LiveModels, Refresh
+from tokenpref.training.credit.anchors import AnchorSampler
+from tokenpref.training.credit.live import LiveModels, Refresh
 from tokenpref.training.step.batches import pair_batches
 
 WORLD = single_process_world()

@@ -7,7 +7,7 @@ from support import commands, workers
 
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
-from tokenpref.training.live import LiveModels, Refresh, RowCache
+from tokenpref.training.credit.live import LiveModels, Refresh, RowCache
 
 WORLD = single_process_world()
 EPOCHS, STEPS = 3, 3

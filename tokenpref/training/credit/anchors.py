@@ -12,8 +12,8 @@ import torch
 from tokenpref._checks import check_choice, check_number
 from tokenpref.data import Answer, PreferenceDataset
 from tokenpref.errors import ConfigError
+from tokenpref.training.credit.live import LiveModels, Refresh, RowCache
 from tokenpref.training.generation import sample
-from tokenpref.training.live import LiveModels, Refresh, RowCache
 
 __all__ = ["AnchorSampler"]
 
@@ -34,7 +34,7 @@ class AnchorSampler:
         start: "prompt" samples a whole answer (the released code); "chosen_prefix" goes on after the beginning of the chosen
             answer (the paper's starting point), which then is the anchor's beginning too.
         prefix_share: with "chosen_prefix": how much of the chosen answer's tokens (its EOS apart), in (0, 1].
-        refresh: "every_step", "every_n_steps" or "once"; see :class:`tokenpref.training.live.Refresh`.
+        refresh: "every_step", "every_n_steps" or "once"; see :class:`tokenpref.training.credit.live.Refresh`.
         every_n_steps: for "every_n_steps".
         batch_size: answers sampled side by side.
         seed: of the noise.
@@ -77,7 +77,7 @@ class AnchorSampler:
         self._places: dict[int, int] = {}
 
     def bind(self, dataset: PreferenceDataset) -> None:
-        """See :class:`tokenpref.training.live.AnchorSource`."""
+        """See :class:`tokenpref.training.credit.live.AnchorSource`."""
         self._dataset = dataset
         self._places = {example.row: index for index, example in enumerate(dataset)}
         self._longest = max(len(self._beginning(row)[0]) for row in self._places)
@@ -96,7 +96,7 @@ class AnchorSampler:
             )
 
     def answers(self, rows: Sequence[int], models: LiveModels) -> list[Answer | None]:
-        """See :class:`tokenpref.training.live.AnchorSource`.
+        """See :class:`tokenpref.training.credit.live.AnchorSource`.
 
         Raises:
             ConfigError: if the longest prompt with ``max_new_tokens`` exceeds the model's context.

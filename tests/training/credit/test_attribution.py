@@ -11,8 +11,9 @@ from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, TrainingDiverged
 from tokenpref.models.reference import NoReference
 from tokenpref.models.scoring import ScoringModel, install_head
-from tokenpref.training.attribution import Attribution, token_importances
-from tokenpref.training.live import LiveModels
+from tokenpref.training.credit.attribution import Attribution
+from tokenpref.training.credit.gradients import token_importances
+from tokenpref.training.credit.live import LiveModels
 from tokenpref.weights.attribution import AnswerLogp, MaxLogit, PreferenceMargin
 
 WORLD = single_process_world()

@@ -1,0 +1,1 @@
+"""Where token weights and anchors come from as a training goes."""

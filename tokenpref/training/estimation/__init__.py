@@ -1,0 +1,1 @@
+"""Contrastive pairs, and the token weights that they or attribution give."""

@@ -1,0 +1,288 @@
+"""Estimators of token scores: what scores every answer token for a weight store."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any, Protocol
+
+from torch import Tensor
+
+from tokenpref._paths import resolve_path
+from tokenpref.data import (
+    PreferenceDataset,
+    Tokenizer,
+    padded,
+)
+from tokenpref.distributed import World
+from tokenpref.errors import ConfigError, DataError, TokenprefError
+from tokenpref.models.scoring import ScoringModel
+from tokenpref.stats import SIDES
+from tokenpref.training.config.faults import checkpoint_faults
+from tokenpref.training.config.fields import Component, component, integer
+from tokenpref.training.config.keys import ScoringConfig
+from tokenpref.training.config.sanity import component_faults, own_component_faults
+from tokenpref.training.credit.attribution import _AttributedWeights
+from tokenpref.training.credit.prompts import check_context, prompted_answers
+from tokenpref.training.pair import ContrastivePair, PairSide, check_weights, read_pair, weights_digest
+from tokenpref.training.preflight import check_scored
+from tokenpref.training.setup import build_scorer, read_weights
+from tokenpref.weights import contrastive_log_ratios
+from tokenpref.weights.attribution import (
+    Target,
+)
+
+__all__ = ["AttributionEstimator", "ContrastiveEstimator", "EstimateConfig", "Estimator"]
+
+
+class AttributionEstimator(_AttributedWeights):
+    """The same weights from one model that does not move, for ``recipes/estimate_weights_distributed``.
+
+    The model is the config's ``model`` with the weights of its ``checkpointer``. The store holds final weights (kind weight):
+    train with ``weight_transform=null``.
+
+    Args:
+        target: see :class:`Attribution`; likewise the others.
+        norm: "l1", "l2" or "input_times_gradient".
+        span: "answer" or "prompt_and_answer".
+        mixture: the paper's lambda.
+        prior: default :class:`tokenpref.weights.attribution.GaussianPrior`.
+
+    Raises:
+        ConfigError, ValueError: for a value out of its range.
+    """
+
+    def __init__(
+        self,
+        target: Target | None = None,
+        norm: str = "l1",
+        span: str = "answer",
+        mixture: float = 0.7,
+        prior: Callable[[Tensor], Tensor] | None = None,
+    ) -> None:
+        super().__init__(target, norm, span, mixture, prior)
+        self.whole_pairs = self.target.needs_pair
+
+    def describe(self, config: EstimateConfig) -> dict[str, Any]:
+        """See :class:`tokenpref.training.estimation.estimators.Estimator`."""
+        model, checkpointer = self._needed(config)
+        return {
+            "name": "attribution",
+            **self.settings(),
+            "model": {"_component_": model.path, **model.kwargs},
+            "weights": weights_digest(checkpointer),
+        }
+
+    @staticmethod
+    def _needed(config: EstimateConfig) -> tuple[Any, Any]:
+        for key in ("model", "checkpointer"):
+            if getattr(config, key) is None:
+                raise ConfigError(f"{key}: missing; attribution runs the model that {key} names")
+        return config.model, config.checkpointer
+
+    def check(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """See :class:`tokenpref.training.estimation.estimators.Estimator`.
+
+        Raises:
+            ConfigError: if the checkpoint's config.json describes another model, or a sequence or token id does not fit it.
+        """
+        model, reader = self._needed(config)
+        check_scored(
+            model, config.dtype, {"checkpointer": reader}, tokenizer, world, data=(dataset, config.dataset)
+        )
+
+    def setup(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """See :class:`tokenpref.training.estimation.estimators.Estimator`."""
+        model, checkpointer = self._needed(config)
+        self._answers = [
+            ((e.chosen_ids, e.chosen_start), (e.rejected_ids, e.rejected_start)) for e in dataset
+        ]
+        self._rows = dataset.rows().tolist()
+        self._pad_id, self._world = tokenizer.pad_id, world
+        state = read_weights(checkpointer.build(), "checkpointer", world)
+        self._scorer = build_scorer(config, state, world, model=model)
+
+    def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """See :class:`tokenpref.training.estimation.estimators.Estimator`.
+
+        Raises:
+            TokenprefError: with the rows, if a gradient is not finite.
+        """
+        filler = ([self._pad_id] * 2, 2)
+        given = [self._answers[index][side] for index, side in answers] or [filler] * 2
+        tokens, labels = (t.to(self._world.device) for t in padded(given, self._pad_id))
+        found = [side for _, side in answers]
+        half = len(found) // 2
+        whole = found == [0] * half + [1] * half  # true of the filler too
+        weights, bad = self.weights(self._scorer, tokens, labels, SIDES if whole else ("chosen or rejected",))
+        rows = {self._rows[answers[row][0]] for row in bad} if answers else set()
+        if self._world.any(bool(rows)):
+            named = sorted(set().union(*self._world.gather_objects(rows)))
+            raise TokenprefError(
+                f"the attribution of rows {named} is nan or infinite; inspect the model's weights"
+            )
+        return weights if answers else []
+
+
+log = logging.getLogger("tokenpref")
+
+
+@dataclass(frozen=True, kw_only=True)
+class EstimateConfig(ScoringConfig):
+    """What is scored, with what, and in which portions."""
+
+    dataset: Component = component(positional=1, mixed=True)
+    estimator: Component = component()
+    model: Component | None = component(optional=True)
+    """For an estimator that runs one model, such as attribution; a contrastive pair brings its own."""
+    checkpointer: Component | None = component(optional=True)
+    """Reads that model's weights."""
+    batch_tokens: int = integer(4096)
+    """Tokens of a batch, padding included; a longer sequence is a batch of its own."""
+    shard_rows: int = integer(256)
+    """Pairs of a shard: what an interrupted run loses at most."""
+
+    def faults(self) -> list[str]:
+        """Faults that no single key shows."""
+        return (
+            super().faults()
+            + checkpoint_faults(self.checkpointer, self.model)
+            + component_faults(self.checkpointer)
+            + own_component_faults(self.estimator)
+        )
+
+
+class Estimator(Protocol):
+    """Scores answer tokens; named in the config by dotted path.
+
+    With a method ``check`` of ``setup``'s arguments, what can be refused without weights is refused first, in a dry run too.
+    """
+
+    kind: str
+    """What the scores are; see :data:`tokenpref.weights.SCORE_KINDS`."""
+
+    def describe(self, config: EstimateConfig) -> dict[str, Any]:
+        """Everything about the estimator that would change its scores, as plain data."""
+        ...
+
+    def setup(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """Load models and check that they fit the data."""
+        ...
+
+    def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """Scores of answers, each given as (position in the data set, 0 for chosen or 1 for rejected).
+
+        Every rank calls it equally often; an empty list asks for the same forwards without a result. With an
+        attribute ``whole_pairs`` that is true, every list holds pairs: their chosen answers, then their rejected ones.
+        """
+        ...
+
+
+class ContrastiveEstimator:
+    """log pi+ - log pi- of every answer token, from the pair that ``recipes/contrastive_reference_distributed`` built.
+
+    Args:
+        pair: the pair's folder.
+        trusted_components: dotted paths of models and checkpointers of your own that the pair may call; those of torchtune and
+            of this package need no mention.
+
+    Raises:
+        DataError: if the pair is missing, half built or damaged, or names something to call that is not trusted.
+    """
+
+    kind = "log_ratio"
+
+    def __init__(self, pair: str, trusted_components: Sequence[str] = ()) -> None:
+        if isinstance(trusted_components, str):
+            raise ConfigError(
+                f"trusted_components: expected a list of dotted paths, found {trusted_components!r}"
+            )
+        self.pair: ContrastivePair = read_pair(resolve_path(pair), trusted_components)
+
+    def describe(self, config: EstimateConfig) -> dict[str, Any]:
+        """See :class:`Estimator`."""
+        sides = {"positive": self.pair.positive, "negative": self.pair.negative}
+        return {
+            "name": "contrastive",
+            "method": self.pair.method,
+            "model": self.pair.record["model"],
+            **{
+                name: {"weights": weights_digest(side.checkpointer), "prompt": side.prompt}
+                for name, side in sides.items()
+            },
+        }
+
+    def check(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """See :class:`Estimator`.
+
+        Raises:
+            DataError: if the tokenizer is not the pair's.
+            ConfigError: if a side's config.json describes another model, or a sequence or token id does not fit it.
+        """
+        if tokenizer.fingerprint() != self.pair.tokenizer:
+            raise DataError(
+                f"{self.pair.folder}: the pair was built with another tokenizer ({self.pair.tokenizer[:12]}, here "
+                f"{tokenizer.fingerprint()[:12]}); set tokenizer to the pair's"
+            )
+        sides = {"positive": self.pair.positive, "negative": self.pair.negative}
+        check_scored(
+            self.pair.model,
+            config.dtype,
+            {f"pair's {name} side": side.checkpointer for name, side in sides.items()},
+            tokenizer,
+            world,
+            data=(dataset, config.dataset),
+        )
+
+    def setup(
+        self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
+    ) -> None:
+        """See :class:`Estimator`.
+
+        Raises:
+            ConfigError: if a side's weights do not fit the model.
+        """
+        if world.is_main:
+            model, reader = self.pair.model.path, self.pair.positive.checkpointer.path
+            log.info(f"components of {self.pair.folder}: model={model}, checkpointer={reader}")
+        self._dataset, self._pad_id, self._device = dataset, tokenizer.pad_id, world.device
+        # Both sides before a weight of either is read.
+        world.together(lambda: check_weights(self.pair) if world.is_main else None)
+        self._positive = self._scorer(config, self.pair.positive, "positive", world)
+        self._negative = (
+            self._positive
+            if self.pair.shares_weights
+            else self._scorer(config, self.pair.negative, "negative", world)
+        )
+
+    def _scorer(self, config: EstimateConfig, side: PairSide, name: str, world: World) -> ScoringModel:
+        key = f"pair's {name} side"
+        state = read_weights(side.checkpointer.build(), key, world)
+        return build_scorer(config, state, world, model=self.pair.model, key=key)
+
+    def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
+        """See :class:`Estimator`."""
+        sides = [
+            self._batch(answers, side.prompt, scorer)
+            for side, scorer in ((self.pair.positive, self._positive), (self.pair.negative, self._negative))
+        ]
+        ratios = contrastive_log_ratios(self._positive.logps, self._negative.logps, sides[0], sides[1])
+        return ratios if answers else []
+
+    def _batch(
+        self, answers: Sequence[tuple[int, int]], prompt: str | None, scorer: ScoringModel
+    ) -> tuple[Tensor, Tensor]:
+        filler = ([self._pad_id] * 2, 2)
+        sequences = [prompted_answers(self._dataset, i, prompt)[side] for i, side in answers] or [filler]
+        check_context(sequences, scorer)
+        tokens, labels = padded(sequences, self._pad_id)
+        return tokens.to(self._device), labels.to(self._device)
