@@ -56,7 +56,7 @@ from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import TokenStats
 from tokenpref.training.config.compute import Compute
-from tokenpref.training.setup import place_decoder
+from tokenpref.training.loading.models import place_decoder
 from tokenpref.training.step.pair_loss import BatchWeights, no_weights
 from tokenpref.training.step.train_step import train_step
 from tokenpref.weights import TransformedWeights

@@ -30,7 +30,7 @@ from tokenpref.errors import ConfigError, DataError, TokenprefError
 from tokenpref.rewards import Reward, ValenceReward, checked_rewards
 from tokenpref.training.config.fields import Component
 from tokenpref.training.generation import sample
-from tokenpref.training.setup import check_state_fits, read_weights
+from tokenpref.training.loading.models import check_state_fits, read_weights
 
 
 @dataclass(frozen=True)

@@ -27,8 +27,8 @@ from tokenpref.distributed import single_process_world
 from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
 from tokenpref.models.reference import FrozenReference, Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.reference_cache import ReferenceCache, cached_references
-from tokenpref.training.setup import read_weights
+from tokenpref.training.loading.models import read_weights
+from tokenpref.training.loading.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step.pair_loss import no_weights
 from tokenpref.training.step.train_step import train_step
 

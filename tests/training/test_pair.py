@@ -9,7 +9,8 @@ from tokenpref.components import COMPONENT
 from tokenpref.errors import DataError
 from tokenpref.training.checkpoints import seal
 from tokenpref.training.config.fields import Component
-from tokenpref.training.pair import PAIR_FILE, SIDES, check_weights, read_pair, weights_digest, write_pair
+from tokenpref.training.loading.models import weights_digest
+from tokenpref.training.pair import PAIR_FILE, SIDES, check_weights, read_pair, write_pair
 
 MODEL = Component("model", "tokenpref.models.tiny_llama", {})
 

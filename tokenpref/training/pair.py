@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import inspect
 import os
 from collections.abc import Collection, Mapping
@@ -15,7 +14,7 @@ import yaml
 
 from tokenpref._yaml import read_yaml
 from tokenpref.components import COMPONENT, find_component
-from tokenpref.errors import ConfigError, DataError
+from tokenpref.errors import DataError
 from tokenpref.training.checkpoints import MANIFEST, fault_of
 from tokenpref.training.config.fields import Component
 
@@ -28,7 +27,6 @@ __all__ = [
     "check_weights",
     "nested_components",
     "read_pair",
-    "weights_digest",
     "write_pair",
 ]
 
@@ -36,7 +34,6 @@ FORMAT = "tokenpref-pair/1"
 PAIR_FILE = "pair.yaml"
 METHODS = ("prompt", "sft", "dpo")
 SIDES = ("positive", "negative")
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 # What a pair may call without its reader's say: builders of models, and torchtune's checkpointers that read tensors only.
 MODEL_PACKAGES = ("torchtune.models.", "tokenpref.models.")
 CHECKPOINTERS = tuple(
@@ -308,30 +305,3 @@ def check_weights(pair: ContrastivePair) -> None:
         folder = Path(str(side.checkpointer.kwargs.get("checkpoint_dir", "")))
         if (folder / MANIFEST).is_file() and (fault := fault_of(folder, others=True)):
             raise DataError(f"{folder}: {fault}; restore it from a copy, or build the pair anew")
-
-
-def weights_digest(checkpointer: Component) -> str:
-    """What a checkpoint's weights are, cheaply: names and sizes of its files, and a part of their bytes.
-
-    Raises:
-        ConfigError: if a file is missing.
-    """
-    hasher = hashlib.sha256()
-    folder = Path(str(checkpointer.kwargs.get("checkpoint_dir", "")))
-    files = checkpointer.kwargs.get("checkpoint_files")
-    if not isinstance(files, list):  # torchtune also takes a pattern of names
-        files = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
-    for name in files:
-        file = folder / str(name)
-        if not file.is_file():
-            raise ConfigError(
-                f"no file {file}: the weights are gone; build the pair anew, or restore the model"
-            )
-        with file.open("rb") as stream:
-            size = file.stat().st_size
-            hasher.update(f"{name}:{size};".encode())
-            # The beginning (header), the middle and the end: trained weights differ everywhere.
-            for at in (0, size // 2, max(size - 65536, 0)):
-                stream.seek(at)
-                hasher.update(stream.read(65536))
-    return hasher.hexdigest()

@@ -24,13 +24,12 @@ from tokenpref.training.config.parts import build_logger, build_optimizer, build
 from tokenpref.training.config.written import environment_unread, plain_without_environment
 from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.evaluation.validation import Validation, best_faults
-from tokenpref.training.memory import size_text
-from tokenpref.training.pair import weights_digest
-from tokenpref.training.preflight import check_openings, meta_model, preflight
-from tokenpref.training.reference_cache import cached_references, plan_caches
+from tokenpref.training.loading.memory import size_text
+from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
+from tokenpref.training.loading.preflight import check_openings, meta_model, preflight
+from tokenpref.training.loading.reference_cache import cached_references, plan_caches
 from tokenpref.training.run_folder import RunFolder
 from tokenpref.training.saving import Saver, TrainState
-from tokenpref.training.setup import build_scorer, read_weights
 from tokenpref.training.step.batches import build_pairs, planned_steps
 from tokenpref.training.step.metrics import Stopwatch
 from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights, no_anchors, no_weights

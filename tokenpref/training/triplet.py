@@ -9,7 +9,7 @@ from tokenpref.errors import ConfigError
 from tokenpref.models.token_ids import check_answer_ids
 from tokenpref.training.config.keys import TrainConfig, TripletConfig
 from tokenpref.training.credit.live import AnchorSource
-from tokenpref.training.preflight import meta_model
+from tokenpref.training.loading.preflight import meta_model
 from tokenpref.training.step.pair_loss import BatchAnchors
 from tokenpref.training.weighted import WeightedTrainer
 

@@ -22,10 +22,9 @@ from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig
 from tokenpref.training.evaluation.intervals import mean_interval, wilson_interval
 from tokenpref.training.evaluation.measures import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.pair import weights_digest
+from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
+from tokenpref.training.loading.preflight import check_openings, check_scored, meta_model
 from tokenpref.training.portions import KeptPortions
-from tokenpref.training.preflight import check_openings, check_scored, meta_model
-from tokenpref.training.setup import build_scorer, read_weights
 from tokenpref.training.step.batches import check_pairs
 
 __all__ = ["Evaluator"]

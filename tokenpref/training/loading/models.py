@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,7 +26,16 @@ from tokenpref.training.config.compute import DTYPES, Compute
 from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import ScoringConfig, TrainConfig
 
-__all__ = ["DTYPES", "build_scorer", "check_decoder", "check_state_fits", "place_decoder", "read_weights"]
+__all__ = [
+    "DTYPES",
+    "WEIGHT_SUFFIXES",
+    "build_scorer",
+    "check_decoder",
+    "check_state_fits",
+    "place_decoder",
+    "read_weights",
+    "weights_digest",
+]
 
 log = logging.getLogger("tokenpref")
 
@@ -232,3 +243,33 @@ def check_decoder(decoder: Any, component: Component) -> None:
             f"{component.key} ({component.path}): its context is {decoder.max_seq_len} tokens; set max_seq_len from 2 to "
             f"{LONGEST_CONTEXT}, which is as long as rotary tables are made for"
         )
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+
+
+def weights_digest(checkpointer: Component) -> str:
+    """What a checkpoint's weights are, cheaply: names and sizes of its files, and a part of their bytes.
+
+    Raises:
+        ConfigError: if a file is missing.
+    """
+    hasher = hashlib.sha256()
+    folder = Path(str(checkpointer.kwargs.get("checkpoint_dir", "")))
+    files = checkpointer.kwargs.get("checkpoint_files")
+    if not isinstance(files, list):  # torchtune also takes a pattern of names
+        files = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+    for name in files:
+        file = folder / str(name)
+        if not file.is_file():
+            raise ConfigError(
+                f"no file {file}: the weights are gone; build the pair anew, or restore the model"
+            )
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            hasher.update(f"{name}:{size};".encode())
+            # The beginning (header), the middle and the end: trained weights differ everywhere.
+            for at in (0, size // 2, max(size - 65536, 0)):
+                stream.seek(at)
+                hasher.update(stream.read(65536))
+    return hasher.hexdigest()

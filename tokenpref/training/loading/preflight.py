@@ -25,11 +25,11 @@ from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import SamplingConfig, TrainConfig
 from tokenpref.training.config.parts import build_optimizer
 from tokenpref.training.loading.architecture import check_architecture
-from tokenpref.training.memory import free_memory
-from tokenpref.training.memory import size_text as _size
-from tokenpref.training.reference_cache import ReferenceCache, cache_folder
+from tokenpref.training.loading.memory import free_memory
+from tokenpref.training.loading.memory import size_text as _size
+from tokenpref.training.loading.models import check_decoder
+from tokenpref.training.loading.reference_cache import ReferenceCache, cache_folder
 from tokenpref.training.samples import read_openings
-from tokenpref.training.setup import check_decoder
 from tokenpref.training.step.batches import check_data_fits, check_tokens_per_batch
 
 __all__ = [

@@ -13,7 +13,7 @@ from tokenpref.training import ContrastiveReference, PreferenceTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import TrainConfig
-from tokenpref.training.preflight import bf16_fault, estimate_memory, meta_model
+from tokenpref.training.loading.preflight import bf16_fault, estimate_memory, meta_model
 
 Usage = namedtuple("Usage", "total used free")
 

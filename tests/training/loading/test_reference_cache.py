@@ -23,10 +23,11 @@ from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss, TripletTIDPOLoss
 from tokenpref.models.reference import KL_STATISTICS, CachedReference, FrozenReference, NoReference
 from tokenpref.models.reference_store import ReferenceWriter
 from tokenpref.stats import LossOutput
-from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTrainer, preflight
+from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.credit.live import LiveModels
-from tokenpref.training.reference_cache import ReferenceCache, cached_references, stored_kind
+from tokenpref.training.loading import preflight
+from tokenpref.training.loading.reference_cache import ReferenceCache, cached_references, stored_kind
 from tokenpref.training.step.pair_loss import what_is_read
 from tokenpref.training.step.train_step import train_step
 

@@ -28,8 +28,8 @@ from tokenpref.models.reference import KL_STATISTICS, CachedReference
 from tokenpref.models.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config.keys import TrainConfig
-from tokenpref.training.memory import size_text
-from tokenpref.training.pair import weights_digest
+from tokenpref.training.loading.memory import size_text
+from tokenpref.training.loading.models import weights_digest
 
 __all__ = ["ReferenceCache", "cache_folder", "cached_references", "plan_caches", "stored_kind"]
 

@@ -15,7 +15,7 @@ from tokenpref.training import ContrastiveReference, Evaluator, PreferenceTraine
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.fields import Component
 from tokenpref.training.loading.architecture import check_architecture
-from tokenpref.training.preflight import meta_model
+from tokenpref.training.loading.preflight import meta_model
 
 PUBLISHED = {
     "tokenpref.models.smollm2_135m": "smollm2",
