@@ -29,7 +29,7 @@ from torch import Tensor
 from benchmarks import tables
 from benchmarks.ti_dpo import WORLD, Steps
 from tokenpref.losses import DPOLoss
-from tokenpref.training.checkpoints import Checkpoints, Progress
+from tokenpref.training.saving.checkpoints import Checkpoints, Progress
 
 DOC = Path(__file__).parents[1] / "docs" / "results" / "checkpoint.md"
 SYNC_LIMIT, BACKGROUND_LIMIT = 1.5, 0.5

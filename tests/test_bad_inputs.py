@@ -28,8 +28,8 @@ import tokenpref.cli
 from tokenpref._paths import data_root
 from tokenpref.errors import USER_ERROR_EXIT
 from tokenpref.training import ContrastiveReference, PreferenceTrainer, TripletTrainer, WeightEstimation
-from tokenpref.training.checkpoints import MANIFEST, PROGRESS, seal
 from tokenpref.training.config.command_line import load_config
+from tokenpref.training.saving.checkpoints import MANIFEST, PROGRESS, seal
 
 TRAINED = "model-00001-of-00001.safetensors"
 TRACE = "it_ran"  # what hostile input would make

@@ -15,8 +15,8 @@ import yaml
 from tokenpref._yaml import read_yaml
 from tokenpref.components import COMPONENT, find_component
 from tokenpref.errors import DataError
-from tokenpref.training.checkpoints import MANIFEST, fault_of
 from tokenpref.training.config.fields import Component
+from tokenpref.training.saving.checkpoints import MANIFEST, fault_of
 
 __all__ = [
     "METHODS",

@@ -15,7 +15,6 @@ from tokenpref.errors import ConfigError, DryRun
 from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_token_ids
-from tokenpref.training.checkpoints import Progress
 from tokenpref.training.config.compute import check_device
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
@@ -28,8 +27,9 @@ from tokenpref.training.loading.memory import size_text
 from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
 from tokenpref.training.loading.preflight import check_openings, meta_model, preflight
 from tokenpref.training.loading.reference_cache import cached_references, plan_caches
-from tokenpref.training.run_folder import RunFolder
-from tokenpref.training.saving import Saver, TrainState
+from tokenpref.training.saving.checkpoints import Progress
+from tokenpref.training.saving.run_folder import RunFolder
+from tokenpref.training.saving.saver import Saver, TrainState
 from tokenpref.training.step.batches import build_pairs, planned_steps
 from tokenpref.training.step.metrics import Stopwatch
 from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights, no_anchors, no_weights
@@ -292,7 +292,7 @@ class RunSetup:
         self.scheduler = build_scheduler(config.lr_scheduler, self.optimizer, self.total_steps)
 
     def _facts(self, config: dict[str, Any]) -> dict[str, Any]:
-        """What a run that continues this one has to share; see :class:`tokenpref.training.saving.Saver`."""
+        """What a run that continues this one has to share; see :class:`tokenpref.training.saving.saver.Saver`."""
         settings = self.config
         reference = settings.ref_checkpointer or settings.checkpointer
 

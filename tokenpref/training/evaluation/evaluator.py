@@ -24,7 +24,7 @@ from tokenpref.training.evaluation.intervals import mean_interval, wilson_interv
 from tokenpref.training.evaluation.measures import evaluate_pairs, paired_gain, sample_rewards
 from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
 from tokenpref.training.loading.preflight import check_openings, check_scored, meta_model
-from tokenpref.training.portions import KeptPortions
+from tokenpref.training.saving.portions import KeptPortions
 from tokenpref.training.step.batches import check_pairs
 
 __all__ = ["Evaluator"]

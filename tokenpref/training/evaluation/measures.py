@@ -20,8 +20,8 @@ from tokenpref.rewards import checked_rewards
 from tokenpref.training.config.keys import SamplingConfig
 from tokenpref.training.evaluation.intervals import mean_interval
 from tokenpref.training.generation import sample
-from tokenpref.training.portions import Portions
 from tokenpref.training.samples import read_openings, read_samples
+from tokenpref.training.saving.portions import Portions
 from tokenpref.training.step.batches import pair_batches
 from tokenpref.training.step.metrics import MetricSums, loss_metrics
 from tokenpref.training.step.pair_loss import (

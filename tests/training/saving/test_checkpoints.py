@@ -15,10 +15,10 @@ from tokenpref.distributed import single_process_world
 from tokenpref.distributed.safe_reading import SafeReader
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training import PreferenceTrainer, TripletTrainer
-from tokenpref.training.checkpoints import MANIFEST, Checkpoints, fault_of, seal
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.evaluation.validation import Validation
-from tokenpref.training.run_folder import RunFolder
+from tokenpref.training.saving.checkpoints import MANIFEST, Checkpoints, fault_of, seal
+from tokenpref.training.saving.run_folder import RunFolder
 
 WORLD = single_process_world()
 NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")

@@ -4,9 +4,10 @@ import json
 
 import pytest
 
-from tokenpref.training import Evaluator, portions
+from tokenpref.training import Evaluator
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.evaluation.measures import measures as evaluation
+from tokenpref.training.saving import portions
 
 
 @pytest.fixture

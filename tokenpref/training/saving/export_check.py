@@ -6,7 +6,7 @@ from pathlib import Path
 from typing import Any
 
 from tokenpref.errors import ConfigError
-from tokenpref.training.checkpoints import fault_of
+from tokenpref.training.saving.checkpoints import fault_of
 
 __all__ = ["BEST", "check_exports", "epochs_until", "finished_epochs"]
 
@@ -17,7 +17,7 @@ def finished_epochs(progress: dict[str, Any]) -> int:
     """Epochs whose weights were exported before a checkpoint was written.
 
     Args:
-        progress: what the checkpoint says about itself, as :func:`tokenpref.training.checkpoints.read_progress` gives it.
+        progress: what the checkpoint says about itself, as :func:`tokenpref.training.saving.checkpoints.read_progress` gives it.
     """
     steps = progress["facts"].get("steps_per_epoch")
     return int(progress["step"]) // steps if isinstance(steps, int) and steps > 0 else 0

@@ -9,10 +9,10 @@ from safetensors.torch import load_file
 
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
-from tokenpref.training.checkpoints import MANIFEST, seal
 from tokenpref.training.config.command_line import load_config
-from tokenpref.training.export_check import check_exports, epochs_until, finished_epochs
 from tokenpref.training.pair import PAIR_FILE, SIDES, read_pair
+from tokenpref.training.saving.checkpoints import MANIFEST, seal
+from tokenpref.training.saving.export_check import check_exports, epochs_until, finished_epochs
 
 MODEL = "model-00001-of-00001.safetensors"
 SHORT = ("dataset.max_rows=16", "run_val_every_n_steps=null")

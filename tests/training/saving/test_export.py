@@ -14,7 +14,7 @@ from tokenpref._paths import data_root
 from tokenpref.data import tokenizer_json
 from tokenpref.training import PreferenceTrainer
 from tokenpref.training.config.command_line import load_config
-from tokenpref.training.export import describe_export
+from tokenpref.training.saving.export import describe_export
 
 TINY = data_root() / "data" / "tiny" / "model"
 FEW = (

@@ -20,7 +20,7 @@ from tokenpref._torchtune import TransformerDecoder
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
-from tokenpref.training.checkpoints import (
+from tokenpref.training.saving.checkpoints import (
     MANIFEST,
     PROGRESS,
     Checkpoints,
@@ -29,8 +29,8 @@ from tokenpref.training.checkpoints import (
     seal,
     step_of,
 )
-from tokenpref.training.export import describe_export, forget_tied_head
-from tokenpref.training.export_check import BEST, check_exports, epochs_until, finished_epochs
+from tokenpref.training.saving.export import describe_export, forget_tied_head
+from tokenpref.training.saving.export_check import BEST, check_exports, epochs_until, finished_epochs
 
 __all__ = ["RunFolder", "config_fingerprint"]
 

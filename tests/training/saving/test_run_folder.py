@@ -4,7 +4,7 @@ import pytest
 
 from tokenpref.distributed import single_process_world
 from tokenpref.errors import ConfigError
-from tokenpref.training.run_folder import RunFolder
+from tokenpref.training.saving.run_folder import RunFolder
 
 
 @pytest.fixture

@@ -17,10 +17,10 @@ from torch.optim.lr_scheduler import LRScheduler
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World, first_not_finite
 from tokenpref.errors import ConfigError, TokenprefError
-from tokenpref.training.checkpoints import Progress, read_progress
 from tokenpref.training.config.keys import TrainConfig
-from tokenpref.training.hyperparameters import Hyperparameters
-from tokenpref.training.run_folder import RunFolder
+from tokenpref.training.saving.checkpoints import Progress, read_progress
+from tokenpref.training.saving.hyperparameters import Hyperparameters
+from tokenpref.training.saving.run_folder import RunFolder
 
 __all__ = ["RowState", "Saver", "TrainState"]
 

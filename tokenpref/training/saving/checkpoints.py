@@ -34,7 +34,7 @@ from tokenpref.distributed import (
     write_sharded,
 )
 from tokenpref.errors import ConfigError
-from tokenpref.training.hyperparameters import (
+from tokenpref.training.saving.hyperparameters import (
     Hyperparameters,
     plain,
     record_fault,

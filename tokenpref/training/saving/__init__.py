@@ -1,0 +1,1 @@
+"""The run's folder, its checkpoints, and when they are written."""
