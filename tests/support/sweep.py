@@ -25,8 +25,8 @@ from tokenpref.training import (
     WeightEstimation,
 )
 from tokenpref.training.config.keys import BestConfig, EvaluateConfig, SamplingConfig
-from tokenpref.training.contrastive_reference import ContrastiveConfig
 from tokenpref.training.estimation.estimators import EstimateConfig
+from tokenpref.training.estimation.pair_builder import ContrastiveConfig
 
 VALUES: tuple[Any, ...] = (
     None, "", " ", "x", "yes", "no", "true", "1", "1e-3", "null", "auto", "a/b", "~", "~nobody_here", "é" * 200, "x" * 300,

@@ -1,11 +1,11 @@
 """Config, step, loop, evaluation and sampling: what the recipes stand on."""
 
-from tokenpref.training.contrastive_reference import ContrastiveReference
 from tokenpref.training.credit.anchors import AnchorSampler
 from tokenpref.training.credit.attribution import Attribution
 from tokenpref.training.credit.prompts import OnlinePrompts
-from tokenpref.training.estimate import WeightEstimation
 from tokenpref.training.estimation.estimators import AttributionEstimator, ContrastiveEstimator
+from tokenpref.training.estimation.pair_builder import ContrastiveReference
+from tokenpref.training.estimation.weight_estimation import WeightEstimation
 from tokenpref.training.evaluation.evaluator import Evaluator
 from tokenpref.training.recipe import recipe_main
 from tokenpref.training.schedule import get_constant_schedule_with_warmup

@@ -10,7 +10,7 @@ from safetensors.torch import load_file
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
 from tokenpref.training.config.command_line import load_config
-from tokenpref.training.pair import PAIR_FILE, SIDES, read_pair
+from tokenpref.training.estimation.pair_folder import PAIR_FILE, SIDES, read_pair
 from tokenpref.training.saving.checkpoints import MANIFEST, seal
 from tokenpref.training.saving.export_check import check_exports, epochs_until, finished_epochs
 

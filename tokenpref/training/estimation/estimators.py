@@ -25,9 +25,9 @@ from tokenpref.training.config.keys import ScoringConfig
 from tokenpref.training.config.sanity import component_faults, own_component_faults
 from tokenpref.training.credit.attribution import _AttributedWeights
 from tokenpref.training.credit.prompts import check_context, prompted_answers
+from tokenpref.training.estimation.pair_folder import ContrastivePair, PairSide, check_weights, read_pair
 from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
 from tokenpref.training.loading.preflight import check_scored
-from tokenpref.training.pair import ContrastivePair, PairSide, check_weights, read_pair
 from tokenpref.weights import contrastive_log_ratios
 from tokenpref.weights.attribution import (
     Target,

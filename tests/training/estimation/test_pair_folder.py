@@ -8,8 +8,8 @@ from tokenpref._registry import config_files
 from tokenpref.components import COMPONENT
 from tokenpref.errors import DataError
 from tokenpref.training.config.fields import Component
+from tokenpref.training.estimation.pair_folder import PAIR_FILE, SIDES, check_weights, read_pair, write_pair
 from tokenpref.training.loading.models import weights_digest
-from tokenpref.training.pair import PAIR_FILE, SIDES, check_weights, read_pair, write_pair
 from tokenpref.training.saving.checkpoints import seal
 
 MODEL = Component("model", "tokenpref.models.tiny_llama", {})

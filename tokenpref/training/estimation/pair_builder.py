@@ -17,8 +17,8 @@ from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import Component, component, read_config, text
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.config.written import plain_without_environment
+from tokenpref.training.estimation.pair_folder import METHODS, PAIR_FILE, SIDES, nested_components, write_pair
 from tokenpref.training.loading.preflight import check_scored
-from tokenpref.training.pair import METHODS, PAIR_FILE, SIDES, nested_components, write_pair
 from tokenpref.training.saving.export_check import check_exports, epochs_until
 from tokenpref.training.saving.run_folder import RunFolder
 from tokenpref.training.trainer import PreferenceTrainer
