@@ -22,12 +22,12 @@ from benchmarks import tables
 from tokenpref.data import Answer, PairBatch, PairExample, collate_anchors, collate_pairs
 from tokenpref.distributed import single_process_world
 from tokenpref.losses import DPOLoss, TripletTIDPOLoss
+from tokenpref.models.generation import sample
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training import AnchorSampler, Attribution
 from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.credit.weighing import in_columns
-from tokenpref.training.generation import sample
 from tokenpref.training.step.train_step import no_anchors, train_step
 from tokenpref.weights import AnswerLogp, MaxLogit
 

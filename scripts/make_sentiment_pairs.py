@@ -27,9 +27,9 @@ from tokenpref.components import find_component, signature_faults
 from tokenpref.data import Tokenizer, tokenizer_json
 from tokenpref.distributed import World, single_process_world
 from tokenpref.errors import ConfigError, DataError, TokenprefError
+from tokenpref.models.generation import sample
 from tokenpref.rewards import Reward, ValenceReward, checked_rewards
 from tokenpref.training.config.fields import Component
-from tokenpref.training.generation import sample
 from tokenpref.training.loading.models import check_state_fits, read_weights
 
 

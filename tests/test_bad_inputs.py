@@ -937,7 +937,7 @@ def everything(folder: Path) -> dict[str, bytes | None]:
 def test_a_bad_input_is_one_error(bad, good, tmp_path, monkeypatch, capsys, caplog, own_log):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(
-        "tokenpref.weights.store._MOST_VALUES", 1000
+        "tokenpref.data.weight_store._MOST_VALUES", 1000
     )  # so that an absurd shard is a small file
     for name in bad.needs:
         shutil.copytree(good / name, tmp_path / name)

@@ -24,8 +24,8 @@ from torch import Tensor
 from tokenpref._torchtune import TransformerDecoder, llama3_2
 from tokenpref.data import IGNORE_INDEX, PairBatch, PairExample, collate_pairs, epoch_order
 from tokenpref.distributed import World, single_process_world
+from tokenpref.models.generation import sample
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.generation import sample
 
 __all__ = [
     "BAD",

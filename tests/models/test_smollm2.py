@@ -12,8 +12,8 @@ from tokenpref.data import tokenizer_json
 from tokenpref.distributed import single_process_world
 from tokenpref.errors import TokenprefError
 from tokenpref.models import smollm2
+from tokenpref.models.generation import sample
 from tokenpref.models.scoring import logits_of
-from tokenpref.training.generation import sample
 
 # Plain prose of our own, for the perplexity.
 PROSE = """The harbour was quiet that morning, and the boats that had gone out before dawn were only small grey marks

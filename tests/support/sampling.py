@@ -7,7 +7,7 @@ from typing import Any
 from support import small
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World, shard
-from tokenpref.training.generation import sample
+from tokenpref.models.generation import sample
 
 EOS, PAD = 60, 0
 

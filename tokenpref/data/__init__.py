@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenpref.data.adapting import adapt_tokenizer
 from tokenpref.data.chat import ChatTemplate, TemplateError, normalize_messages
 from tokenpref.data.collate import (
     IGNORE_INDEX,
@@ -33,7 +34,7 @@ from tokenpref.data.order import (
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.stored_scores import PairScores, ScoreSource, StoredScores, provenance
 from tokenpref.data.tokenization import EncodedAnswer, encode_chat_answer, encode_prompt, encode_text_answer
-from tokenpref.data.tokenizers import JsonTokenizer, Tokenizer, adapt_tokenizer, tokenizer_json
+from tokenpref.data.tokenizers import JsonTokenizer, Tokenizer, tokenizer_json
 
 __all__ = [
     "IGNORE_INDEX",

@@ -18,7 +18,7 @@ from tokenpref.data.stored_scores import PairScores
 from tokenpref.data.tokenizers import Span
 from tokenpref.errors import DataError
 from tokenpref.weights.spans import values_of_tokens
-from tokenpref.weights.store import SCORE_KINDS
+from tokenpref.weights.transforms import SCORE_KINDS
 
 __all__ = ["SCORED_UNITS", "ColumnScores"]
 

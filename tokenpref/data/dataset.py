@@ -10,6 +10,7 @@ from typing import Any
 
 import numpy as np
 
+from tokenpref.data.adapting import adapt_tokenizer
 from tokenpref.data.building import PairBuilder
 from tokenpref.data.cache import AUTO, DataCache, find_cache
 from tokenpref.data.chat import TemplateError
@@ -26,7 +27,7 @@ from tokenpref.data.report import DataReport
 from tokenpref.data.row_reader import RowReader, row_reader
 from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.tokenization import cut_prompt, encode_prompt
-from tokenpref.data.tokenizers import Tokenizer, adapt_tokenizer
+from tokenpref.data.tokenizers import Tokenizer
 from tokenpref.errors import ConfigError, DataError
 
 __all__ = ["DataReport", "PairExample", "PairText", "PreferenceDataset", "WholeAnswer", "preference_dataset"]

@@ -9,8 +9,8 @@ import numpy as np
 
 from tokenpref._paths import resolve_path
 from tokenpref.data.dataset import PreferenceDataset
+from tokenpref.data.weight_store import WeightStore
 from tokenpref.errors import DataError
-from tokenpref.weights.store import WeightStore
 
 __all__ = ["PairScores", "ScoreSource", "StoredScores", "provenance"]
 

@@ -1,7 +1,7 @@
 """Policy and reference over torchtune's decoders, and the models that come with the package."""
 
+from tokenpref.data.reference_store import ReferenceStore
 from tokenpref.models.reference import CachedReference, FrozenReference, Reference, ReferenceOutput
-from tokenpref.models.reference_store import ReferenceStore
 from tokenpref.models.scoring import ScoringModel, install_head, logits_of
 from tokenpref.models.smollm2 import smollm2_135m
 from tokenpref.models.tiny import tiny_llama

@@ -11,8 +11,8 @@ import torch
 from torch import Tensor
 
 from tokenpref.data import PairBatch
+from tokenpref.data.reference_store import ReferenceStore
 from tokenpref.distributed import unsharded
-from tokenpref.models.reference_store import ReferenceStore
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.ops import AnswerRows
 

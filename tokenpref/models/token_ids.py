@@ -6,8 +6,8 @@ from collections.abc import Iterable, Iterator
 
 from tokenpref._paths import resolve_path
 from tokenpref.data import Answer, Tokenizer
+from tokenpref.data.samples import read_openings
 from tokenpref.errors import ConfigError
-from tokenpref.training.samples import read_openings
 
 __all__ = ["check_answer_ids", "check_token_ids"]
 

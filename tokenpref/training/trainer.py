@@ -9,7 +9,7 @@ from tqdm import tqdm
 from tokenpref._torchtune import get_lr
 from tokenpref.errors import Interrupted, TrainingDiverged
 from tokenpref.training.loading.memory import peak_memory_gib
-from tokenpref.training.run_setup import RunSetup
+from tokenpref.training.run import RunSetup
 from tokenpref.training.signals import StopRequest
 from tokenpref.training.step.batches import pair_batches
 from tokenpref.training.step.metrics import LogInterval

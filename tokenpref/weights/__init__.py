@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from tokenpref.data.weight_store import StoredRow, StoreWriter, WeightStore
 from tokenpref.weights.attribution import (
     AnswerLogp,
     GaussianPrior,
@@ -12,8 +13,8 @@ from tokenpref.weights.attribution import (
 )
 from tokenpref.weights.contrastive import answer_scores, contrastive_log_ratios
 from tokenpref.weights.spans import values_of_tokens
-from tokenpref.weights.store import SCORE_KINDS, StoredRow, StoreWriter, WeightStore
 from tokenpref.weights.transforms import (
+    SCORE_KINDS,
     TransformedWeights,
     binary,
     exponential,

@@ -17,6 +17,7 @@ from torch import Tensor
 from tokenpref._checks import check_choice, check_number, check_ordered
 
 __all__ = [
+    "SCORE_KINDS",
     "TransformedWeights",
     "binary",
     "exponential",
@@ -392,3 +393,7 @@ def _mix(x: Tensor) -> Tensor:
     x = (x ^ _shift_right(x, 30)) * _FACTORS[0]
     x = (x ^ _shift_right(x, 27)) * _FACTORS[1]
     return x ^ _shift_right(x, 31)
+
+
+SCORE_KINDS = ("weight", "log_ratio", "tis_release")
+"""What scores are: weights to use as they are; log pi+ - log pi-; or the TIS-DPO release's log pi- - log pi+."""

@@ -13,12 +13,12 @@ from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import compute_dtype_of, init_world, shard, single_process_world
 from tokenpref.errors import ConfigError
 from tokenpref.models.float8 import Float8
+from tokenpref.models.generation import sample
 from tokenpref.training import ContrastiveReference, PreferenceTrainer, TripletTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.compute import Compute
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig, TrainConfig
-from tokenpref.training.generation import sample
 
 EMULATED = ("enable_fp8_training=true", "fp8_emulate=true")
 QUIET = ("log_stats=[]", "run_val_every_n_steps=null")

@@ -16,12 +16,12 @@ from safetensors.torch import load_file, save_file
 from support import small, workers
 
 from tokenpref._paths import data_root
+from tokenpref.data.reference_store import ReferenceWriter
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, DataError, DryRun
 from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss, TripletTIDPOLoss
 from tokenpref.models.reference import KL_STATISTICS, CachedReference, FrozenReference, NoReference
-from tokenpref.models.reference_store import ReferenceWriter
 from tokenpref.stats import LossOutput
 from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config.command_line import load_config

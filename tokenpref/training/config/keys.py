@@ -7,6 +7,7 @@ from dataclasses import dataclass
 import torch
 
 from tokenpref._paths import resolve_path
+from tokenpref.data.samples import read_openings, read_samples
 from tokenpref.errors import DataError
 from tokenpref.training.config.compute import DTYPES, Compute, ComputeConfig, compute_faults
 from tokenpref.training.config.faults import checkpoint_faults, transform_faults
@@ -27,7 +28,6 @@ from tokenpref.training.config.sanity import (
     optimizer_faults,
     own_component_faults,
 )
-from tokenpref.training.samples import read_openings, read_samples
 
 __all__ = [
     "BestConfig",

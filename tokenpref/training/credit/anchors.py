@@ -12,8 +12,8 @@ import torch
 from tokenpref._checks import check_choice, check_number
 from tokenpref.data import Answer, PreferenceDataset
 from tokenpref.errors import ConfigError
+from tokenpref.models.generation import sample
 from tokenpref.training.credit.live import LiveModels, Refresh, RowCache
-from tokenpref.training.generation import sample
 
 __all__ = ["AnchorSampler"]
 

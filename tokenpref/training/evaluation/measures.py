@@ -12,15 +12,15 @@ from tqdm import tqdm
 
 from tokenpref._paths import resolve_path
 from tokenpref.data import PreferenceDataset, Tokenizer, steps_per_epoch
+from tokenpref.data.samples import read_openings, read_samples
 from tokenpref.distributed import World
 from tokenpref.errors import DataError
+from tokenpref.models.generation import sample
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.rewards import checked_rewards
 from tokenpref.training.config.keys import SamplingConfig
 from tokenpref.training.evaluation.intervals import mean_interval
-from tokenpref.training.generation import sample
-from tokenpref.training.samples import read_openings, read_samples
 from tokenpref.training.saving.portions import Portions
 from tokenpref.training.step.batches import pair_batches
 from tokenpref.training.step.metrics import MetricSums, loss_metrics

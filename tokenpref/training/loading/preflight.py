@@ -15,6 +15,7 @@ from torch.autograd.graph import saved_tensors_hooks
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder, set_default_dtype
 from tokenpref.data import PreferenceDataset, Tokenizer
+from tokenpref.data.samples import read_openings
 from tokenpref.distributed import World
 from tokenpref.errors import ConfigError
 from tokenpref.models.lean import keep_layers_lean
@@ -29,7 +30,6 @@ from tokenpref.training.loading.memory import free_memory
 from tokenpref.training.loading.memory import size_text as _size
 from tokenpref.training.loading.models import check_decoder
 from tokenpref.training.loading.reference_cache import ReferenceCache, cache_folder
-from tokenpref.training.samples import read_openings
 from tokenpref.training.step.batches import check_data_fits, check_tokens_per_batch
 
 __all__ = [

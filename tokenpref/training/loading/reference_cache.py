@@ -23,9 +23,9 @@ from tqdm import tqdm
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.components import COMPONENT
 from tokenpref.data import IGNORE_INDEX, PairExample, PreferenceDataset, collate_pairs
+from tokenpref.data.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 from tokenpref.distributed import World, unsharded
 from tokenpref.models.reference import KL_STATISTICS, CachedReference
-from tokenpref.models.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.loading.memory import size_text

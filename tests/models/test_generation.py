@@ -6,8 +6,8 @@ from support import sampling, small
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import TokenprefError
+from tokenpref.models.generation import sample, sampling_probabilities
 from tokenpref.models.scoring import logits_of
-from tokenpref.training.generation import sample, sampling_probabilities
 
 NEVER = small.VOCAB  # an end that is in no vocabulary
 PROMPTS = [[5], [9, 8, 7, 3, 2, 11, 30], [4, 4], [17, 2, 40, 1], [33, 12, 6, 6, 6]]

@@ -30,11 +30,10 @@ from pyarrow import parquet
 
 from tokenpref._checks import check_choice
 from tokenpref.errors import DataError
+from tokenpref.weights.transforms import SCORE_KINDS
 
-__all__ = ["SCORE_KINDS", "StoreWriter", "StoredRow", "WeightStore"]
+__all__ = ["StoreWriter", "StoredRow", "WeightStore"]
 
-SCORE_KINDS = ("weight", "log_ratio", "tis_release")
-"""What scores are: weights to use as they are; log pi+ - log pi-; or the TIS-DPO release's log pi- - log pi+."""
 
 log = logging.getLogger("tokenpref")
 

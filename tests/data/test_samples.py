@@ -3,9 +3,9 @@ import json
 import pytest
 import torch
 
+from tokenpref.data.samples import read_openings, read_samples
 from tokenpref.errors import DataError
 from tokenpref.training.evaluation.measures import _sample_seed
-from tokenpref.training.samples import read_openings, read_samples
 
 
 def test_openings_are_lines(tmp_path):

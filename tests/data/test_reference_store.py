@@ -9,9 +9,9 @@ from safetensors.torch import load_file
 from support import small
 
 from tokenpref._files import digest_of
+from tokenpref.data.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.models.reference import CachedReference
-from tokenpref.models.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 
 ROWS = [3, 7, 8, 10, 11, 12, 20, 21, 22, 30]  # a data set of which rows were left out
 
@@ -75,7 +75,7 @@ def test_what_is_written_is_read_by_row_and_side(tmp_path):
 
 
 def test_few_files_stay_open(tmp_path, monkeypatch):
-    monkeypatch.setattr("tokenpref.models.reference_store._OPEN_SHARDS", 1)
+    monkeypatch.setattr("tokenpref.data.reference_store._OPEN_SHARDS", 1)
     store = layout(tmp_path)
     filled(store)
     read = ReferenceStore.open(store)
