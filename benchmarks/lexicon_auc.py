@@ -21,8 +21,8 @@ import torch
 from benchmarks import tables
 from benchmarks.frontier import PAIR, ROOT, tune
 from benchmarks.planted.measures import auc
-from tokenpref.data import load_rows
-from tokenpref.weights import WeightStore, values_of_tokens
+from tokenpref.data import WeightStore, load_rows
+from tokenpref.weights import values_of_tokens
 
 DATA = "package://data/sentiment/eval.jsonl"
 DOC = ROOT / "docs" / "results" / "lexicon_auc.md"

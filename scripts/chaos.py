@@ -40,7 +40,7 @@ from pathlib import Path
 import torch
 from safetensors.torch import load_file
 
-from tokenpref.weights import WeightStore
+from tokenpref.data import WeightStore
 
 TUNE = Path(sys.executable).parent / "tune"
 SAVING = ("checkpoint_every_n_steps=2", "resume_from_checkpoint=auto", "keep_last=2")

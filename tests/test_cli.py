@@ -12,8 +12,8 @@ import pytest
 
 import tokenpref
 from tokenpref import cli
+from tokenpref.data import StoredRow, StoreWriter
 from tokenpref.errors import TokenprefError
-from tokenpref.weights import StoredRow, StoreWriter
 
 
 @pytest.fixture

@@ -8,11 +8,11 @@ from tokenpref._registry import config_files, recipe_of
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models.scoring import install_head
 from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer
+from tokenpref.training.config import keys as config
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig, TrainConfig, TripletConfig, WeightedConfig
-from tokenpref.training.config.keys import keys as config
-from tokenpref.training.estimation import weight_estimation as estimate
+from tokenpref.training.estimation import estimators as estimate
 from tokenpref.training.estimation.estimators import EstimateConfig
 from tokenpref.training.estimation.pair_builder import ContrastiveConfig
 

@@ -145,8 +145,8 @@ def _show_weights(arguments: argparse.Namespace) -> None:
             f"{output}: the folder {output.parent} does not exist; create it, or set another --output"
         )
 
+    from tokenpref.data import WeightStore
     from tokenpref.insight import html_page, terminal_text
-    from tokenpref.weights import WeightStore
 
     store = WeightStore.open(arguments.store)
     if len(store) == 0:

@@ -6,9 +6,9 @@ import shutil
 import numpy as np
 import pytest
 
+from tokenpref.data import StoredRow, StoreWriter, WeightStore
 from tokenpref.data.weight_store import FORMAT
 from tokenpref.errors import DataError
-from tokenpref.weights import StoredRow, StoreWriter, WeightStore
 
 
 def stored(row, chosen=(0.5, -1.25), rejected=(2.0,)):

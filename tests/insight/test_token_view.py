@@ -7,10 +7,10 @@ from html.parser import HTMLParser
 import numpy as np
 import pytest
 
+from tokenpref.data import StoredRow
 from tokenpref.errors import DataError
 from tokenpref.insight import Piece, group_tokens, html_page, row_limit, shade, terminal_text
 from tokenpref.insight.token_view import MAX_ALPHA, MIN_LIMIT, NEGATIVE, POSITIVE, visible
-from tokenpref.weights import StoredRow
 
 METADATA = {
     "kind": "log_ratio",

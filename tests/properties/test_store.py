@@ -10,8 +10,8 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
+from tokenpref.data import StoredRow, StoreWriter, WeightStore
 from tokenpref.errors import DataError
-from tokenpref.weights import StoredRow, StoreWriter, WeightStore
 
 texts = st.text(max_size=12)
 # nan is an EOS without a score; -0.0, infinities and the smallest numbers keep their bits as well.

@@ -5,13 +5,12 @@ import pytest
 import torch
 from support.evaluating import pairs
 
-from tokenpref.data import StoredScores, collate_pairs, provenance
+from tokenpref.data import StoredRow, StoredScores, StoreWriter, collate_pairs, provenance
 from tokenpref.losses import TISDPOLoss
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import split_pair
 from tokenpref.training.config.fields import Component
 from tokenpref.training.credit.weighing import TokenWeights, Weighing
-from tokenpref.weights import StoredRow, StoreWriter
 
 TOKEN = 1  # the answer token whose score changes
 

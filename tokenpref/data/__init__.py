@@ -35,6 +35,7 @@ from tokenpref.data.sources import Rows, load_rows
 from tokenpref.data.stored_scores import PairScores, ScoreSource, StoredScores, provenance
 from tokenpref.data.tokenization import EncodedAnswer, encode_chat_answer, encode_prompt, encode_text_answer
 from tokenpref.data.tokenizers import JsonTokenizer, Tokenizer, tokenizer_json
+from tokenpref.data.weight_store import StoredRow, StoreWriter, WeightStore
 
 __all__ = [
     "IGNORE_INDEX",
@@ -55,9 +56,12 @@ __all__ = [
     "PreferenceDataset",
     "Rows",
     "ScoreSource",
+    "StoreWriter",
+    "StoredRow",
     "StoredScores",
     "TemplateError",
     "Tokenizer",
+    "WeightStore",
     "WholeAnswer",
     "adapt_tokenizer",
     "collate_anchors",

@@ -15,8 +15,8 @@ from typing import Any
 
 import numpy as np
 
+from tokenpref.data import StoredRow
 from tokenpref.errors import DataError
-from tokenpref.weights import StoredRow
 
 __all__ = ["Piece", "group_tokens", "html_page", "row_limit", "shade", "terminal_text", "visible"]
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from tokenpref.data.weight_store import StoredRow, StoreWriter, WeightStore
 from tokenpref.weights.attribution import (
     AnswerLogp,
     GaussianPrior,
@@ -32,10 +31,7 @@ __all__ = [
     "GaussianPrior",
     "MaxLogit",
     "PreferenceMargin",
-    "StoreWriter",
-    "StoredRow",
     "TransformedWeights",
-    "WeightStore",
     "answer_scores",
     "attribution_weights",
     "binary",

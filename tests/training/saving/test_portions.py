@@ -6,7 +6,7 @@ import pytest
 
 from tokenpref.training import Evaluator
 from tokenpref.training.config.command_line import load_config
-from tokenpref.training.evaluation.measures import measures as evaluation
+from tokenpref.training.evaluation import measures as evaluation
 from tokenpref.training.saving import portions
 
 

@@ -14,13 +14,12 @@ from omegaconf import DictConfig
 from tqdm import tqdm
 
 from tokenpref import __version__
-from tokenpref.data import PreferenceDataset, adapt_tokenizer, provenance
+from tokenpref.data import PreferenceDataset, StoredRow, StoreWriter, adapt_tokenizer, provenance
 from tokenpref.distributed import init_world
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.estimation.estimators import EstimateConfig, Estimator
 from tokenpref.training.step.batches import check_pairs
-from tokenpref.weights import StoredRow, StoreWriter
 
 __all__ = ["WeightEstimation"]
 
