@@ -50,10 +50,9 @@ from tokenpref.distributed import World, init_world, load_full_state_dict
 from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss
 from tokenpref.models import tiny_llama
 from tokenpref.models.float8 import Float8
-from tokenpref.models.head_work import HeadWork, PairsLoss
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel, logits_of
-from tokenpref.ops import token_stats_from_logits
+from tokenpref.ops import AnswerRows, token_stats_from_logits
 from tokenpref.stats import TokenStats
 from tokenpref.training.config.compute import Compute
 from tokenpref.training.loading.models import place_decoder
@@ -186,22 +185,29 @@ def tiny_plan() -> list[Cell]:
 class FullLogits(ScoringModel):
     """The head that the fused one is compared with: logits of all positions, then their statistics."""
 
-    def stats_of(self, tokens: Tensor, work: HeadWork) -> TokenStats:
+    def token_stats(
+        self,
+        tokens: Tensor,
+        labels: Tensor,
+        *,
+        needs: frozenset[str],
+        ref_logps: Tensor | None = None,
+        ref_hidden: Tensor | None = None,
+        ref_head_weight: Tensor | None = None,
+        weights: Tensor | None = None,
+        sides: int = 1,
+    ) -> TokenStats:
         """See :class:`tokenpref.models.scoring.ScoringModel`; padded, and what rows share is computed for each."""
         logits = logits_of(self.model, tokens)
         ref_logits = None
-        if work.ref_hidden is not None:
+        if ref_hidden is not None:
             with torch.no_grad():
-                scored = F.linear(work.ref_hidden, work.ref_head_weight)
+                scored = F.linear(ref_hidden, ref_head_weight)
                 ref_logits = torch.zeros_like(logits, dtype=scored.dtype).flatten(0, 1)
-                ref_logits = ref_logits.index_copy(0, work.rows.index, scored).view_as(logits)
+                ref_logits = ref_logits.index_copy(0, AnswerRows.of(labels).index, scored).view_as(logits)
         return token_stats_from_logits(
-            logits, ref_logits, work.labels, weights=work.weights, needs=work.needs, ref_logps=work.ref_logps
+            logits, ref_logits, labels, weights=weights, needs=needs, ref_logps=ref_logps
         )
-
-    def pairs_loss(self, tokens: Tensor, work: HeadWork, loss: PairsLoss, *, together: bool = True) -> Tensor:
-        """See there; all pairs at once."""
-        return loss(self.stats_of(tokens, work), slice(None))
 
 
 @dataclass(frozen=True)

@@ -3,6 +3,7 @@
 import pytest
 
 from tokenpref.data.cache import CACHE_VARIABLE
+from tokenpref.models import cpu
 from tokenpref.ops import products
 
 
@@ -18,13 +19,14 @@ def data_cache(tmp_path_factory):
 def onednn(monkeypatch):
     """Products of any size by oneDNN, whatever the processor; the shapes of both factors of each."""
     made = []
-    by_onednn = products._by_onednn
+    by_weight = cpu.OneDNN._by_weight
 
     def counted(x, weight):
         made.append((tuple(x.shape), tuple(weight.shape)))
-        return by_onednn(x, weight)
+        return by_weight(x, weight)
 
-    monkeypatch.setattr(products, "_by_onednn", counted)
-    monkeypatch.setattr(products, "uses_onednn", lambda: True)
-    monkeypatch.setattr(products, "_SMALLEST", 0)
+    monkeypatch.setattr(cpu.OneDNN, "_by_weight", staticmethod(counted))
+    monkeypatch.setattr(cpu, "uses_onednn", lambda: True)
+    monkeypatch.setattr(cpu, "_SMALLEST", 0)
+    monkeypatch.setattr(products, "_library", cpu.OneDNN())
     return made

@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from tokenpref._registry import config_files, recipe_of
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.models.scoring import install_head
+from tokenpref.models.scoring import check_head
 from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config import keys as config
 from tokenpref.training.config.faults import loss_faults
@@ -48,7 +48,7 @@ def test_components_can_be_built(shipped):
     with torch.device("meta"):
         model = cfg.model.build()
     assert isinstance(model, TransformerDecoder)
-    install_head(model)
+    check_head(model)
     if isinstance(cfg, ContrastiveConfig):
         assert cfg.loss is None and cfg.method == "dpo"
     else:

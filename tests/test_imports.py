@@ -19,7 +19,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Lowest first. A part (file or folder of tokenpref/) may import itself and the parts of the lines above its own.
 LAYERS = (
     {"errors"},
-    {"__init__", "_checks", "_files", "_paths", "_torchtune", "_yaml"},
+    {"__init__", "_checks", "_files", "_memory", "_paths", "_torchtune", "_yaml"},
     {"stats"},
     {"components", "_registry", "ops", "losses", "weights", "rewards"},
     {"distributed"},
@@ -31,7 +31,7 @@ LAYERS = (
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
 # Mathematics: functions of tensors, which know neither configs nor files nor the model library.
 MATHEMATICS = {"stats", "ops", "losses", "weights"}
-MATHEMATICS_MAY_IMPORT = {"stats", "errors", "_checks"}
+MATHEMATICS_MAY_IMPORT = {"stats", "errors", "_checks", "_memory"}
 LIGHT = ("tokenpref", "tokenpref.errors", "tokenpref._paths", "tokenpref._registry", "tokenpref.cli")
 # Installed under another name than the one that is imported.
 DISTRIBUTION_OF = {"yaml": "pyyaml"}

@@ -112,18 +112,3 @@ def test_output_is_one_number_per_pair():
         LossOutput(x, x, x.sum())
     with pytest.raises(ValueError, match="metric 'm'"):
         LossOutput(x, x, x, {"m": x.mean()})
-
-
-def test_outputs_of_groups_make_one():
-    x = torch.tensor([1.0, 2.0], requires_grad=True)
-    parts = [LossOutput(x * 2, x * 3, x * 4, {"m": x * 5}), LossOutput(x[:1], x[:1], x[:1], {"m": x[:1]})]
-    whole = LossOutput.cat([part.detach() for part in parts])
-    assert whole.losses.tolist() == [2, 4, 1] and not whole.losses.requires_grad
-    assert whole.chosen_rewards.tolist() == [3, 6, 1] and whole.rejected_rewards.tolist() == [4, 8, 1]
-    assert whole.metrics["m"].tolist() == [5, 10, 1]
-
-
-def test_outputs_of_groups_have_the_same_metrics():
-    x = torch.ones(1)
-    with pytest.raises(ValueError, match=r"same metrics for all pairs; \['m'\] came with some"):
-        LossOutput.cat([LossOutput(x, x, x, {"m": x, "n": x}), LossOutput(x, x, x, {"n": x})])

@@ -7,7 +7,7 @@ exactly 0.
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from dataclasses import dataclass, field, fields, replace
 
 import torch
@@ -216,22 +216,3 @@ class LossOutput:
     def detach(self) -> LossOutput:
         """The same without gradient."""
         return replace(self, losses=self.losses.detach())
-
-    @classmethod
-    def cat(cls, outputs: Sequence[LossOutput]) -> LossOutput:
-        """The outputs of groups of pairs as those of all, in their order.
-
-        Raises:
-            ValueError: if their metrics differ in their names.
-        """
-        names = {name for output in outputs for name in output.metrics}
-        if odd := sorted(name for name in names if any(name not in output.metrics for output in outputs)):
-            raise ValueError(f"a loss must give the same metrics for all pairs; {odd} came with some of them")
-        return cls(
-            losses=torch.cat([output.losses for output in outputs]),
-            chosen_rewards=torch.cat([output.chosen_rewards for output in outputs]),
-            rejected_rewards=torch.cat([output.rejected_rewards for output in outputs]),
-            metrics={
-                name: torch.cat([output.metrics[name] for output in outputs]) for name in outputs[0].metrics
-            },
-        )

@@ -30,7 +30,7 @@ from benchmarks.cpu import report
 from benchmarks.cpu.floor import head_floor
 from benchmarks.cpu.process import busy_seconds, machine, save
 from benchmarks.cpu.work import COMPARED_WITH, MALLOC, OFFLINE, PAIRED_MODES, SMOLLM2, Task
-from tokenpref.ops.products import uses_onednn
+from tokenpref.models.cpu import uses_onednn
 
 ROOT = Path(__file__).parents[2]
 PAGE = ROOT / "docs" / "results" / "cpu.md"

@@ -61,7 +61,10 @@ def measure(
     """
     import torch
 
-    from tokenpref.ops.products import add_product, product  # the fastest that is known here
+    from tokenpref.models.cpu import use_fast_products
+    from tokenpref.ops.products import add_product, product
+
+    use_fast_products()
 
     torch.set_num_threads(threads)
     rates: dict[str, dict[str, dict[str, float]]] = {}
@@ -75,10 +78,10 @@ def measure(
                 x, w, y = (
                     torch.randn(size).to(kind) for size in ((rows, width), (columns, width), (rows, columns))
                 )
-                to_y, to_x, to_w = torch.empty_like(y), torch.empty_like(x), torch.empty_like(w)
+                to_w = torch.empty_like(w)
                 runs: dict[str, Callable[[], Any]] = {
-                    "forward": partial(product, x, w.T, to_y),
-                    "grad_input": partial(product, y, w, to_x),
+                    "forward": partial(product, x, w.T),
+                    "grad_input": partial(product, y, w),
                     "grad_weight": partial(add_product, to_w, y.T, x, begun=False),
                 }
                 for which, run in runs.items():

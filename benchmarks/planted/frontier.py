@@ -195,7 +195,7 @@ class Evaluation:
             labels,
             needs=frozenset({"ref", name}),
             ref_hidden=self.reference.answer_hidden(tokens, labels),
-            ref_head_weight=self.reference.head.weight,
+            ref_head_weight=self.reference.head_weight,
         )
         return stats.require(name).double().sum(-1).tolist()
 

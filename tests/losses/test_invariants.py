@@ -242,7 +242,6 @@ def test_order_of_the_pairs_is_irrelevant(cls, settings):
 @of()
 def test_micro_batches_add_up(cls, settings):
     loss, sides = cls(**settings), random_sides(rows=4)
-    assert loss.pair_by_pair, "a loss of this package is given some pairs at a time"
     whole, whole_gradients = run(loss, sides)
     parts = [
         run(loss, map_sides(sides, lambda _, v, rows=rows: v[rows])) for rows in (slice(0, 1), slice(1, 4))

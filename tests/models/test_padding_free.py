@@ -80,7 +80,7 @@ def scored(build, *, padding_free, prepare=lambda model: None, sides=2):
         LABELS,
         needs=NEEDS,
         ref_hidden=ref_hidden,
-        ref_head_weight=other.head.weight.detach(),
+        ref_head_weight=other.head_weight.detach(),
         sides=sides,
     )
     combination(stats).backward()

@@ -4,8 +4,9 @@ import pytest
 import torch
 from support import small
 from torch import nn
+from torchtune.modules import TransformerDecoder
 
-from tokenpref.models.scoring import ScoringModel, StatsHead, install_head, logits_of, next_token_logits
+from tokenpref.models.scoring import ScoringModel, check_head, logits_of, next_token_logits
 from tokenpref.ops import token_stats_from_logits
 
 NEEDS = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
@@ -54,7 +55,7 @@ def test_statistics_are_those_of_the_decoders_logits(tied, memory_mb):
         BATCH.labels,
         needs=NEEDS,
         ref_hidden=ref_hidden,
-        ref_head_weight=other.head.weight.detach(),
+        ref_head_weight=other.head_weight.detach(),
         weights=weights,
     )
     combination(stats).backward()
@@ -69,33 +70,27 @@ def test_statistics_are_those_of_the_decoders_logits(tied, memory_mb):
         torch.testing.assert_close(found.grad, wanted.grad, atol=1e-12, rtol=1e-10, msg=name)
 
 
-def test_a_head_changes_neither_logits_nor_names(tied):
+def test_scoring_changes_neither_logits_nor_names(tied):
     model = small.decoder(0, tied=tied)
     names, logits = list(model.state_dict()), own_logits(copy.deepcopy(model))
-    head = install_head(model)
+    scorer = ScoringModel(model)
+    scorer.logps(BATCH.tokens, BATCH.labels)
     assert list(model.state_dict()) == names and ("output.weight" in names) is not tied
-    torch.testing.assert_close(logits_of(model, BATCH.tokens), logits, atol=0, rtol=0)
-    assert head.weight is (model.tok_embeddings.weight if tied else model.output.weight)
+    for found in (logits_of(model, BATCH.tokens), own_logits(model)):
+        torch.testing.assert_close(found, logits, atol=0, rtol=0)
+    assert scorer.head_weight is (model.tok_embeddings.weight if tied else model.output.weight)
     model.load_state_dict(small.decoder(3, tied=tied).state_dict())
     torch.testing.assert_close(
         logits_of(model, BATCH.tokens), own_logits(small.decoder(3, tied=tied)), atol=0, rtol=0
     )
 
 
-def test_a_second_installation_gives_the_first_head(tied):
-    model = small.decoder(0, tied=tied)
-    head = install_head(model)
-    assert install_head(model) is head
-    assert ScoringModel(model).head is head and ScoringModel(model, head_memory_mb=2).head is head
-    assert not isinstance(head.inner, StatsHead)
-
-
 def test_a_copy_has_a_head_of_its_own(tied):
     scorer = small.scorer(0, tied=tied)
+    logits_of(scorer.model, BATCH.tokens)
     twin = ScoringModel(copy.deepcopy(scorer.model))
-    assert twin.head is not scorer.head
     with torch.no_grad():
-        twin.head.weight.zero_()
+        twin.head_weight.zero_()
         assert logits_of(twin.model, BATCH.tokens).abs().max() == 0
         assert logits_of(scorer.model, BATCH.tokens).abs().max() > 0
 
@@ -103,8 +98,18 @@ def test_a_copy_has_a_head_of_its_own(tied):
 def test_logits_keep_the_models_dtype(tied):
     model = small.decoder(0, tied=tied, dtype=torch.bfloat16)
     assert model(BATCH.tokens).dtype == torch.float32  # torchtune's decoder casts
-    install_head(model)
     assert logits_of(model, BATCH.tokens).dtype == torch.bfloat16
+
+
+def test_a_decoder_with_a_forward_of_its_own_is_refused():
+    class Other(TransformerDecoder):
+        def forward(self, tokens, **kwargs):
+            return super().forward(tokens, **kwargs) / 2
+
+    model = small.decoder(0)
+    model.__class__ = Other
+    with pytest.raises(TypeError, match="Other has a forward of its own"):
+        ScoringModel(model)
 
 
 @pytest.mark.parametrize(
@@ -116,8 +121,8 @@ def test_other_output_layers_are_refused_and_stay(layer):
     with pytest.raises(
         TypeError, match=f"output layer is {type(layer).__name__}; token statistics need a plain linear head"
     ):
-        install_head(model)
-    assert model.output is layer and model.num_output_chunks == 0
+        check_head(model)
+    assert model.output is layer
     assert model(BATCH.tokens).shape == (6, 12, small.VOCAB)
 
 
@@ -142,7 +147,7 @@ def test_hidden_states_times_the_head_are_the_logits(tied):
     hidden = scorer.hidden(BATCH.tokens)
     assert hidden.shape == (6, 12, 32) and hidden.requires_grad
     torch.testing.assert_close(
-        hidden @ scorer.head.weight.T, logits_of(scorer.model, BATCH.tokens), atol=1e-13, rtol=0
+        hidden @ scorer.head_weight.T, logits_of(scorer.model, BATCH.tokens), atol=1e-13, rtol=0
     )
 
 
@@ -158,14 +163,15 @@ def test_logps_have_no_gradient_and_are_zero_off_the_answer(tied):
             assert logps[row, column].item() == pytest.approx(expected, abs=1e-12)
 
 
-def test_a_failure_leaves_no_job_behind(tied):
+def test_what_does_not_fit_is_refused(tied):
     scorer = small.scorer(0, tied=tied)
-    logits = logits_of(scorer.model, BATCH.tokens)
     with pytest.raises(ValueError, match="ref_hidden"):
         scorer.token_stats(BATCH.tokens, BATCH.labels, needs=frozenset({"kl_ref_policy"}))
-    too_long = torch.ones(1, 65, dtype=torch.long)
-    for call in (scorer.hidden, lambda tokens: next_token_logits(scorer.model, tokens)):
-        with pytest.raises(ValueError, match="65"):
+    too_long = torch.ones(1, 66, dtype=torch.long)
+    for call in (
+        scorer.hidden,
+        lambda tokens: next_token_logits(scorer.model, tokens),
+        lambda tokens: scorer.logps(tokens, tokens),
+    ):
+        with pytest.raises(ValueError, match="a sequence has 6[56] tokens and the model's context is 64"):
             call(too_long)
-    assert scorer.head.job is None
-    assert torch.equal(logits_of(scorer.model, BATCH.tokens), logits)

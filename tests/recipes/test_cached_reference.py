@@ -16,7 +16,7 @@ from tokenpref.models import tiny_llama
 
 def slow_llama():
     model = tiny_llama()
-    model.register_forward_pre_hook(lambda *_: time.sleep(0.2))
+    model.norm.register_forward_pre_hook(lambda *_: time.sleep(0.2))
     return model
 """
 

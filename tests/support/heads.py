@@ -1,6 +1,10 @@
 """Hidden states and heads to score, and a scalar to go back from."""
 
+from unittest import mock
+
 import torch
+
+from tokenpref.ops import head
 
 LABELS = torch.tensor([[-100, -100, 3, 0, 4, 1, 6], [-100, 2, 2, 1, -100, -100, -100]])
 
@@ -25,3 +29,8 @@ def total(stats):
         for name, factor in parts.items()
         if (v := getattr(stats, name)) is not None
     )
+
+
+def blocks_of(nbytes):
+    """A context in which the head cuts the vocabulary into blocks of so many bytes of logits."""
+    return mock.patch.dict(head._BLOCK_BYTES, cpu=nbytes, cuda=nbytes)

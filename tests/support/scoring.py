@@ -9,28 +9,30 @@ import torch
 from safetensors.torch import load_file
 from torch import Tensor, nn
 
+from support.heads import blocks_of
 from tokenpref.ops import linear_token_stats, token_stats_from_logits
 from tokenpref.stats import PairStats, TokenStats
 
 GOLDEN = Path(__file__).resolve().parents[1] / "golden"
 
 
-def by_head(memory_mb: float) -> Callable[..., TokenStats]:
+def by_head(block_bytes: int, memory_mb: float) -> Callable[..., TokenStats]:
     """``linear_token_stats`` as a function of logits: with the identity as head, hidden states are logits."""
 
     def score(logits: Tensor, ref: Tensor | None, labels: Tensor, **options: object) -> TokenStats:
         eye = torch.eye(logits.shape[-1], dtype=logits.dtype)
         ref_head = None if ref is None else eye
-        return linear_token_stats(logits, eye, ref, ref_head, labels, memory_mb=memory_mb, **options)
+        with blocks_of(block_bytes):
+            return linear_token_stats(logits, eye, ref, ref_head, labels, memory_mb=memory_mb, **options)
 
     return score
 
 
 SCORERS: dict[str, Callable[..., TokenStats]] = {
     "logits": token_stats_from_logits,
-    "head, a column at a time": by_head(1e-5),
-    "head, some columns kept": by_head(3e-4),
-    "head, one block": by_head(100),
+    "head, a column at a time": by_head(1, 1e-6),
+    "head, some blocks kept": by_head(100, 3e-4),
+    "head, one block": by_head(1 << 20, 100),
 }
 
 

@@ -118,7 +118,7 @@ def cached_step(
     def load() -> ScoringModel:
         frozen = small.decoder(1)
         frozen.requires_grad_(False)
-        frozen.register_forward_hook(lambda *_: forwards.append(1))
+        frozen.norm.register_forward_hook(lambda *_: forwards.append(1))
         shard(frozen, world)
         loaded.append(weakref.ref(frozen))
         return ScoringModel(frozen, head_memory_mb=0.002)

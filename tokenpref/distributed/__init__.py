@@ -2,7 +2,14 @@
 
 from tokenpref.distributed.float8_weights import refresh_float8_scales
 from tokenpref.distributed.plain_writing import Written
-from tokenpref.distributed.sharding import compute_dtype_of, gradient_sync, is_sharded, shard, unsharded
+from tokenpref.distributed.sharding import (
+    compute_dtype_of,
+    gradient_sync,
+    is_sharded,
+    register_forward,
+    shard,
+    unsharded,
+)
 from tokenpref.distributed.state import (
     BackgroundWrite,
     check_sharded,
@@ -30,6 +37,7 @@ __all__ = [
     "load_full_state_dict",
     "load_sharded",
     "refresh_float8_scales",
+    "register_forward",
     "shard",
     "sharded_state",
     "single_process_world",

@@ -7,12 +7,17 @@ from contextlib import contextmanager
 
 import torch
 from torch import nn
-from torch.distributed.fsdp import FSDPModule, MixedPrecisionPolicy, fully_shard
+from torch.distributed.fsdp import (
+    FSDPModule,
+    MixedPrecisionPolicy,
+    fully_shard,
+    register_fsdp_forward_method,
+)
 
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed.world import World
 
-__all__ = ["compute_dtype_of", "gradient_sync", "is_sharded", "shard", "unsharded"]
+__all__ = ["compute_dtype_of", "gradient_sync", "is_sharded", "register_forward", "shard", "unsharded"]
 
 _COMPUTE_DTYPE = "_compute_dtype"
 
@@ -62,6 +67,11 @@ def compute_dtype_of(model: nn.Module) -> torch.dtype:
     """The dtype in which a model computes: its weights' dtype, unless :func:`shard` was given another."""
     chosen: torch.dtype | None = model.__dict__.get(_COMPUTE_DTYPE)
     return next(model.parameters()).dtype if chosen is None else chosen
+
+
+def register_forward(model: nn.Module, method: str) -> None:
+    """Let a method of a sharded model gather and reduce weights as its ``forward`` does; any other model stays as it is."""
+    register_fsdp_forward_method(model, method)
 
 
 def gradient_sync(model: nn.Module, enabled: bool) -> None:

@@ -112,13 +112,7 @@ class PreferenceLoss(nn.Module):
 
     Raises:
         ValueError: for a value out of its range.
-
-    Attributes:
-        pair_by_pair: a pair's loss depends on that pair alone, so that a trainer may hand over some of a micro-batch's pairs
-            at a time. Set it to False in a subclass that looks at several pairs (a margin taken from the batch, say).
     """
-
-    pair_by_pair: bool = True
 
     def __init__(
         self,

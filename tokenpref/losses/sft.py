@@ -31,8 +31,6 @@ class NLLLoss(nn.Module):
         ValueError: for another side.
     """
 
-    pair_by_pair = True
-
     def __init__(self, side: str = "chosen") -> None:
         super().__init__()
         self.side = check_choice("side", side, ("chosen", "rejected"))

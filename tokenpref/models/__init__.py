@@ -2,7 +2,7 @@
 
 from tokenpref.data.reference_store import ReferenceStore
 from tokenpref.models.reference import CachedReference, FrozenReference, Reference, ReferenceOutput
-from tokenpref.models.scoring import ScoringModel, install_head, logits_of
+from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.models.smollm2 import smollm2_135m
 from tokenpref.models.tiny import tiny_llama
 
@@ -13,7 +13,6 @@ __all__ = [
     "ReferenceOutput",
     "ReferenceStore",
     "ScoringModel",
-    "install_head",
     "logits_of",
     "smollm2_135m",
     "tiny_llama",

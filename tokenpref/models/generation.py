@@ -41,7 +41,7 @@ def sample(
 
     Args:
         model: a torchtune decoder, sharded or not. Its modules' modes are restored and its caches are removed
-            afterwards; the head of :func:`tokenpref.models.scoring.install_head` stays.
+            afterwards.
         prompts: this rank's token ids, each with at least one token; ranks may hold different numbers.
         seeds: one for each prompt.
         max_new_tokens: tokens to sample at most.

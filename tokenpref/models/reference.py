@@ -80,7 +80,7 @@ class FrozenReference:
                 hidden = self.scorer.answer_hidden(batch.tokens, batch.labels, sides=sides)
             # The backward recomputes the reference's logits from this weight: it stays whole until the context ends.
             with unsharded(self.scorer.model):
-                yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head.weight.detach())
+                yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head_weight.detach())
 
 
 class CachedReference:

@@ -1,14 +1,14 @@
 """Token statistics out of a torchtune decoder, with the LM head inside the root's forward.
 
-FSDP2 hands a module its whole weights only inside that module's forward. The head therefore runs where the decoder
-calls its output layer: :class:`StatsHead` takes that place and turns the last hidden states into per-token
-statistics, so that ``[B, L, V]`` logits never exist and FSDP2 reduces the head's gradient like any other.
+FSDP2 hands a module its whole weights only inside a forward of that module. The head therefore runs inside a forward of the
+root's (:func:`run_decoder`). It turns the last hidden states into per-token statistics there, so that ``[B, L, V]`` logits never
+exist and FSDP2 reduces the head's gradient like any other.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
+from types import MethodType
 from typing import Any
 
 import torch
@@ -16,81 +16,120 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
-from tokenpref.models.head_work import Head, HeadWork, PairsLoss, loss_by_groups, values_by_groups
-from tokenpref.models.lean import keep_layers_lean
-from tokenpref.models.padding_free import PackedRows, install_segments
-from tokenpref.ops import DEFAULT_MEMORY_MB, HeadRoom
+from tokenpref.distributed import register_forward
+from tokenpref.models.cpu import install_on_cpu
+from tokenpref.models.padding_free import PackedRows, Segments, install_segments
+from tokenpref.ops import AnswerRows, score_tokens
+from tokenpref.ops.answers import check_shapes, needs_of_rows
 from tokenpref.stats import TokenStats
 
-__all__ = ["ScoringModel", "StatsHead", "install_head", "logits_of", "next_token_logits"]
+__all__ = [
+    "HeadJob",
+    "ScoringModel",
+    "check_head",
+    "head_weight",
+    "logits_of",
+    "next_token_logits",
+    "run_decoder",
+]
 
 HeadJob = Callable[[Tensor, Tensor], Any]
 """What to make of the last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``."""
 
+_METHOD = "run_with_head"
 
-class StatsHead:
-    """Stands in for the decoder's output layer; returns logits unless a job is set.
 
-    A plain object, not an ``nn.Module``: the names in the model's state dict stay as they are.
+def check_head(model: TransformerDecoder) -> None:
+    """Check that a decoder's logits are its last hidden states times the weight of its output layer.
+
+    Raises:
+        TypeError: for any other output layer (with a bias, soft-capped logits, adapters), whose numbers would differ, or for a
+            decoder with a forward of its own.
+    """
+    output = model.output
+    if not isinstance(output, (nn.Linear, TiedLinear)) or getattr(output, "bias", None) is not None:
+        raise TypeError(
+            f"the model's output layer is {type(output).__name__}; token statistics need a plain linear head "
+            "without bias (nn.Linear or torchtune's TiedLinear)"
+        )
+    decoder, own = type(model), isinstance(model, TransformerDecoder)
+    if own and (decoder.forward, decoder.unembed) != (TransformerDecoder.forward, TransformerDecoder.unembed):
+        raise TypeError(
+            f"{decoder.__name__} has a forward of its own; token statistics need that of torchtune's TransformerDecoder"
+        )
+
+
+def head_weight(model: TransformerDecoder) -> Tensor:
+    """The head's weight ``[V, D]``; whole only while the root's parameters are gathered."""
+    output = model.output
+    weight: Tensor = output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
+    return weight
+
+
+def run_decoder(
+    model: TransformerDecoder,
+    tokens: Tensor,
+    job: HeadJob,
+    *,
+    mask: Tensor | Segments | None = None,
+    input_pos: Tensor | None = None,
+) -> Any:
+    """One forward of a decoder that ends with ``job`` in place of the output layer.
 
     Args:
-        inner: the decoder's own output layer: ``nn.Linear`` without bias, or torchtune's ``TiedLinear``.
+        model: a torchtune decoder, sharded or not.
+        tokens: ``[B, L]`` ids.
+        job: last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``, which is whole inside the call alone, to what is
+            returned. Under FSDP2 that has to be a tensor or a dict of tensors: their backward is hooked.
+        mask: for the layers' attention.
+        input_pos: positions ``[B, L]``.
 
     Raises:
-        TypeError: for any other output layer (soft-capped logits, adapters), whose numbers would differ.
+        TypeError: see :func:`check_head`.
+        ValueError: for more tokens than the model's context.
     """
-
-    def __init__(self, inner: nn.Linear | TiedLinear) -> None:
-        if not isinstance(inner, (nn.Linear, TiedLinear)) or getattr(inner, "bias", None) is not None:
-            raise TypeError(
-                f"the model's output layer is {type(inner).__name__}; token statistics need a plain linear head "
-                "without bias (nn.Linear or torchtune's TiedLinear)"
-            )
-        self.inner = inner
-        self.job: HeadJob | None = None
-
-    @property
-    def weight(self) -> Tensor:
-        """The head's weight ``[V, D]``; whole only while the root's parameters are gathered."""
-        return self.inner.tied_module.weight if isinstance(self.inner, TiedLinear) else self.inner.weight
-
-    def __call__(self, hidden: Tensor) -> Any:
-        """Logits ``[B, L, V]``, or what the current job makes of ``hidden``."""
-        if self.job is None:
-            return F.linear(hidden, self.weight)
-        return self.job(hidden, self.weight)
+    if _METHOD not in vars(model):
+        check_head(model)
+        setattr(model, _METHOD, MethodType(_run_with_head, model))
+        register_forward(model, _METHOD)
+    return getattr(model, _METHOD)(tokens, job, mask, input_pos)
 
 
-def install_head(model: TransformerDecoder) -> StatsHead:
-    """Put a :class:`StatsHead` in the place of ``model.output`` (once; later calls return the same head).
+def _run_with_head(
+    model: TransformerDecoder,
+    tokens: Tensor,
+    job: HeadJob,
+    mask: Tensor | Segments | None,
+    input_pos: Tensor | None,
+) -> Any:
+    """torchtune's ``forward`` up to its output layer."""
+    check_length(model, tokens.shape[1])
+    hidden = model.tok_embeddings(tokens)
+    for layer in model.layers:
+        hidden = layer(hidden, mask=mask, input_pos=input_pos)
+    return job(model.norm(hidden), head_weight(model))
+
+
+def check_length(model: TransformerDecoder, longest: int) -> None:
+    """Check that a sequence fits the model.
 
     Raises:
-        TypeError: see :class:`StatsHead`.
+        ValueError: if it does not.
     """
-    head = model.__dict__.get("_stats_head")
-    if head is not None:
-        return head
-    head = StatsHead(model.output)
-    if isinstance(model.output, nn.Module):
-        # The layer stays registered, so that "output.weight" stays in the state dict; only its forward changes.
-        model.output.forward = head.__call__
-    else:
-        model.output = head
-    model.set_num_output_chunks(1)  # the decoder then returns [output(h)] without an upcast to float32
-    model.__dict__["_stats_head"] = head
-    return head
+    if longest > model.max_seq_len:
+        raise ValueError(f"a sequence has {longest} tokens and the model's context is {model.max_seq_len}")
 
 
-def logits_of(model: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
-    """Logits ``[B, L, V]`` of a decoder in its own dtype, whether or not a head is installed.
+def logits_of(model: TransformerDecoder, tokens: Tensor, **kwargs: Any) -> Tensor:
+    """Logits ``[B, L, V]`` of a decoder in its own dtype.
 
     Args:
         model: a torchtune decoder.
         tokens: token ids ``[B, L]``.
-        kwargs: handed to the decoder (``mask``, ``input_pos``).
+        kwargs: as in :func:`run_decoder` (``mask``, ``input_pos``).
     """
-    output = model(tokens, **kwargs)
-    return output[0] if isinstance(output, list) else output
+    logits: Tensor = run_decoder(model, tokens, F.linear, **kwargs)
+    return logits
 
 
 def next_token_logits(model: TransformerDecoder, tokens: Tensor, **kwargs: Any) -> Tensor:
@@ -99,14 +138,11 @@ def next_token_logits(model: TransformerDecoder, tokens: Tensor, **kwargs: Any) 
     Args:
         model: a torchtune decoder.
         tokens: token ids ``[B, L]``, left padded where they differ in length.
-        kwargs: handed to the decoder (``mask``, ``input_pos``).
+        kwargs: as in :func:`run_decoder` (``mask``, ``input_pos``).
     """
-    head = install_head(model)
-    head.job = lambda hidden, weight: F.linear(hidden[:, -1], weight)
-    try:
-        logits: Tensor = model(tokens, **kwargs)[0]
-    finally:
-        head.job = None
+    logits: Tensor = run_decoder(
+        model, tokens, lambda hidden, weight: F.linear(hidden[:, -1], weight), **kwargs
+    )
     return logits
 
 
@@ -115,7 +151,7 @@ class ScoringModel:
 
     Args:
         model: a torchtune decoder, sharded or not.
-        head_memory_mb: MiB for logits; see :func:`tokenpref.ops.linear_token_stats`.
+        head_memory_mb: MiB of logits that are kept for the backward pass; see :func:`tokenpref.ops.linear_token_stats`.
         padding_free: score sequences one after another, so that nothing is computed for padding; see
             :mod:`tokenpref.models.padding_free`. False: padded batches, which any decoder takes.
         compiled: compile the passes over the head's logits; see :func:`tokenpref.ops.linear_token_stats`.
@@ -128,43 +164,27 @@ class ScoringModel:
         self,
         model: TransformerDecoder,
         *,
-        head_memory_mb: float = DEFAULT_MEMORY_MB,
+        head_memory_mb: float | None = None,
         padding_free: bool = True,
         compiled: bool = False,
     ) -> None:
+        check_head(model)
         self.model = model
-        self.head = install_head(model)
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
         self.compiled = compiled
-        self._room = HeadRoom()
-        keep_layers_lean(model)
+        install_on_cpu(model)
         if padding_free:
             install_segments(model)
 
-    @contextmanager
-    def _job(self, job: HeadJob) -> Iterator[None]:
-        self.head.job = job
-        try:
-            yield
-        finally:
-            self.head.job = None
-
-    def run(self, tokens: Tensor, job: HeadJob, **kwargs: Any) -> Any:
-        """One forward, in which ``job`` takes the head's place.
-
-        Args:
-            tokens: ``[B, L]`` ids, right padded.
-            job: last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``, whole inside the call alone, to what
-                is returned. Under FSDP2 what it returns has to be a tensor or a dict of tensors: their backward is hooked.
-            kwargs: handed to the decoder (``mask``, ``input_pos``).
-        """
-        with self._job(job):
-            return self.model(tokens, **kwargs)[0]
+    @property
+    def head_weight(self) -> Tensor:
+        """``[V, D]``; whole only while the root's parameters are gathered."""
+        return head_weight(self.model)
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Last hidden states ``[B, L, D]``, after the final norm."""
-        hidden: Tensor = self.run(tokens, lambda hidden, _weight: hidden)
+        hidden: Tensor = run_decoder(self.model, tokens, lambda hidden, _weight: hidden)
         return hidden
 
     def answer_hidden(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:
@@ -178,26 +198,9 @@ class ScoringModel:
         Returns:
             Row by row, in the order of the tokens.
         """
-        work = HeadWork(labels, frozenset(), sides)
-        hidden: Tensor = self._answers(tokens, work, lambda hidden, _weight: hidden)
+        rows = AnswerRows.of(labels)
+        hidden: Tensor = self._on_answers(tokens, labels, rows, sides, lambda hidden, _weight: hidden)
         return hidden
-
-    def _answers(self, tokens: Tensor, work: HeadWork, job: HeadJob) -> Any:
-        """One forward, in which ``job`` gets the hidden states ``[N, D]`` of the answers' positions."""
-        if not self.padding_free:
-            return self.run(tokens, lambda hidden, weight: job(work.rows.take(hidden), weight))
-        packed = PackedRows.of(tokens, work.labels, work.rows, work.sides)
-        longest = max(packed.segments.lengths)
-        if longest > self.model.max_seq_len:
-            raise ValueError(
-                f"a sequence has {longest} tokens and the model's context is {self.model.max_seq_len}"
-            )
-        return self.run(
-            packed.tokens,
-            lambda hidden, weight: job(hidden.squeeze(1).index_select(0, packed.answers), weight),
-            mask=packed.segments,
-            input_pos=packed.positions,
-        )
 
     def token_stats(
         self,
@@ -226,55 +229,41 @@ class ScoringModel:
 
         Returns:
             Token statistics with ``T = L - 1`` columns; gradients flow to the model.
+
+        Raises:
+            ValueError: for wrong shapes, unknown names in ``needs``, or a reference that does not serve them.
         """
-        work = HeadWork(
-            labels,
-            needs,
-            ref_logps=ref_logps,
-            ref_hidden=ref_hidden,
-            ref_head_weight=ref_head_weight,
-            weights=weights,
-            sides=sides,
-        )
+        check_shapes(labels, {}, {"weights": weights, "ref_logps": ref_logps})
+        computed = needs_of_rows(needs, ref_hidden, ref_logps)
+        rows = AnswerRows.of(labels)
 
-        return self.stats_of(tokens, work)
-
-    def stats_of(self, tokens: Tensor, work: HeadWork) -> TokenStats:
-        """:meth:`token_stats` of what ``work`` asks for."""
-
-        # A dict of tensors: FSDP2 looks for the tensors in a forward's output to hook its backward.
         def job(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
-            values_of = HeadWork.values if torch.is_grad_enabled() else values_by_groups
-            return values_of(work, hidden, self._head(weight))
+            return score_tokens(
+                hidden,
+                weight,
+                rows.targets,
+                ref_hidden=ref_hidden,
+                ref_head_weight=ref_head_weight,
+                needs=computed,
+                memory_mb=self.head_memory_mb,
+                compiled=self.compiled,
+            )
 
-        return work.token_stats(self._answers(tokens, work, job))
+        return rows.token_stats(self._on_answers(tokens, labels, rows, sides, job), ref_logps, weights)
 
-    def pairs_loss(
-        self, tokens: Tensor, work: HeadWork, loss: PairsLoss, *, together: bool = False
-    ) -> Tensor:
-        """The sum of a loss over the pairs of a batch, to go back from once.
-
-        The loss is computed beside the head, for as many pairs at a time as leave in ``head_memory_mb`` what their backward
-        needs, and its gradients of hidden states and head are known before the next pairs' logits are made.
-
-        Args:
-            tokens: ``[B, L]`` ids, right padded.
-            work: what the loss needs of them.
-            loss: from the statistics of some pairs to the scalar that they add.
-            together: all pairs at once, for a loss that looks beyond a pair; otherwise the memory says how many come at a time.
-
-        Returns:
-            The sum, a scalar; gradients flow to the model.
-        """
-
-        def job(hidden: Tensor, weight: Tensor) -> Tensor:
-            return loss_by_groups(work, hidden, self._head(weight), loss, together=together)
-
-        total: Tensor = self._answers(tokens, work, job)
-        return total
-
-    def _head(self, weight: Tensor) -> Head:
-        return Head(weight, self.head_memory_mb, self._room, self.compiled)
+    def _on_answers(self, tokens: Tensor, labels: Tensor, rows: AnswerRows, sides: int, job: HeadJob) -> Any:
+        """One forward, in which ``job`` gets the hidden states ``[N, D]`` of the answers' positions."""
+        if not self.padding_free:
+            return run_decoder(self.model, tokens, lambda hidden, weight: job(rows.take(hidden), weight))
+        packed = PackedRows.of(tokens, labels, rows, sides)
+        check_length(self.model, max(packed.segments.lengths))
+        return run_decoder(
+            self.model,
+            packed.tokens,
+            lambda hidden, weight: job(hidden.squeeze(1).index_select(0, packed.answers), weight),
+            mask=packed.segments,
+            input_pos=packed.positions,
+        )
 
     @torch.no_grad()
     def logps(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:

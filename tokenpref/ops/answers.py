@@ -9,7 +9,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from tokenpref._checks import check_known
-from tokenpref.ops._closed_form import KL_STATISTICS
+from tokenpref.ops.closed_form import KL_STATISTICS
 from tokenpref.stats import NEEDS, TokenStats
 
 __all__ = ["AnswerRows", "check_needs", "check_reference", "check_shapes", "needs_of_rows"]

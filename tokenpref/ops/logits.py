@@ -8,8 +8,8 @@ import torch
 from torch import Tensor
 from torch.autograd.function import once_differentiable
 
-from tokenpref.ops._closed_form import OUTPUTS, RowStatistics, logit_gradient, row_statistics
 from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, check_shapes
+from tokenpref.ops.closed_form import OUTPUTS, RowStatistics, logit_gradient, row_statistics
 from tokenpref.stats import TokenStats
 
 __all__ = ["token_stats_from_logits"]
@@ -93,4 +93,7 @@ class _LogitStatistics(torch.autograd.Function):
         logits, ref_logits, targets, lse, ref_lse, kl_policy_ref, entropy = ctx.saved_tensors
         rows = RowStatistics({"kl_policy_ref": kl_policy_ref, "entropy": entropy}, lse, ref_lse)
         grads = {name: grad for name, grad in zip(OUTPUTS, output_grads, strict=True) if grad is not None}
-        return logit_gradient(logits, ref_logits, targets, rows, grads).to(logits.dtype), None, None, None
+        gradient = logit_gradient(logits, ref_logits, rows, grads)
+        if "policy_logps" in grads:
+            gradient.scatter_add_(-1, targets[:, None], grads["policy_logps"][:, None])
+        return gradient.to(logits.dtype), None, None, None

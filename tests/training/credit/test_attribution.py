@@ -10,7 +10,7 @@ from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, TrainingDiverged
 from tokenpref.models.reference import NoReference
-from tokenpref.models.scoring import ScoringModel, install_head
+from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.credit.attribution import Attribution
 from tokenpref.training.credit.gradients import token_importances
 from tokenpref.training.credit.live import LiveModels
@@ -36,7 +36,7 @@ def by_definition(scorer, batch, target):
     hidden = leaf
     for layer in model.layers:
         hidden = layer(hidden)
-    logits = model.norm(hidden) @ scorer.head.weight.T
+    logits = model.norm(hidden) @ scorer.head_weight.T
     rows = torch.arange(len(batch.labels))
     last = torch.where(batch.labels != -100, torch.arange(batch.labels.shape[1]), 0).amax(-1)
     if isinstance(target, MaxLogit):
@@ -59,26 +59,26 @@ def test_it_is_the_gradient_at_the_embeddings(target, tied):
     assert found.any()
 
 
+class Mix(nn.Module):
+    """e_1 at the first token, e_1 + 2 e_2 at the second."""
+
+    def forward(self, hidden, **_):
+        first = hidden[:, :1]
+        return hidden + torch.cat([torch.zeros_like(first), first + hidden[:, 1:]], 1)
+
+
 class TwoTokens(nn.Module):
-    """h = e_1 + 2 e_2 at the second token, one token's own embedding at the first; the head is the embedding table."""
+    """h = e_1 + 2 e_2 at the second token, one token's own embedding at the first."""
+
+    max_seq_len = 2
 
     def __init__(self):
         super().__init__()
         self.tok_embeddings = nn.Embedding(3, 2)
         self.tok_embeddings.weight.data = torch.tensor([[1.0, 0.0], [0.0, 2.0], [-1.0, 1.0]])
+        self.layers, self.norm = nn.ModuleList([Mix()]), nn.Identity()
         self.output = nn.Linear(2, 3, bias=False)
         self.output.weight.data = torch.tensor([[1.0, -3.0], [0.5, 2.0], [0.0, 0.0]])
-
-    def set_num_output_chunks(self, count):
-        assert count == 1
-
-    def forward(self, tokens):
-        hidden = self.tok_embeddings(tokens)
-        return [
-            self.output(
-                hidden + torch.cat([torch.zeros_like(hidden[:, :1]), hidden[:, :1] + hidden[:, 1:]], 1)
-            )
-        ]
 
 
 def test_a_two_token_model_by_hand():
@@ -117,7 +117,7 @@ def test_nothing_is_left_behind(checkpointed):
     torch.testing.assert_close(found, plain, atol=1e-12, rtol=0)
     assert all(torch.equal(p.grad, g) for p, g in zip(scorer.model.parameters(), grads, strict=True))
     assert modes == [m.training for m in scorer.model.modules()]
-    assert torch.equal(torch.get_rng_state(), state) and scorer.head.job is None
+    assert torch.equal(torch.get_rng_state(), state)
     assert not scorer.model.tok_embeddings._forward_hooks
 
 
@@ -217,19 +217,22 @@ def test_models_that_cannot_be_hooked():
             del self.tok_embeddings
             self.table = table
 
-        def forward(self, tokens):
-            return [self.output(self.table(tokens))]
-
     class Twice(TwoTokens):
-        def forward(self, tokens):
-            return [self.output(self.tok_embeddings(tokens) + self.tok_embeddings(tokens))]
+        def __init__(self):
+            super().__init__()
+            table = self.tok_embeddings
+
+            class Again(nn.Module):
+                def forward(self, hidden, **_):
+                    return hidden + table(torch.tensor([[1, 2]]))
+
+            self.layers = nn.ModuleList([Again()])
 
     tokens, labels = torch.tensor([[1, 2]]), torch.tensor([[-100, 2]])
     for model, message in (
         (NoEmbeddings(), "has no module tok_embeddings"),
         (Twice(), "ran 2 times in one forward"),
     ):
-        install_head(model)
         with pytest.raises(ConfigError, match=message):
             token_importances(
                 ScoringModel(model, padding_free=False), tokens, labels, target=MaxLogit(), sides=("chosen",)

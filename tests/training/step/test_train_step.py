@@ -33,28 +33,16 @@ def test_micro_batches_equal_one_batch(tied, loss):
     assert_same(alone(loss, [ROWS], tied=tied), alone(loss, [[0, 1], [2], [3, 4]], tied=tied))
 
 
-@pytest.mark.parametrize("pair_by_pair", [True, False, None])
-def test_a_loss_sees_all_pairs_of_a_micro_batch_unless_it_takes_each_alone(pair_by_pair):
-    class Seen(DPOLoss):
-        seen = []
+def test_a_loss_sees_all_pairs_of_a_micro_batch():
+    seen = []
 
-        def forward(self, pair):
-            self.seen.append(pair.chosen.mask.shape[0])
-            return super().forward(pair)
+    def loss(pair):
+        seen.append(pair.chosen.mask.shape[0])
+        return DPOLoss()(pair)
 
-    loss = Seen()
-    if pair_by_pair is None:  # a loss without a base class says nothing about it
-        dpo, seen = loss, loss.seen
-
-        def loss(pair):
-            return dpo(pair)
-
-        loss.needs = dpo.needs
-    else:
-        loss.pair_by_pair, seen = pair_by_pair, loss.seen
-    seen.clear()
+    loss.needs = DPOLoss().needs
     found = alone(loss, [[0, 1, 2], [3, 4]], tied=True)
-    assert seen == ([1, 1, 1, 1, 1] if pair_by_pair else [3, 2])
+    assert seen == [3, 2]
     assert_same(found, alone(DPOLoss(), [[0, 1, 2], [3, 4]], tied=True))
 
 

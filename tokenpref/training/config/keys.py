@@ -61,8 +61,9 @@ class ScoringConfig:
     dry_run: bool = flag(False)
     """Check everything that can be checked without the weights, say it, and stop; nothing is written."""
     fsdp_reshard_after_forward: bool = flag(True)
-    head_memory_mb: float = number(128.0)
-    """MiB for logits, twice that with a KL: a part of the vocabulary at a time, and as much as fits is kept for the backward."""
+    head_memory_mb: float | None = number(None)
+    """MiB of logits that are kept for the backward pass, twice that with a KL; the others are recomputed, to the same numbers.
+    Null: a sixteenth of the free memory, at most eight times the size of the head's weight."""
     padding_free: bool = flag(True)
     """Score sequences one after another instead of padded to the longest; false for attentions that need padded batches."""
 

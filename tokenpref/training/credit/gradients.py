@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from tokenpref.data import IGNORE_INDEX
 from tokenpref.errors import ConfigError
-from tokenpref.models.scoring import ScoringModel
+from tokenpref.models.scoring import ScoringModel, run_decoder
 from tokenpref.ops import linear_token_stats
 from tokenpref.stats import SIDES
 from tokenpref.weights.attribution import (
@@ -82,7 +82,7 @@ def token_importances(
         return target(inputs)
 
     with torch.enable_grad(), _evaluating(scorer.model), _hooked_embeddings(scorer.model) as found:
-        value = scorer.run(tokens, job)
+        value = run_decoder(scorer.model, tokens, job)
         if len(found) != 1:
             raise ConfigError(
                 f"model: its embeddings cannot be hooked: tok_embeddings ran {len(found)} times in one forward; "

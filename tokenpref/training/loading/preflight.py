@@ -12,21 +12,22 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
 
+from tokenpref._memory import free_memory
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder, set_default_dtype
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.data.samples import read_openings
 from tokenpref.distributed import World
 from tokenpref.errors import ConfigError
-from tokenpref.models.lean import keep_layers_lean
+from tokenpref.models.cpu import install_on_cpu
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_token_ids
+from tokenpref.ops.head import logit_budget
 from tokenpref.training.config.compute import DTYPES, Compute, check_model
 from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import SamplingConfig, TrainConfig
 from tokenpref.training.config.parts import build_optimizer
 from tokenpref.training.loading.architecture import check_architecture
-from tokenpref.training.loading.memory import free_memory
 from tokenpref.training.loading.memory import size_text as _size
 from tokenpref.training.loading.models import check_decoder
 from tokenpref.training.loading.reference_cache import ReferenceCache, cache_folder
@@ -294,7 +295,12 @@ def estimate_memory(
     vocabulary = model.tok_embeddings.num_embeddings
     head_of_cache = max((c.head_nbytes(model, beside.kept_dtype.itemsize) for c in caches), default=0)
     # At most: a reference without a KL is scored by itself.
-    budget = int(config.head_memory_mb * 2**20) * (2 if reference or head_of_cache else 1)
+    of_one = logit_budget(
+        config.head_memory_mb,
+        vocabulary * model.tok_embeddings.embedding_dim * policy.kept_dtype.itemsize,
+        device,
+    )
+    budget = of_one * (2 if reference or head_of_cache else 1)
     return MemoryEstimate(
         weights=share,
         gradients=share,
@@ -355,7 +361,7 @@ def _saved_bytes_per_token(model: TransformerDecoder, device: torch.device) -> f
     rows, length = 64, 2
     model.requires_grad_(True).train()
     scorer = ScoringModel(model)
-    keep_layers_lean(model, computes_on=device.type)
+    install_on_cpu(model, computes_on=device.type)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         scorer.hidden(torch.zeros(rows, length, dtype=torch.int64, device="meta"))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * length)

@@ -252,10 +252,10 @@ def _build(
     try:
         missing = world.broadcast_object(world.together(lambda: writer.begin() if world.is_main else None))
         written = _score_shards(cache, missing, writer, scorer, world, batch_size, pad_id)
-        dtype, width = torch.promote_types(scorer.head.weight.dtype, torch.float32), None
+        dtype, width = torch.promote_types(scorer.head_weight.dtype, torch.float32), None
         if layout.kind == "hidden":
             with unsharded(scorer.model):  # in the dtype of the arithmetic, as the hidden states are
-                whole = scorer.head.weight.detach()
+                whole = scorer.head_weight.detach()
                 dtype, width = whole.dtype, whole.shape[1]
                 written |= world.together(lambda: writer.write_head(whole) if world.is_main else {})
         files = {name: size for part in world.gather_objects(written) for name, size in part.items()}

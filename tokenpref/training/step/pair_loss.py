@@ -10,10 +10,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref.data import IGNORE_INDEX, AnchorBatch, PairBatch
-from tokenpref.models.head_work import HeadWork
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats, rows_of, split_pair
+from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats, split_pair
 from tokenpref.weights import TransformedWeights
 
 __all__ = [
@@ -57,9 +56,9 @@ def score_pairs(
     *,
     anchors: AnchorBatch | None = None,
     anchor_grad: bool = True,
-    objective: Callable[[LossOutput, slice], Tensor] | None = None,
+    scale: float | None = None,
 ) -> LossOutput:
-    """A loss's output for a micro-batch, computed, and gone back from, while the reference's side is at hand.
+    """A loss's output for a micro-batch, and its backward pass if it is to have one.
 
     Args:
         policy: the model whose statistics carry gradient.
@@ -70,11 +69,10 @@ def score_pairs(
         loss: computes its output from the statistics.
         anchors: third answers, if the loss takes any; their counts join the metrics.
         anchor_grad: whether they need a gradient: then they ride in the pairs' forward, else in one of their own.
-        objective: from the output for some pairs, and which, to what they add to the number that the step goes back from; None
-            for no backward. A loss that is ``pair_by_pair`` then gets the pairs in groups, as the head's memory holds them.
+        scale: factor of the sum of the real pairs' losses, whose gradient is added to the model's; None for no backward pass.
 
     Returns:
-        The output for all pairs; with an ``objective`` without gradient.
+        The output for all pairs; without gradient after a backward pass.
     """
     rows, apart = batch, None
     if anchors is not None and anchor_grad:
@@ -82,41 +80,26 @@ def score_pairs(
     elif anchors is not None:
         apart = _stats_without_gradient(policy, reference, batch, anchors)
 
-    def output_of(stats: TokenStats, pairs: slice) -> LossOutput:
-        pair = split_pair(stats, rows.sides)
-        return loss(pair if apart is None else replace(pair, anchor=rows_of(apart, pairs)))
-
     with reference.outputs(rows, needs) as ref:
-        work = HeadWork(
+        stats = policy.token_stats(
+            rows.tokens,
             rows.labels,
-            needs,
+            needs=needs,
             ref_logps=ref.logps,
             ref_hidden=ref.hidden,
             ref_head_weight=ref.head_weight,
             weights=None if weights is None else _for_rows(weights.weights, rows),
             sides=len(rows.sides),
         )
-        if objective is None:
-            output = output_of(policy.stats_of(rows.tokens, work), slice(None))
-        else:
-            outputs: list[LossOutput] = []
-
-            def add(stats: TokenStats, pairs: slice) -> Tensor:
-                found = output_of(stats, pairs)
-                outputs.append(found.detach())
-                return objective(found, pairs)
-
-            policy.pairs_loss(rows.tokens, work, add, together=not _takes_groups(loss)).backward()
-            output = LossOutput.cat(outputs)
+        pair = split_pair(stats, rows.sides)
+        output = loss(pair if apart is None else replace(pair, anchor=apart))
+        if scale is not None:
+            # Inside the context: the head's backward pass may recompute the reference's logits.
+            (torch.where(batch.real, output.losses, 0).sum() * scale).backward()
+            output = output.detach()
     more = {} if weights is None else clipped_share(weights, batch)
     more |= {} if anchors is None else anchors.metrics
     return replace(output, metrics=output.metrics | more) if more else output
-
-
-def _takes_groups(loss: Callable[[PairStats], LossOutput]) -> bool:
-    """Whether a loss says that it looks at each pair alone, and has nothing of its own that learns."""
-    learns = isinstance(loss, nn.Module) and any(p.requires_grad for p in loss.parameters())
-    return getattr(loss, "pair_by_pair", False) and not learns
 
 
 def _for_rows(weights: Tensor, rows: PairBatch) -> Tensor:

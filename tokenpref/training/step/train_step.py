@@ -14,7 +14,6 @@ from tokenpref.distributed import World, gradient_sync, refresh_float8_scales
 from tokenpref.errors import TrainingDiverged
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.stats import LossOutput
 from tokenpref.training.step.metrics import MetricSums, loss_metrics
 from tokenpref.training.step.pair_loss import (
     BatchAnchors,
@@ -78,10 +77,6 @@ def train_step(
     anchor_grad = bool(getattr(loss, "anchor_grad", True))
     for index, batch in enumerate(micro_batches):
         gradient_sync(policy.model, index == len(micro_batches) - 1)
-
-        def objective(output: LossOutput, pairs: slice, real: Tensor = batch.real) -> Tensor:
-            return torch.where(real[pairs], output.losses, 0).sum() * scale
-
         weights, anchors = beside[index]
         output = score_pairs(
             policy,
@@ -92,7 +87,7 @@ def train_step(
             loss,
             anchors=anchors,
             anchor_grad=anchor_grad,
-            objective=objective,
+            scale=scale,
         )
         sums.add(loss_metrics(output), batch.real)
         losses.append(output.losses[batch.real])

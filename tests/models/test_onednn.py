@@ -4,8 +4,9 @@ import pytest
 import torch
 from support.onednn import needs_onednn
 
-from tokenpref.ops import products, score_tokens
-from tokenpref.ops.products import add_product, product, takes_onednn
+from tokenpref.models import cpu
+from tokenpref.ops import score_tokens
+from tokenpref.ops.products import add_product, product
 
 pytestmark = needs_onednn
 
@@ -35,12 +36,15 @@ def test_products_of_all_layouts(onednn):
     assert len(onednn) == 3 * 3 * 3
 
 
-def test_what_is_turned_is_made_of_some_rows_at_a_time(onednn, monkeypatch):
-    monkeypatch.setattr(products, "_TURNED", 30)
-    left, right, total = normal(5, 17).T, normal(5, 9), torch.ones(17, 9)
-    add_product(total, left, right)
-    torch.testing.assert_close(total, 1 + left @ right, atol=1e-5, rtol=0)
-    assert [shapes[1] for shapes in onednn] == [(3, 5)] * 5 + [(2, 5)]
+def test_what_is_added_is_made_of_some_rows_at_a_time(onednn, monkeypatch):
+    monkeypatch.setattr(cpu, "_AT_A_TIME", 30)
+    for left, parts in ((normal(5, 17).T, [(3, 5)] * 5 + [(2, 5)]), (normal(17, 5), None)):
+        right, total = normal(5, 9), torch.ones(17, 9)
+        onednn.clear()
+        add_product(total, left, right)
+        torch.testing.assert_close(total, 1 + left @ right, atol=1e-5, rtol=0)
+        found = [shapes[1] for shapes in onednn] if parts else [shapes[0] for shapes in onednn]
+        assert found == (parts or [(3, 5)] * 5 + [(2, 5)])
 
 
 def test_a_weight_with_gaps_is_copied_first(monkeypatch):
@@ -53,7 +57,7 @@ def test_a_weight_with_gaps_is_copied_first(monkeypatch):
 
     monkeypatch.setattr(torch.ops.mkldnn, "_linear_pointwise", watched)
     for weight in (*layouts(9, 8), *(other.T for other in layouts(8, 9))):
-        found = products._by_onednn(normal(4, 8), weight)
+        found = cpu.OneDNN._by_weight(normal(4, 8), weight)
         torch.testing.assert_close(found, normal(4, 8) @ weight.T, atol=1e-5, rtol=0)
     assert taken == [True] * 6
 
@@ -91,17 +95,12 @@ def test_what_oneDNN_is_not_asked(onednn, left, right):
         assert torch.equal(add_product(torch.zeros_like(found), left, right.T), left @ right.T)
 
 
-def test_a_place_is_taken_by_pytorchs_product():
-    place = torch.empty(4, 9)
-    assert product(normal(4, 8), normal(8, 9), place) is place  # a small one
-
-
-def test_small_products_stay(monkeypatch):
-    monkeypatch.setattr(products, "uses_onednn", lambda: True)
-    assert not takes_onednn(normal(500, 64), normal(64, 64))
-    assert takes_onednn(normal(2, 128), normal(128, 128))
+def test_small_products_stay():
+    library = cpu.OneDNN()
+    assert not library.takes(normal(500, 64), normal(64, 64))
+    assert library.takes(normal(2, 128), normal(128, 128))
     with torch.backends.mkldnn.flags(enabled=False):
-        assert not takes_onednn(normal(2, 128), normal(128, 128))
+        assert not library.takes(normal(2, 128), normal(128, 128))
 
 
 @pytest.mark.parametrize(
@@ -114,21 +113,21 @@ def test_small_products_stay(monkeypatch):
     ],
 )
 def test_which_processors(monkeypatch, vendor, vectors, faster):
-    monkeypatch.setattr(products, "_vendor", lambda: vendor)
+    monkeypatch.setattr(cpu, "_vendor", lambda: vendor)
     monkeypatch.setattr(torch.backends.cpu, "get_cpu_capability", lambda: vectors)
     monkeypatch.setattr(torch.backends.mkl, "is_available", lambda: True)
-    assert products.uses_onednn.__wrapped__() is faster
+    assert cpu.uses_onednn.__wrapped__() is faster
 
 
 def test_the_vendor_is_the_kernels_word(tmp_path):
     about = tmp_path / "cpuinfo"
-    assert products._vendor(about) == ""
+    assert cpu._vendor(about) == ""
     about.write_text("processor\t: 0\n")
-    assert products._vendor(about) == ""
+    assert cpu._vendor(about) == ""
     about.write_text(
         "processor\t: 0\nvendor_id\t: AuthenticAMD\ncpu family\t: 26\n\nprocessor\t: 1\nvendor_id\t: Other\n"
     )
-    assert products._vendor(about) == "AuthenticAMD"
+    assert cpu._vendor(about) == "AuthenticAMD"
 
 
 @pytest.mark.parametrize("memory_mb", [0.01, 100])

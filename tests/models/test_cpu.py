@@ -10,14 +10,14 @@ from torchtune.models.llama3_1 import llama3_1
 from torchtune.modules import FeedForward, RMSNorm, RotaryPositionalEmbeddings
 from torchtune.modules.peft import LoRALinear
 
-from tokenpref.models import lean
-from tokenpref.models.lean import keep_layers_lean
+from tokenpref.models import cpu
+from tokenpref.models.cpu import install_on_cpu
 from tokenpref.models.scoring import ScoringModel, logits_of
 
 
 @pytest.fixture(autouse=True)
 def several_pieces(monkeypatch):
-    monkeypatch.setattr(lean, "_ROWS", 16)
+    monkeypatch.setattr(cpu, "_ROWS", 16)
 
 
 def kept_by(module, *inputs, **kwargs):
@@ -33,8 +33,8 @@ def two(make):
     """A torchtune module and its lean twin."""
     plain, twin = make(), make()
     twin.load_state_dict(plain.state_dict())
-    keep_layers_lean(nn.ModuleList([twin]))
-    keep_layers_lean(nn.ModuleList([twin]))  # twice is once
+    install_on_cpu(nn.ModuleList([twin]))
+    install_on_cpu(nn.ModuleList([twin]))  # twice is once
     return plain, twin
 
 
@@ -118,7 +118,7 @@ def test_gates_that_are_more_than_products_are_called(change):
     ("count", "sizes"), [(0, []), (1, [1]), (16, [16]), (17, [9, 8]), (33, [11] * 3), (49, [13, 13, 13, 10])]
 )
 def test_pieces_are_of_about_one_size(count, sizes):
-    pieces = list(lean._pieces(count))
+    pieces = list(cpu._pieces(count))
     assert [piece.stop - piece.start for piece in pieces] == sizes
     assert [piece.start for piece in pieces] == [sum(sizes[:i]) for i in range(len(sizes))]
 
@@ -169,7 +169,7 @@ def test_a_decoder_by_onednn_and_its_head(onednn):
     model, twin = small.decoder(0, dtype=torch.float32), small.decoder(0, dtype=torch.float32)
     tokens = torch.tensor([[5, 6, 7, 8], [1, 2, 3, 4]])
     scoring = ScoringModel(twin)
-    assert twin.layers[0].attn.q_proj.forward.__func__ is lean._linear
+    assert twin.layers[0].attn.q_proj.forward.__func__ is cpu._linear
     torch.testing.assert_close(logits_of(twin, tokens), logits_of(model, tokens), atol=1e-5, rtol=1e-4)
     found = scoring.logps(tokens, tokens)
     expected = torch.log_softmax(logits_of(model, tokens), -1)[:, :-1].gather(-1, tokens[:, 1:, None])[..., 0]
@@ -188,7 +188,7 @@ def test_other_feed_forwards_stay_as_they_are():
     model = small.decoder(0)
     model.layers[0].mlp.activation = torch.nn.GELU()
     model.layers[1].mlp.w3 = None
-    keep_layers_lean(model)
+    install_on_cpu(model)
     assert all("forward" not in vars(layer.mlp) for layer in model.layers)
 
 
