@@ -7,8 +7,8 @@ too, takes it on others as well: on two cores of an AMD EPYC of the fifth genera
 reaches 180 to 200.
 
 **Layers.** A step's peak on a CPU holds what the C library's heap makes of tensors that come and go. So SwiGLU keeps the two
-factors of ``silu(w1 x) * w3 x`` and works on some rows at a time, and norms and rotary embeddings make nothing but what they
-return. The numbers are torchtune's but for rounding.
+factors of ``silu(w1 x) * w3 x`` and works on some rows at a time, and norms keep one number a row. The numbers are torchtune's
+but for rounding.
 """
 
 from __future__ import annotations
@@ -25,11 +25,10 @@ from torch.autograd.function import once_differentiable
 
 from tokenpref._torchtune import (
     FeedForward,
-    Llama3ScaledRoPE,
     RMSNorm,
-    RotaryPositionalEmbeddings,
     TransformerDecoder,
 )
+from tokenpref.models.activations import gated_feed_forward, is_swiglu
 from tokenpref.ops import products
 from tokenpref.ops.products import add_product, product
 
@@ -48,22 +47,17 @@ _ROWS = 1024
 """Rows of a SwiGLU at a time: products of so many run at full speed."""
 
 
-def install_on_cpu(model: TransformerDecoder, *, computes_on: str | None = None) -> None:
+def install_on_cpu(model: TransformerDecoder) -> None:
     """Call :func:`use_fast_products`, and give a decoder's layers the forwards of this module (in place).
 
-    Modules of other kinds work as they are, and so do these with adapters, hooks, float8 weights or other dtypes, under
-    ``torch.compile``, or where the inputs are not on a CPU.
-
-    Args:
-        model: a torchtune decoder.
-        computes_on: type of the device whose way to compute is taken, for a model on the meta device; None: where the inputs are.
+    Modules of other kinds work as they are, and so do these with adapters, hooks, float8 weights or other dtypes, or under
+    ``torch.compile``.
     """
     use_fast_products()
     for module in model.modules():
         forward = _FORWARDS.get(type(module))
         if forward is not None and _is_known(module):
             module.forward = MethodType(forward, module)
-            module.__dict__["_computes_on"] = computes_on
 
 
 def use_fast_products() -> None:
@@ -151,20 +145,17 @@ class OneDNN:
 def _is_known(module: nn.Module) -> bool:
     if isinstance(module, nn.Linear):
         return module.bias is None and ("forward" not in vars(module) or _has_our_forward(module))
-    if not isinstance(module, FeedForward):
-        return True
-    activation = module.activation
-    return module.w3 is not None and type(activation) is nn.SiLU and not activation.inplace
+    return not isinstance(module, FeedForward) or is_swiglu(module)
 
 
 def _has_our_forward(module: nn.Linear) -> bool:
     return getattr(vars(module).get("forward"), "__func__", None) is _linear
 
 
-def _lean_on_cpu(module: nn.Module, x: Tensor, *dtypes: torch.dtype) -> bool:
-    """Whether a module's input is of one of these dtypes, on a CPU, and neither compiled nor under autocast."""
+def _lean(x: Tensor, *dtypes: torch.dtype) -> bool:
+    """Whether an input is of one of these dtypes, on a CPU (or on no device), and neither compiled nor under autocast."""
     return (
-        (module.__dict__["_computes_on"] or x.device.type) == "cpu"
+        x.device.type in ("cpu", "meta")
         and x.dtype in dtypes
         and not torch.compiler.is_compiling()
         and not torch.is_autocast_enabled("cpu")
@@ -174,15 +165,12 @@ def _lean_on_cpu(module: nn.Module, x: Tensor, *dtypes: torch.dtype) -> bool:
 def _feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
     """``w2 (silu(w1 x) * w3 x)`` of ``[..., D]``."""
     projections = (layer.w1, layer.w2, layer.w3)
-    if _lean_on_cpu(layer, x, torch.float32, torch.float64) and all(
-        _is_plain(p, x.dtype) for p in projections
-    ):
+    if _lean(x, torch.float32, torch.float64) and all(_is_plain(p, x.dtype) for p in projections):
         weights = [p.weight for p in projections]
         rows = x.flatten(0, -2)
         output = _SwiGLU.apply(rows, *weights) if torch.is_grad_enabled() else _swiglu(rows, *weights)
         return output.unflatten(0, x.shape[:-1])
-    gated: Tensor = layer.w2(_Gated.apply(layer.w1(x), layer.w3(x)))
-    return gated
+    return gated_feed_forward(layer, x)
 
 
 def _is_plain(projection: nn.Module | None, dtype: torch.dtype) -> bool:
@@ -265,7 +253,7 @@ def _add_weight(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
 def _linear(layer: nn.Linear, x: Tensor) -> Tensor:
     """``x W^T`` of ``[..., D]``, by the library that is fast; see :mod:`tokenpref.ops.products`."""
     weight = layer.weight
-    if not _lean_on_cpu(layer, x, torch.float32) or weight.dtype != x.dtype:
+    if not _lean(x, torch.float32) or weight.dtype != x.dtype:
         return nn.Linear.forward(layer, x)
     rows = x.flatten(0, -2)
     if not (uses_onednn() and OneDNN().takes(rows, weight.T)):
@@ -293,25 +281,10 @@ class _Linear(torch.autograd.Function):
         return product(grad, weight) if want_x else None, grad_weight
 
 
-class _Gated(torch.autograd.Function):
-    """``silu(gate) * up``, with the arithmetic of autograd's own backward."""
-
-    @staticmethod
-    def forward(ctx: Any, gate: Tensor, up: Tensor) -> Tensor:
-        ctx.save_for_backward(gate, up)
-        return nn.functional.silu(gate).mul_(up)
-
-    @staticmethod
-    @once_differentiable
-    def backward(ctx: Any, grad: Tensor) -> tuple[Tensor, Tensor]:
-        gate, up = ctx.saved_tensors
-        return torch.ops.aten.silu_backward(grad * up, gate), nn.functional.silu(gate).mul_(grad)
-
-
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
     """``scale * x / sqrt(mean(x^2) + eps)`` of ``[..., D]``."""
     # torchtune takes float64 to float32 and back.
-    if not _lean_on_cpu(norm, x, torch.float32) or norm.scale.dtype != x.dtype:
+    if not _lean(x, torch.float32) or norm.scale.dtype != x.dtype:
         return RMSNorm.forward(norm, x)
     normed: Tensor = _RootMeanSquare.apply(x, norm.scale, norm.eps)
     return normed
@@ -343,25 +316,8 @@ class _RootMeanSquare(torch.autograd.Function):
         return grad_x, grad_scale, None
 
 
-def _rotate(
-    rotary: RotaryPositionalEmbeddings | Llama3ScaledRoPE, x: Tensor, *, input_pos: Tensor | None = None
-) -> Tensor:
-    """Pairs of ``[b, s, heads, d]`` as complex numbers times those of their positions ``[b, s]``, by default 0 to s - 1."""
-    # torchtune takes other dtypes to float32 and back.
-    if not _lean_on_cpu(rotary, x, torch.float32) or not hasattr(rotary, "cache"):
-        forward: Callable[..., Tensor] = type(rotary).forward
-        return forward(rotary, x, input_pos=input_pos)
-    turns = torch.view_as_complex(
-        rotary.cache[: x.shape[1]] if input_pos is None else rotary.cache[input_pos]
-    )
-    pairs = torch.view_as_complex(x.contiguous().unflatten(-1, (-1, 2)))
-    return torch.view_as_real(pairs * turns.view(-1, x.shape[1], 1, pairs.shape[-1])).flatten(3)
-
-
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: _linear,
     FeedForward: _feed_forward,
     RMSNorm: _norm,
-    RotaryPositionalEmbeddings: _rotate,
-    Llama3ScaledRoPE: _rotate,
 }

@@ -17,6 +17,7 @@ from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
 from tokenpref.distributed import register_forward
+from tokenpref.models.activations import keep_gates_lean
 from tokenpref.models.cpu import install_on_cpu
 from tokenpref.models.padding_free import PackedRows, Segments, install_segments
 from tokenpref.ops import AnswerRows, score_tokens
@@ -173,7 +174,9 @@ class ScoringModel:
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
         self.compiled = compiled
-        install_on_cpu(model)
+        keep_gates_lean(model)
+        if next(model.parameters()).device.type == "cpu":
+            install_on_cpu(model)
         if padding_free:
             install_segments(model)
 

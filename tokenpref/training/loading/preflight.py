@@ -361,7 +361,8 @@ def _saved_bytes_per_token(model: TransformerDecoder, device: torch.device) -> f
     rows, length = 64, 2
     model.requires_grad_(True).train()
     scorer = ScoringModel(model)
-    install_on_cpu(model, computes_on=device.type)
+    if device.type == "cpu":
+        install_on_cpu(model)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         scorer.hidden(torch.zeros(rows, length, dtype=torch.int64, device="meta"))
     return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * length)
