@@ -278,7 +278,7 @@ def _records(plan: Plan, processes: Processes) -> Iterator[tuple[str, dict[str, 
             for rows in plan.growth:
                 # The largest vocabulary: of the others the fewest rows' logits would not fill the budget.
                 settings: dict[str, Any] = {
-                    "name": "ours",
+                    "name": "ours-128",
                     "rows": rows,
                     "vocab": max(plan.vocabularies),
                     "dtype": "float32",

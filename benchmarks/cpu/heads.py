@@ -48,25 +48,22 @@ class Inputs:
 # loss is inside, returns that.
 
 
-def _ours(inputs: Inputs, *, compiled: bool = False) -> Any:
-    from tokenpref.ops.linear import score_tokens
+def _ours(inputs: Inputs, *, kl: bool = False, compiled: bool = False, memory_mb: float | None = None) -> Any:
+    from tokenpref.models.cpu import use_fast_products
+    from tokenpref.ops import score_tokens
 
-    return score_tokens(inputs.hidden, inputs.weight, inputs.targets, compiled=compiled)["policy_logps"].sum()
-
-
-def _ours_kl(inputs: Inputs, *, compiled: bool = False) -> Any:
-    from tokenpref.ops.linear import score_tokens
-
+    use_fast_products()
     values = score_tokens(
         inputs.hidden,
         inputs.weight,
         inputs.targets,
         ref_hidden=inputs.ref_hidden,
         ref_head_weight=inputs.ref_weight,
-        needs=frozenset({"ref", "kl_ref_policy"}),
+        needs=frozenset({"ref", "kl_ref_policy"} if kl else ()),
+        memory_mb=memory_mb,
         compiled=compiled,
     )
-    return values["policy_logps"].sum() + values["kl_ref_policy"].sum()
+    return values["policy_logps"].sum() + (values["kl_ref_policy"].sum() if kl else 0)
 
 
 def _eager(inputs: Inputs) -> Any:
@@ -109,12 +106,14 @@ HEADS: dict[str, Callable[[Inputs], Any]] = {
     "liger": _liger,
     "trl": _trl,
     "ours": _ours,
+    "ours-128": partial(_ours, memory_mb=128.0),
     "ours-compiled": partial(_ours, compiled=True),
     "eager-kl": _eager_kl,
-    "ours-kl": _ours_kl,
-    "ours-compiled-kl": partial(_ours_kl, compiled=True),
+    "ours-kl": partial(_ours, kl=True),
+    "ours-128-kl": partial(_ours, kl=True, memory_mb=128.0),
+    "ours-compiled-kl": partial(_ours, kl=True, compiled=True),
 }
-"""Heads by name; those that end in ``-kl`` compute the KL from a reference too."""
+"""Heads by name; those that end in ``-kl`` compute the KL from a reference too, ours with ``-128`` keep 128 MiB of logits a model."""
 
 NATIVE = ("eager", "eager-kl", "liger", "trl")
 """Heads that multiply in the dtype that they are given, whatever the machine makes of it."""

@@ -116,6 +116,7 @@ def test_both_references_train_alike(folder):
     [
         ("ours", "eager"),
         ("ours-kl", "eager-kl"),
+        ("ours-128-kl", "eager-kl"),
         ("ours-compiled", "eager"),
         ("ours-compiled-kl", "eager-kl"),
     ],
