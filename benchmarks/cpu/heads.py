@@ -113,7 +113,7 @@ HEADS: dict[str, Callable[[Inputs], Any]] = {
     "ours-128-kl": partial(_ours, kl=True, memory_mb=128.0),
     "ours-compiled-kl": partial(_ours, kl=True, compiled=True),
 }
-"""Heads by name; those that end in ``-kl`` compute the KL from a reference too, ours with ``-128`` keep 128 MiB of logits a model."""
+"""Heads by name. Those that end in ``-kl`` compute the KL from a reference too; ``-128`` keep 128 MiB of logits a model."""
 
 NATIVE = ("eager", "eager-kl", "liger", "trl")
 """Heads that multiply in the dtype that they are given, whatever the machine makes of it."""

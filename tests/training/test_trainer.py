@@ -56,12 +56,12 @@ def test_activation_checkpointing_changes_no_bit(run, tmp_path):
         assert tensor.equal(weights(tmp_path / "recomputed")[name]), name
 
 
-def test_the_head_memory_changes_only_rounding(run, tmp_path):
+def test_the_head_memory_changes_no_number(run, tmp_path):
     run("output_dir=whole")
     run("output_dir=lean", "head_memory_mb=0.01")
     for one, other in zip(logged(tmp_path / "whole"), logged(tmp_path / "lean"), strict=True):
         for name in one.keys() - {"tokens_per_second", "time/step"}:
-            assert other[name] == pytest.approx(one[name], rel=1e-3, abs=1e-4), name
+            assert other[name] == one[name], name
 
 
 def test_accumulation_equals_the_larger_batch(run, tmp_path):
