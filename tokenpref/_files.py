@@ -1,4 +1,4 @@
-"""Text, plain data, checksums and locks on the disk."""
+"""Text, plain data, checksums and locks on disk."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def read_text(file: Path, fault: type[Exception]) -> str:
     """The text of a UTF-8 file.
 
     Raises:
-        Exception: of the given kind, if it is not UTF-8.
+        Exception: of the given class, if the file is not UTF-8.
     """
     try:
         return file.read_text(encoding="utf-8")
@@ -48,7 +48,7 @@ def read_text(file: Path, fault: type[Exception]) -> str:
         ) from error
 
 
-# What to do about a write that failed, by its cause.
+# The remedy for a failed write, by its cause.
 _MENDS = {
     errno.ENOSPC: "make room on that disk, or set output_dir to another one",
     errno.EDQUOT: "make room within your quota, or set output_dir to another disk",
@@ -58,18 +58,18 @@ _MENDS = {
     errno.EROFS: "set output_dir to a disk that can be written to",
     errno.EIO: "check that disk, or set output_dir to another one",
 }
-# torch.save hides the cause of a write that failed.
+# torch.save hides the cause of a failed write.
 _OF_TORCH_SAVE = ("PytorchStreamWriter", "inline_container", "basic_ios")
 
 
 def write_fault(error: BaseException) -> str | None:
-    """What went wrong and what to do about it, if an error or its cause is a failure of the operating system to write.
+    """The cause and the remedy, if an error or its cause is a failed write of the operating system.
 
     Args:
-        error: an ``OSError``, or what safetensors and ``torch.save`` make of one.
+        error: an ``OSError``, or an error that safetensors or ``torch.save`` raise because of one.
 
     Returns:
-        Such as "No space left on device; make room on that disk, ..."; None for any other error.
+        A text such as "No space left on device; make room on that disk, ..."; None for any other error.
     """
     seen: BaseException | None = error
     while seen is not None:
@@ -94,10 +94,10 @@ def _errno_of(error: BaseException) -> int | None:
 
 
 def move_aside(path: Path) -> Path:
-    """Give a file or folder the first free name of ``NAME.former1``, ``NAME.former2``, ...; a file keeps its suffix.
+    """Rename a file or folder to the first free of ``NAME.former1``, ``NAME.former2``, ...; a file keeps its suffix.
 
     Returns:
-        Where it is now.
+        The new path.
     """
     stem, suffix = (path.stem, path.suffix) if path.is_file() else (path.name, "")
     names = (path.with_name(f"{stem}.former{number}{suffix}") for number in count(1))
@@ -108,13 +108,13 @@ def move_aside(path: Path) -> Path:
 
 @contextmanager
 def writing(what: Path | str) -> Iterator[None]:
-    """Make one error that a user can mend of a failure to write.
+    """Turn a failed write into an error that a user can fix.
 
     Args:
         what: the file or folder that is written, for the error.
 
     Raises:
-        TokenprefError: if the operating system refuses; other errors pass.
+        TokenprefError: if the operating system refuses to write; other errors are not changed.
     """
     try:
         yield
@@ -126,7 +126,7 @@ def writing(what: Path | str) -> Iterator[None]:
 
 
 def write_json(file: Path, record: dict[str, Any]) -> None:
-    """Write plain data in one piece: the old file or the new one, never half of it."""
+    """Write plain data atomically: the file has either its old or its new content."""
     temporary = file.with_suffix(".tmp")
     with writing(file):
         temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
@@ -134,7 +134,7 @@ def write_json(file: Path, record: dict[str, Any]) -> None:
 
 
 def digest_of(file: Path) -> str:
-    """xxh3_128 of a file's bytes, in hexadecimal: it tells harm, not forgery."""
+    """xxh3_128 of a file's bytes, in hexadecimal. It detects damage, not forgery."""
     hasher = xxhash.xxh3_128()
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
@@ -143,7 +143,7 @@ def digest_of(file: Path) -> str:
 
 
 def follow_umask(file: Path) -> None:
-    """Give a file the mode of any new file in its folder; some libraries write files that their owner alone may read."""
+    """Give a file the usual mode of new files. Some libraries write files that only their owner may read."""
     probe = file.with_name(f".{file.name}.mode")
     probe.touch(mode=0o666)
     try:
@@ -153,7 +153,7 @@ def follow_umask(file: Path) -> None:
 
 
 def sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
+    """Wait until a file, or the names in a folder, are written to the disk."""
     descriptor = os.open(path, os.O_RDONLY)
     try:
         os.fsync(descriptor)
@@ -162,11 +162,11 @@ def sync(path: Path) -> None:
 
 
 def try_lock(file: Path, *, create: bool = True) -> int | None:
-    """Lock a file until its descriptor is closed, which the kernel does for a process that dies.
+    """Lock a file until its descriptor is closed. The kernel closes it when the process dies.
 
     Args:
-        file: the lock.
-        create: make it if it is not there.
+        file: the lock file.
+        create: create the file if it does not exist.
 
     Returns:
         The descriptor; None if another process holds the lock.

@@ -1,4 +1,4 @@
-"""Where the recipes, configs and data that come with the package lie, and how paths in a config are read."""
+"""The folder of the recipes, configs and data of this package, and the resolution of paths in a config."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ PACKAGE_SCHEME = "package://"
 
 
 def data_root() -> Path:
-    """Folder that holds ``recipes/``, ``configs/`` and ``data/``: the source tree, or the wheel's copy."""
+    """The folder that contains ``recipes/``, ``configs/`` and ``data/``: the source tree, or the wheel's copy."""
     package = Path(__file__).resolve().parent
     if (package.parent / "recipes").is_dir() and (package.parent / "pyproject.toml").is_file():
         return package.parent
@@ -17,10 +17,10 @@ def data_root() -> Path:
 
 
 def resolve_path(text: str | Path) -> Path:
-    """Absolute path of a path as written in a config.
+    """The absolute form of a path in a config.
 
     Args:
-        text: ``package://data/...`` reaches what comes with the package; anything else is taken against
+        text: ``package://data/...`` refers to files of this package. Any other path is relative to
             the current directory, with ``~`` expanded.
 
     Returns:
@@ -35,7 +35,5 @@ def resolve_path(text: str | Path) -> Path:
     root = data_root().resolve()
     path = (root / text[len(PACKAGE_SCHEME) :]).resolve()
     if not path.is_relative_to(root):
-        raise ValueError(
-            f"{text!r} leaves the package's folder; write a plain path to reach files outside it"
-        )
+        raise ValueError(f"{text!r} leaves the package's folder; use a plain path for files outside it")
     return path

@@ -1,4 +1,4 @@
-"""Names under which ``tune`` knows our recipes and configs, and the files behind them."""
+"""The names of our recipes and configs in ``tune``, and their files."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ RECIPE_OF_METHOD = {
     "estimate_weights": "estimate_weights_distributed",
     "evaluate": "evaluate_distributed",
 }
-"""The recipe that runs a config, by the method in the config's name. A new recipe adds its methods here."""
+"""The recipe of a config, by the method in the config's name. A new recipe adds its methods here."""
 
 _SIZE = re.compile(r"^\d+(\.\d+)?[KMBT]_")
 
@@ -104,14 +104,14 @@ def register(registry: ModuleType) -> None:
 
 
 def find_config(text: str) -> Path:
-    """The file that a ``--config`` value means.
+    """The file of a ``--config`` value.
 
     Args:
         text: a path against the current directory; or, where no such file exists, one inside the package
             (``configs/tiny/tdpo.yaml``) or the name of a config that ``tune ls`` shows (``tiny/tdpo``).
 
     Returns:
-        An absolute path. When nothing fits it is the path in the current directory, which does not exist.
+        An absolute path. If no file fits, it is the path in the current directory, which does not exist.
     """
     here = resolve_path(text)
     if here.is_file() or Path(text).is_absolute() or ".." in Path(text).parts:

@@ -1,4 +1,4 @@
-"""YAML that other people wrote: plain data only, and no larger than its text."""
+"""Reads YAML from other people safely: plain data only, with a limit on its expanded size."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ _MOST_LEVELS = 50
 
 
 def check_yaml(file: Path) -> str:
-    """The text of a file whose values can be made without filling the memory.
+    """The text of a file, after a check that its values will not fill the memory.
 
     Raises:
         ValueError: if it is not UTF-8 or not YAML, is nested too deeply, or its aliases stand for too many values.
@@ -46,7 +46,7 @@ def read_yaml(file: Path) -> Any:
 
 
 def _expanded(node: yaml.Node, known: dict[yaml.Node, int], around: tuple[yaml.Node, ...]) -> int:
-    """Values that a node stands for, its aliases written out."""
+    """The number of values of a node with all aliases expanded."""
     if isinstance(node, yaml.ScalarNode):
         return 1
     if node in around:

@@ -1,4 +1,4 @@
-"""Components by dotted path: what a config's ``_component_`` names, looked up and checked before anything is built."""
+"""Looks up the components that a config names by dotted path, and checks them before anything is built."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def find_component(path: str) -> Any:
     """The object at a dotted path; modules of the current directory count.
 
     Raises:
-        ValueError: if nothing importable is there; the message says which part failed.
+        ValueError: if nothing can be imported under this path; the error says which part failed.
     """
     if os.getcwd() not in sys.path:
         sys.path.append(os.getcwd())
@@ -52,7 +52,9 @@ def find_component(path: str) -> Any:
             except (InstantiationError, ValueError):
                 hint = ""  # the parent itself is the unknown part; the message below names it
         raise ValueError(f"{path!r} cannot be imported ({_first_line(error)}){hint}") from error
-    except Exception as error:  # whatever a user's own file raises as it is imported, a SyntaxError for one
+    except (
+        Exception
+    ) as error:  # any exception that a user's file raises during the import, such as a SyntaxError
         raise ValueError(f"{path!r} cannot be imported ({type(error).__name__}: {error})") from error
     if not callable(found):
         raise ValueError(
@@ -84,7 +86,7 @@ def accepts(component: Any, name: str) -> bool:
 def signature_faults(
     component: Any, given: Mapping[str, Any], provided: Collection[str], positional: int
 ) -> list[str]:
-    """What would keep a component from being called with a config's keywords.
+    """The reasons why a component cannot be called with a config's keywords.
 
     Args:
         component: class or function.
@@ -119,14 +121,14 @@ def signature_faults(
 
 
 def argument_faults(component: Any, given: Mapping[str, Any]) -> list[str]:
-    """Keywords whose values are not what the annotations of a component's signature ask for.
+    """Keywords whose values do not fit the annotations of a component's signature.
 
-    Arguments of tokenpref, torch, torchtune and torchao are held to their annotations. Other people's annotations may be
-    loose, so their components are refused only what is never meant: anything but true or false for a flag, and text for a number.
+    Arguments of tokenpref, torch, torchtune and torchao must fit their annotations. Annotations in other packages may be
+    imprecise, so there only clear mistakes are refused: anything but true or false for a flag, and text for a number.
 
     Args:
         component: class or function.
-        given: keywords of the config; nested components are of a class of their own and fit every annotation.
+        given: keywords of the config. Nested components have their own class and fit every annotation.
 
     Returns:
         One message for each value that does not fit, beginning with the argument's name.
@@ -153,7 +155,7 @@ def argument_faults(component: Any, given: Mapping[str, Any]) -> list[str]:
 
 _ANNOTATED_PACKAGES = frozenset({"tokenpref", "torch", "torchtune", "torchao"})
 _UNKNOWN = Any
-_MOST = 2**63 - 1  # what torch and Arrow take as a whole number
+_MOST = 2**63 - 1  # the range of whole numbers in torch and Arrow
 _LISTS = (list, Sequence, Collection, Iterable, MutableSequence, set, frozenset, Set)
 _MAPPINGS = (dict, Mapping, MutableMapping)
 _PLAIN = (bool, int, float, str, list, dict, type(None))
@@ -176,7 +178,7 @@ def _namespace(component: Any) -> Mapping[str, Any]:
 
 
 def _annotation(parameter: inspect.Parameter, names: Mapping[str, Any]) -> Any:
-    """What a parameter takes; the type of a default that is a flag where nothing is written."""
+    """The annotation of a parameter; without one, the type of its default if that is a flag."""
     written = parameter.annotation
     if written is parameter.empty:
         return bool if isinstance(parameter.default, bool) else _UNKNOWN
@@ -184,7 +186,7 @@ def _annotation(parameter: inspect.Parameter, names: Mapping[str, Any]) -> Any:
         try:
             return eval(written, dict(names))  # the component's own source, which has been imported already
         except (NameError, AttributeError, TypeError, SyntaxError):
-            return _UNKNOWN  # a name that only type checkers import: nothing can be said
+            return _UNKNOWN  # a name that only type checkers import, so nothing is known
     return written
 
 
@@ -193,9 +195,9 @@ def _is_default(value: Any, default: Any) -> bool:
 
 
 def _fits(value: Any, wanted: Any) -> bool:
-    """Whether a value of a config (plain data, or a component) can stand where an annotation is."""
+    """Whether a value of a config (plain data or a component) fits an annotation."""
     if isinstance(value, dict) and COMPONENT in value:
-        return True  # a component that is still to be built
+        return True  # a component that has not been built yet
     if not isinstance(value, _PLAIN):
         return _fits_built(value, wanted)
     origin, arguments = get_origin(wanted), get_args(wanted)
@@ -216,7 +218,7 @@ def _fits(value: Any, wanted: Any) -> bool:
 
 
 def _fits_built(value: Any, wanted: Any) -> bool:
-    """Whether what a component made can stand there: no object stands for a flag, a number, text or a list."""
+    """Whether a component's result fits an annotation. An object never fits a flag, a number, text or a list."""
     kinds = [get_origin(one) or one for one in _alternatives(wanted)]
     plain = {bool, int, float, str, tuple, type(None), *_LISTS, *_MAPPINGS}
     return not all(kind in plain and not isinstance(value, kind) for kind in kinds)
@@ -247,7 +249,7 @@ def _fits_scalar(value: Any, kind: Any) -> bool:
         return isinstance(value, float) or _fits_scalar(value, int)
     if kind is str or (isinstance(kind, type) and issubclass(kind, os.PathLike)):
         return isinstance(value, str)
-    # A class of objects, a protocol or a callable is never plain data; whatever else is written is not understood.
+    # Classes of objects, protocols and callables are never plain data. Other annotations are not understood.
     return not (isinstance(kind, type) and kind is not object) and kind is not Callable
 
 
@@ -266,7 +268,7 @@ def _described(wanted: Any) -> str:
     if any(word != _OBJECT for word in words):
         words = [
             word for word in words if word != _OBJECT
-        ]  # torch's own take tensors too, which no config holds
+        ]  # torch's own annotations also allow tensors, which no config contains
     if "a number" in words:
         words = [word for word in words if word != "a whole number"]
     parts = [part for word in dict.fromkeys(words) for part in word.split(" or ")]
@@ -304,7 +306,7 @@ def _described_one(wanted: Any) -> str:
 
 
 def _shown(value: Any) -> str:
-    """A value as a config writes it, cut to a line."""
+    """A value as written in a config, shortened to a line."""
     words = {True: "true", False: "false"} if isinstance(value, bool) else {}
     text = (
         words.get(value)

@@ -1,4 +1,4 @@
-"""What passes between models and losses: per-token statistics of answers, and what a loss makes of them.
+"""The interface between models and losses: statistics of every answer token, and the output of a loss.
 
 Conventions: log-probabilities in nats; per-token tensors ``[B, T]``, already shifted, so that column t belongs to the
 predicted token t; a mask that is True on the answer's tokens. Outside the mask every value is 0 and every gradient is
@@ -24,10 +24,10 @@ STATISTICS: Mapping[str, str] = {
     "kl_policy_ref": "kl_policy_ref",
     "entropy": "entropy",
 }
-"""Name of a statistic, as it stands in ``needs``, to the field of :class:`TokenStats` that holds it."""
+"""Maps the name of a statistic in ``needs`` to its field in :class:`TokenStats`."""
 
 NEEDS: frozenset[str] = frozenset(STATISTICS) | {"anchor"}
-"""All names that ``needs`` may hold: the statistics of an answer, and the third answer of a triplet."""
+"""All names that ``needs`` may contain: the statistics of an answer, and the third answer of a triplet."""
 
 _MEND = {
     "ref": "pass the reference's logits or hidden states (or ref_logps) and put 'ref' into needs",
@@ -39,8 +39,8 @@ _MEND = {
 class TokenStats:
     """Per-token statistics of B answers, ``[B, T]`` each.
 
-    Construction sets every statistic to 0 outside the mask, and cuts its gradient there, whatever stood there (inf and
-    nan included), and raises half precision to float32; so a loss can sum over T without looking at the mask.
+    The constructor sets every statistic and its gradient to 0 outside the mask, for any value there (also inf and
+    nan), and converts half precision to float32. A loss can therefore sum over T and ignore the mask.
 
     Args:
         policy_logps: log pi_theta(y_t | x, y_<t).
@@ -83,11 +83,11 @@ class TokenStats:
             raise ValueError(f"{name} must be a floating point tensor, got {value.dtype}")
         if name in ("ref_logps", "weights"):
             value = value.detach()
-        # where, not a product: inf * 0 is nan, in the value as in the gradient.
+        # where instead of a product, because inf * 0 is nan, in the value and in the gradient.
         return torch.where(self.mask, value.to(torch.promote_types(value.dtype, torch.float32)), 0)
 
     def require(self, name: str) -> Tensor:
-        """A statistic that the caller cannot do without.
+        """A statistic that the caller requires.
 
         Args:
             name: one of :data:`STATISTICS`: "ref", "weights", "kl_ref_policy", "kl_policy_ref", "entropy".
@@ -159,17 +159,17 @@ class PairStats:
 
 
 def rows_of(stats: TokenStats, rows: slice, columns: slice = slice(None)) -> TokenStats:
-    """Statistics of some answers, and of some columns."""
+    """The statistics of some answers and columns."""
     present = {f.name: v for f in fields(stats) if (v := getattr(stats, f.name)) is not None}
     return replace(stats, **{name: value[rows, columns] for name, value in present.items()})
 
 
 def split_pair(stats: TokenStats, sides: tuple[str, ...] = SIDES) -> PairStats:
-    """Statistics of a joint forward, taken apart.
+    """Split the statistics of a joint forward into sides.
 
     Args:
         stats: rows ``[:B]`` of the first side, then those of the second, and perhaps those of the anchors.
-        sides: which sides there are; of chosen and rejected, one that is not gets answers without tokens.
+        sides: the sides of the rows. A missing chosen or rejected side gets answers without tokens.
     """
     count = stats.mask.shape[0] // len(sides)
 

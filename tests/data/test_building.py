@@ -203,7 +203,7 @@ def test_a_damaged_entry_is_named_and_made_anew(tokenizer, write_jsonl, own_cach
     harm(entry / name)
     with caplog.at_level(logging.WARNING, "tokenpref"):
         assert everything(preference_dataset(tokenizer, source)) == before
-    assert f"{entry / name} is damaged; the tokenised form of {source} is made anew" in caplog.text
+    assert f"{entry / name} is damaged; the tokenised form of {source} is built again" in caplog.text
     caplog.clear()
     assert everything(preference_dataset(tokenizer, source)) == before and not caplog.text
 

@@ -51,7 +51,7 @@ def test_no_content_beside_calls_or_reasoning_is_empty_content(beside):
         ("text", "expected a list of messages, found str"),
         (["text"], "message 0 is a str"),
         ([{"role": "user"}], r"message 0 has the keys \['role'\]"),
-        ([{"role": "user", "content": [{"type": "image"}]}], "something other than text"),
+        ([{"role": "user", "content": [{"type": "image"}]}], "a part of type"),
         (
             [{"role": "user", "content": [{"type": "tool_use", "name": "f"}]}],
             "a part of type 'tool_use'; only text",
@@ -62,7 +62,7 @@ def test_no_content_beside_calls_or_reasoning_is_empty_content(beside):
         ),
         (
             [{"role": "assistant", "content": [TEXT, {"type": "thinking", "thinking": "so"}]}],
-            "message 0 holds thinking after text, which templates have no place for",
+            "message 0 has thinking after text, which templates cannot render",
         ),
         (
             [
@@ -72,7 +72,7 @@ def test_no_content_beside_calls_or_reasoning_is_empty_content(beside):
                     "reasoning_content": "no",
                 }
             ],
-            "message 0 has reasoning in its content and another one in reasoning_content",
+            "message 0 has reasoning both in its content and in reasoning_content",
         ),
         (
             [{"role": "assistant", "content": None, "tool_calls": []}],
@@ -199,7 +199,7 @@ def test_the_date_is_fixed_and_can_be_set():
         ("{{ missing.attribute }}", "'missing' is undefined"),
         ("{% include 'other' %}", "no loader for this environment specified"),
         ("{{ raise_exception('two\nlines') }}", "^two lines$"),
-        ("{% set ns = namespace(__class__=1) %}", "a namespace cannot hold '__class__'"),
+        ("{% set ns = namespace(__class__=1) %}", "a namespace cannot contain '__class__'"),
     ],
 )
 def test_whatever_a_template_raises_is_its_refusal(source, message):

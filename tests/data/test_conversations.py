@@ -183,10 +183,10 @@ def test_two_system_messages_are_refused(chat, write_jsonl):
     ("more", "message"),
     [
         ({"system": 3}, "column 'system': is of type int"),
-        ({"system": "\ud83d"}, "column 'system': holds half of a surrogate pair"),
+        ({"system": "\ud83d"}, "column 'system': contains half of a surrogate pair"),
         ({"history": [["one"]]}, "column 'history': turn 0 must be a message, or a list of what the user"),
         ({"history": [["one", None]]}, "column 'history': has no value"),
-        ({"history": "[["}, "column 'history': is text that is no JSON list"),
+        ({"history": "[["}, "column 'history': is text, but not a JSON list"),
         ({"history": 3}, "column 'history': turn 0"),
         ({"tools": "add"}, "column 'tools': holds text that is not JSON"),
         ({"tools": [3]}, "column 'tools': must be a list of JSON schemas"),

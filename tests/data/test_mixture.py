@@ -107,7 +107,7 @@ def test_weights(tokenizer, write_jsonl):
     for weight in (0, -1, float("nan"), float("inf"), True, "1", None):
         with pytest.raises(ConfigError, match="weight must be a number above 0"):
             preference_dataset(tokenizer, source, weight=weight)
-    with pytest.raises(DataError, match=r"weight 0\.01 of 6 pairs is none"):
+    with pytest.raises(DataError, match=r"weight 0\.01 leaves none of 6 pairs"):
         preference_dataset(tokenizer, source, weight=0.01)
 
 

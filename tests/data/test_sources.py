@@ -122,7 +122,7 @@ def test_faults_of_files_are_named(tmp_path, write_jsonl):
         (b'{"chosen": "\xff"}', "is not valid JSON: 'utf-8' codec can't decode byte 0xff"),
         (
             b'{"chosen": "a", "chosen": "b"}',
-            "is not valid JSON: the key 'chosen' stands there more than once",
+            "is not valid JSON: the key 'chosen' occurs more than once",
         ),
         (b'{"chosen": "a"} {"chosen": "b"}', "is not valid JSON: Extra data"),
         (b"[" * 100_000, "is not valid JSON: maximum recursion depth"),

@@ -68,7 +68,7 @@ def test_errors_name_the_mend(make_tokenizer_folder, tmp_path):
     with pytest.raises(ConfigError, match=r"no file .*nowhere"):
         tokenizer_json(tmp_path / "nowhere")
     (tmp_path / "tokenizer.json").write_text("{}")
-    with pytest.raises(ConfigError, match=r"is no tokenizer\.json that can be read"):
+    with pytest.raises(ConfigError, match=r"cannot be read as a tokenizer\.json"):
         tokenizer_json(tmp_path)
     with pytest.raises(ConfigError, match=r"eos_token: '<end>' is not in the tokenizer's vocabulary"):
         tokenizer_json(make_tokenizer_folder(), eos_token="<end>")

@@ -1,7 +1,7 @@
-"""Where the text of an answer stands in what a chat template writes for it.
+"""Finds the text of an answer in what a chat template writes for it.
 
-The text is not searched for, because it may also stand in the answer's reasoning, in a header or in the prompt. The
-conversation is rendered once more with marks around the answer's text; the marks show where the template writes it.
+The text is not searched for, because it may also occur in the answer's reasoning, in a header or in the prompt. Instead the
+conversation is rendered once more with marks around the answer's text, and the marks show where the template writes it.
 """
 
 from __future__ import annotations
@@ -28,7 +28,7 @@ def _marks(written: str) -> tuple[str, str]:
 
 
 Render = Callable[[Mapping[str, Any]], "str | None"]
-"""What the template writes after the prompt for an answer; None if it refuses it or changes the prompt."""
+"""What the template writes after the prompt for an answer; None if it refuses the answer or changes the prompt."""
 
 
 @dataclass(frozen=True)
@@ -36,8 +36,8 @@ class Frame:
     """What a template writes around an answer's text.
 
     Attributes:
-        before: between the prompt and the text, such as an empty thinking block.
-        after: behind the text, such as the end of the turn.
+        before: what it writes between the prompt and the text, such as an empty thinking block.
+        after: what it writes after the text, such as the end of the turn.
     """
 
     before: str
@@ -46,12 +46,12 @@ class Frame:
 
 @dataclass(frozen=True)
 class AnswerPlace:
-    """Half-open range of characters of the answer's text, in what the template writes after the prompt.
+    """The half-open range of characters of the answer's text, in what the template writes after the prompt.
 
     Attributes:
-        start: its first character.
-        end: behind its last character.
-        frame: what stands around it, where the same frame may stand around other answers; None where it is this one's.
+        start: the first character.
+        end: the position after the last character.
+        frame: what the template writes around the text, if it may write the same around other answers; otherwise None.
     """
 
     start: int
@@ -66,14 +66,14 @@ def place_answer(
 
     Args:
         written: what the template writes after the prompt for this answer.
-        answer: the message; its content is not white space alone.
-        render: the same for another message.
-        known: a frame that was found for another answer; it is tried first and saves a rendering.
+        answer: the message; its content is not only white space.
+        render: gives the same for another message.
+        known: a frame that was found for another answer. It is tried first, which can save a rendering.
 
     Returns:
-        The place; None if the template does not write the text, or writes it in a way that the marks do not show. Where only
-        the end of the text can be told (a template that takes a thinking block out of the text and writes it
-        anew), the place begins with what the template writes first.
+        The place; None if the template does not write the text, or if the marks do not show where. If only the end of the
+        text can be found (a template that takes a thinking block out of the text and writes it again), the place begins with
+        what the template writes first.
     """
     content: str = answer["content"]
     if known is not None and written == known.before + content + known.after:
@@ -82,7 +82,7 @@ def place_answer(
 
 
 def _between_marks(written: str, answer: Mapping[str, Any], render: Render) -> AnswerPlace | None:
-    """The place by a mark on either side of the text; both are there unless the template reads the text itself."""
+    """The place from marks on both sides of the text. Both are found unless the template looks at the text itself."""
     left, right = _marks(written)
     marked = render({**answer, "content": left + answer["content"].strip() + right})
     if marked is None or marked.count(left) != 1 or marked.count(right) != 1:
@@ -98,7 +98,7 @@ def _between_marks(written: str, answer: Mapping[str, Any], render: Render) -> A
 
 
 def _before_mark(written: str, answer: Mapping[str, Any], render: Render) -> AnswerPlace | None:
-    """The place by a mark behind the text."""
+    """The place from a mark after the text."""
     content: str = answer["content"]
     _, mark = _marks(written)
     marked = render({**answer, "content": content.rstrip() + mark})
@@ -117,7 +117,7 @@ def _before_mark(written: str, answer: Mapping[str, Any], render: Render) -> Ans
 
 
 def reasoning_end(written: str, answer: Mapping[str, Any], render: Render) -> int | None:
-    """Where the reasoning of an answer ends, in what the template writes after the prompt; None if unknown."""
+    """The end of an answer's reasoning in what the template writes after the prompt; None if unknown."""
     key = reasoning_key(answer)
     if key is None or not isinstance(answer[key], str):
         return None
@@ -127,7 +127,7 @@ def reasoning_end(written: str, answer: Mapping[str, Any], render: Render) -> in
 
 
 def call_end(written: str, answer: Mapping[str, Any], render: Render) -> int | None:
-    """Where the end of the turn begins, behind calls and reasoning: what a plain answer ends with. None if unknown."""
+    """Where the end of the turn begins, after calls and reasoning, by what a plain answer ends with. None if unknown."""
     mark, _ = _marks(written)
     _, found, after = (render({"role": answer["role"], "content": mark}) or "").partition(mark)
     return len(written) - len(after) if found and after and written.endswith(after) else None

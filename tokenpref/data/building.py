@@ -1,4 +1,4 @@
-"""Tokenising a whole data set: once, in batches, over the processor's cores, into the cache."""
+"""Tokenises a whole data set once, in batches, on all cores, into the cache."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ from tokenpref.errors import DataError
 
 __all__ = ["PairBuilder"]
 
-_BATCH_ROWS = 256  # texts that the tokenizer sees at once are a few of these
+_BATCH_ROWS = 256  # the tokenizer gets a small multiple of this many texts at once
 _SHARD_ROWS = 2048
 _BAR_AFTER_S = 3.0
 _LIBRARIES = ("tokenizers", "tiktoken", "sentencepiece", "jinja2", "pyarrow", "datasets")
@@ -42,7 +42,7 @@ _LIBRARIES = ("tokenizers", "tiktoken", "sentencepiece", "jinja2", "pyarrow", "d
 
 @dataclass(frozen=True)
 class _Shard:
-    """What a part of the rows gave."""
+    """The result of a part of the rows."""
 
     chunk: Chunk
     counts: dict[str, int]
@@ -52,13 +52,13 @@ class _Shard:
 
 @dataclass(frozen=True)
 class PairBuilder:
-    """How a source's rows become packed pairs.
+    """Makes packed pairs from the rows of a source.
 
     Args:
         tokenizer: the tokenizer.
         rows: the source.
-        reader: from rows to pairs.
-        settings: from pairs to tokens.
+        reader: makes pairs from rows.
+        settings: for making tokens from pairs.
         on_fault: ``error`` or ``drop``.
     """
 
@@ -69,15 +69,15 @@ class PairBuilder:
     on_fault: str
 
     def build(self, cache: DataCache | None) -> tuple[PackedPairs, dict[str, Any]]:
-        """The pairs, from the cache if they are there.
+        """The pairs, from the cache if it has them.
 
         Returns:
-            The pairs, and plain data about them: ``counts`` of what was cut, rows that were ``dropped``.
+            The pairs, and plain data about them: ``counts`` of truncations, and the rows that were ``dropped``.
 
         Raises:
             DataError: naming the first faulty row, or if no pair remains.
         """
-        # Without an identity of the content nothing says that a later start has the same rows.
+        # Without a fingerprint of the content, nothing guarantees that a later start has the same rows.
         if cache is None or not self.rows.content:
             with PairWriter(None) as writer:
                 about = self._write(writer)
@@ -93,7 +93,7 @@ class PairBuilder:
         return PackedPairs.open(folder, about), about
 
     def address(self) -> str:
-        """Changes with everything that the pairs depend on: content, tokenizer, template, settings, and the code."""
+        """A fingerprint of everything that the pairs depend on: content, tokenizer, template, settings, and the code."""
         tokenizer = self.tokenizer
         described = {
             "content": self.rows.content,
@@ -173,7 +173,7 @@ def _dictionaries(columns: Mapping[str, Sequence[Any]]) -> Iterator[dict[str, An
 
 
 def _each(work: Callable[[range], _Shard], shards: Sequence[range]) -> Iterator[_Shard]:
-    """``work`` of every shard, in their order, by as many processes as there are cores; by this one if that is soon done."""
+    """Run ``work`` for every shard on all cores, or in this process if there is little to do. Results come in order."""
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     count = min(cores, len(shards))
     if count < 2 or multiprocessing.current_process().daemon:
@@ -183,8 +183,8 @@ def _each(work: Callable[[range], _Shard], shards: Sequence[range]) -> Iterator[
 
 
 def _in_processes(work: Callable[[range], _Shard], shards: Sequence[range], count: int) -> Iterator[_Shard]:
-    # Forked: tokenizer and rows are there without being sent, and nothing is imported again. Each process has every
-    # count-th shard, so results come in order, and one that is ahead waits at its pipe instead of filling the memory.
+    # A fork has the tokenizer and the rows without sending them, and imports nothing again. Each process takes every
+    # count-th shard, so results come in order, and a fast process waits at its pipe instead of filling the memory.
     context = multiprocessing.get_context("fork")
     readers: list[Any] = []
     processes: list[Any] = []
@@ -224,10 +224,10 @@ def _received(reader: Any, process: Any) -> _Shard:
 
 
 def _work(work: Callable[[range], _Shard], shards: Sequence[range], sender: Any, readers: list[Any]) -> None:
-    """What a process does: tokenise its shards, send them, and end when nobody reads any more."""
-    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends it
+    """The work of a process: tokenise its shards, send them, and end when nobody reads them any more."""
+    signal.signal(signal.SIGINT, signal.SIG_IGN)  # the parent ends this process
     signal.signal(signal.SIGTERM, signal.SIG_DFL)
-    gc.disable()  # millions of small objects live a moment, and none in a cycle
+    gc.disable()  # millions of short-lived objects, none of them in a cycle
     for reader in readers:
         reader.close()
     try:
@@ -235,21 +235,21 @@ def _work(work: Callable[[range], _Shard], shards: Sequence[range], sender: Any,
             sender.send(("shard", work(rows)))
     except BrokenPipeError:
         return
-    except Exception as error:  # told to the parent, which raises it
+    except Exception as error:  # sent to the parent, which raises it
         sender.send(("error", _portable(error)))
 
 
 def _portable(error: Exception) -> Exception:
     try:
         pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception of someone else's may not survive it, and then its text does
+    except Exception:  # an exception of another library may not be picklable; its text then is
         return RuntimeError("".join(traceback.format_exception(error)))
     return error
 
 
 @contextmanager
 def _single_threaded_tokenizers() -> Iterator[None]:
-    """The tokenizers library forked without threads: every process has one core, and its warning about them says nothing."""
+    """Switch off the threads of the tokenizers library: every process has one core, and its warning does not apply."""
     name = "TOKENIZERS_PARALLELISM"
     before = os.environ.get(name)
     os.environ[name] = "false"

@@ -1,4 +1,4 @@
-"""Folders of files that are made once, sealed, and opened by every later start and by all processes."""
+"""Folders of files that are built once, checked, and opened by every later start and by all processes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ __all__ = ["AUTO", "CACHE_VARIABLE", "DataCache", "code_digest", "find_cache"]
 log = logging.getLogger("tokenpref")
 
 AUTO = "auto"
-"""``cache_dir`` that leaves the folder to the environment."""
+"""The ``cache_dir`` that takes the folder from the environment."""
 
 CACHE_VARIABLE = "TOKENPREF_CACHE"
 """Environment variable that names the folder of the cache."""
@@ -36,7 +36,7 @@ _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
 
 def find_cache(cache_dir: object) -> DataCache | None:
-    """The cache that a data set's ``cache_dir`` asks for.
+    """The cache for a data set's ``cache_dir``.
 
     Args:
         cache_dir: ``auto`` (the folder that ``TOKENPREF_CACHE`` names, or ``tokenpref`` in the cache of ``datasets``), a folder,
@@ -56,7 +56,7 @@ def find_cache(cache_dir: object) -> DataCache | None:
 
 
 def code_digest(*modules: str) -> str:
-    """sha256 (hex) over the source of modules of ``tokenpref.data``: what they make is addressed by how they make it."""
+    """sha256 (hex) of the source code of modules of ``tokenpref.data``, because a change of the code may change the result."""
     digest = hashlib.sha256()
     for module in modules:
         digest.update(hashlib.sha256((Path(__file__).parent / f"{module}.py").read_bytes()).digest())
@@ -64,13 +64,13 @@ def code_digest(*modules: str) -> str:
 
 
 class DataCache:
-    """Entries that are addressed by what they hold.
+    """A cache whose entries are addressed by their content.
 
-    An entry gets its name only when it is whole, so a process that dies leaves none behind. One process builds an entry while the
-    others wait for it; where files cannot be locked, several may build, and the first one to finish counts.
+    An entry gets its name only when it is complete, so a process that dies leaves no entry. One process builds an entry while
+    the others wait. Where files cannot be locked, several processes may build it, and the first one to finish counts.
 
     Args:
-        folder: where the entries lie; made when the first one is.
+        folder: the folder of the entries; it is created with the first entry.
     """
 
     def __init__(self, folder: Path) -> None:
@@ -79,12 +79,12 @@ class DataCache:
     def entry(
         self, name: str, build: Callable[[Path], Mapping[str, Any]], what: str
     ) -> tuple[Path, dict[str, Any]]:
-        """Open an entry, building it if it is not there or damaged.
+        """Open an entry, and build it first if it is missing or damaged.
 
         Args:
-            name: of the entry; says everything that its content depends on.
+            name: name of the entry, which must depend on everything that determines its content.
             build: writes the files into an empty folder and returns plain data about them.
-            what: the entry in words, for messages.
+            what: describes the entry in messages.
 
         Returns:
             The entry's folder, and what ``build`` returned.
@@ -100,7 +100,7 @@ class DataCache:
             found = _opened(final, what)  # another process may have built it meanwhile
             if found is None:
                 if alone:
-                    self._remove_partial(name)  # of processes that died
+                    self._remove_partial(name)  # left by processes that died
                 self._build(final, build, what)
                 found = _opened(final, what)
         if found is None:
@@ -149,7 +149,7 @@ class DataCache:
 
 
 def _put(partial: Path, final: Path, what: str) -> None:
-    """Give a whole entry its name, unless a process that could not lock was faster."""
+    """Give a complete entry its name, unless a process without a lock was faster."""
     if final.exists():
         if _opened(final, what) is not None:
             return
@@ -168,12 +168,12 @@ def _failures_named(folder: Path) -> Iterator[None]:
     except OSError as error:
         raise DataError(
             f"the cache of tokenised data in {folder} cannot be written: {error}. Free space there, set the data set's "
-            f"cache_dir or {CACHE_VARIABLE} to another folder, or set cache_dir: null to do without"
+            f"cache_dir or {CACHE_VARIABLE} to another folder, or set cache_dir: null for no cache"
         ) from error
 
 
 def _opened(folder: Path, what: str) -> dict[str, Any] | None:
-    """What is known about an entry; None, with a warning, if it is damaged."""
+    """The manifest of an entry; None, with a warning, if the entry is damaged."""
     manifest = folder / _MANIFEST
     if not folder.exists():
         return None
@@ -182,9 +182,9 @@ def _opened(folder: Path, what: str) -> dict[str, Any] | None:
         for name, seal in record["files"].items():
             file = folder / name
             if not file.is_file() or file.stat().st_size != seal["bytes"] or digest_of(file) != seal["xxh3"]:
-                log.warning(f"{file} is damaged; {what} is made anew")
+                log.warning(f"{file} is damaged; {what} is built again")
                 return None
         return dict(record["about"])
     except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        log.warning(f"{manifest} is damaged; {what} is made anew")
+        log.warning(f"{manifest} is damaged; {what} is built again")
         return None

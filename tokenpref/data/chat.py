@@ -1,4 +1,4 @@
-"""Conversations: one shape for messages, and chat templates rendered as transformers renders them."""
+"""Conversations: one form for messages, and chat templates that are rendered as in transformers."""
 
 from __future__ import annotations
 
@@ -24,16 +24,18 @@ __all__ = [
 ]
 
 DEFAULT_DATE = datetime.date(2024, 7, 26)
-"""What templates are told when they ask for the date: the one that Llama 3's templates have for want of another."""
+"""The date for templates that ask for one. It is the default of Llama 3's templates."""
 
 REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
-"""Names under which messages hold reasoning; the first is the one that most templates read."""
+"""Keys of messages for reasoning; the first is the one that most templates use."""
 
 CALL_KEYS = ("tool_calls", "function_call")
-"""Names under which messages hold the calls that the assistant makes."""
+"""Keys of messages for the assistant's calls."""
 
-_REASONING_PARTS = ("thinking", "reasoning", "text", "content")  # where parts of these types hold their text
-_MAX_OVERRUNS = 3  # renderings that exceed the limit of time, before the template and not the row is at fault
+_REASONING_PARTS = ("thinking", "reasoning", "text", "content")  # the key of the text in parts of these types
+_MAX_OVERRUNS = (
+    3  # after so many renderings that exceed the time limit, the template is at fault and not the row
+)
 _LONGEST_MESSAGE = 300
 
 # Role names of the sharegpt layout ({"from": ..., "value": ...}) and of other common exports.
@@ -41,7 +43,7 @@ _ROLES = {"human": "user", "gpt": "assistant", "bot": "assistant", "model": "ass
 
 
 class TemplateError(ValueError):
-    """A chat template refused a conversation; the message is the template's own."""
+    """A chat template refused a conversation. The message is the template's."""
 
 
 def normalize_messages(value: object) -> list[dict[str, Any]]:
@@ -54,7 +56,7 @@ def normalize_messages(value: object) -> list[dict[str, Any]]:
             are not None are kept for the template.
 
     Raises:
-        TypeError: if it is no list of messages; the message says what was found.
+        TypeError: if it is not a list of messages; the error says what was found.
     """
     if not isinstance(value, Sequence) or isinstance(value, str | bytes):
         raise TypeError(f"expected a list of messages, found {type(value).__name__}")
@@ -78,9 +80,7 @@ def _normalize_message(message: object, position: int) -> dict[str, Any]:
             if reasoning is not None:
                 key = reasoning_key(kept)
                 if key is not None and kept[key] != reasoning:
-                    raise TypeError(
-                        f"message {position} has reasoning in its content and another one in {key}"
-                    )
+                    raise TypeError(f"message {position} has reasoning both in its content and in {key}")
                 kept["reasoning_content"] = reasoning
             return {"role": _ROLES.get(role, role), "content": content, **kept}
     raise TypeError(
@@ -89,7 +89,7 @@ def _normalize_message(message: object, position: int) -> dict[str, Any]:
 
 
 def _content_text(content: object, position: int) -> tuple[str, str | None]:
-    """The text of a message, and the reasoning that stands before it in parts of its own."""
+    """The text of a message, and the reasoning in parts before it."""
     if isinstance(content, str):
         return content, None
     if not isinstance(content, Sequence):
@@ -100,20 +100,18 @@ def _content_text(content: object, position: int) -> tuple[str, str | None]:
         kind = part.get("type", "text") if isinstance(part, Mapping) else type(part).__name__
         text = _part_text(part, kind)
         if text is None:
-            raise TypeError(
-                f"message {position} holds something other than text, a part of type {kind!r}; only text can be trained on"
-            )
+            raise TypeError(f"message {position} has a part of type {kind!r}; only text can be trained on")
         if kind == "text":
             texts.append(text)
         elif texts:
-            raise TypeError(f"message {position} holds {kind} after text, which templates have no place for")
+            raise TypeError(f"message {position} has {kind} after text, which templates cannot render")
         else:
             reasoning.append(text)
     return "".join(texts), "".join(reasoning) if reasoning else None
 
 
 def _part_text(part: object, kind: object) -> str | None:
-    """The text of a part of a message, or None if it holds something else."""
+    """The text of a part of a message, or None if it is not text."""
     keys = {"text": ("text", "content"), "thinking": _REASONING_PARTS, "reasoning": _REASONING_PARTS}
     if not isinstance(part, Mapping) or kind not in keys:
         return None
@@ -121,16 +119,16 @@ def _part_text(part: object, kind: object) -> str | None:
 
 
 class ChatTemplate:
-    """A Jinja chat template, rendered as transformers renders it.
+    """A Jinja chat template, rendered as in transformers.
 
     It runs in Jinja's immutable sandbox, with a bound on its time and on what it writes
     (:mod:`tokenpref.data.template_environment`).
 
     Args:
         source: the template's text.
-        special_tokens: what the template may name, such as ``bos_token`` and ``eos_token``.
-        date: what ``strftime_now`` writes. Today's date would change the training ids, and with them every stored
-            weight, from one day to the next.
+        special_tokens: variables for the template, such as ``bos_token`` and ``eos_token``.
+        date: the date that ``strftime_now`` writes. Today's date would change the training ids, and so invalidate stored
+            weights, every day.
 
     Raises:
         ConfigError: if the template cannot be compiled.
@@ -147,8 +145,8 @@ class ChatTemplate:
             self._template = compile_template(source, date)
         except jinja2.TemplateSyntaxError as error:
             raise ConfigError(f"chat_template: line {error.lineno}: {error.message}") from error
-        # A template that Jinja accepts may still be no Python that can be compiled (loops nested 21 deep, a break
-        # outside of a loop). Nothing goes on from here.
+        # A template that Jinja accepts may still not compile in Python (loops nested 21 deep, a break
+        # outside of a loop).
         except Exception as error:
             raise ConfigError(f"chat_template: cannot be compiled ({_described(error)})") from error
 
@@ -174,8 +172,8 @@ class ChatTemplate:
             tools: JSON schemas of the functions that the assistant may call.
 
         Raises:
-            TemplateError: if the template raises anything on this conversation, exceeds a limit, or writes what is no text.
-            ConfigError: if it exceeded the limit of time for several conversations.
+            TemplateError: if the template fails on this conversation, exceeds a limit, or writes invalid text.
+            ConfigError: if it exceeded the time limit for several conversations.
         """
         try:
             with limited():
@@ -193,10 +191,10 @@ class ChatTemplate:
             raise ConfigError(
                 f"chat_template: {error}, and did so {self._overruns} times; use a template that ends sooner"
             ) from error
-        # A template is a program that came with a model: whatever it raises is a fault of the row that it was given.
+        # A template is a program that came with a model. Any exception counts as a fault of the row.
         except Exception as error:
             raise TemplateError(_described(error)) from error
-        # Content is checked before; a role, a name or a tool call is not.
+        # Content was checked before; roles, names and tool calls were not.
         try:
             text.encode("utf-8")
         except UnicodeEncodeError as error:
@@ -206,7 +204,7 @@ class ChatTemplate:
 
 
 def _with_reasoning_names(message: Mapping[str, Any]) -> Mapping[str, Any]:
-    """A message whose reasoning has the names that templates read, as transformers gives them."""
+    """The message with its reasoning under the keys that templates use, as in transformers."""
     key = reasoning_key(message)
     if key is None:
         return message
@@ -214,12 +212,12 @@ def _with_reasoning_names(message: Mapping[str, Any]) -> Mapping[str, Any]:
 
 
 def reasoning_key(message: Mapping[str, Any]) -> str | None:
-    """The key under which a message holds its reasoning, or None."""
+    """The key of a message's reasoning, or None."""
     return next((key for key in REASONING_KEYS if message.get(key) is not None), None)
 
 
 def _described(error: Exception) -> str:
-    """What a template raised, in one line: its own message, or the kind of error and the template's line."""
+    """A template's error in one line: its message, or the kind of error and the template's line."""
     message = " ".join(str(error).split())
     if len(message) > _LONGEST_MESSAGE:
         message = f"{message[:_LONGEST_MESSAGE]}..."

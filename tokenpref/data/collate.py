@@ -1,4 +1,4 @@
-"""From tokenised pairs to the padded tensors of a micro-batch."""
+"""Makes the padded tensors of a micro-batch from tokenised pairs."""
 
 from __future__ import annotations
 
@@ -15,12 +15,12 @@ from tokenpref.stats import SIDES
 __all__ = ["IGNORE_INDEX", "AnchorBatch", "Answer", "PairBatch", "collate_anchors", "collate_pairs", "padded"]
 
 Answer = tuple[list[int], int]
-"""Token ids of prompt and answer, and the index of the answer's first token."""
+"""The token ids of prompt and answer, and the index of the answer's first token."""
 
 IGNORE_INDEX = -100
-"""Label of a token that is not scored; torchtune's and PyTorch's convention."""
+"""The label of a token that is not scored, as in torchtune and PyTorch."""
 
-# A filler answer needs one token to read and one to predict; more would only cost time.
+# A filler needs one input token and one token to predict; more would only take time.
 _FILLER_LENGTH = 2
 
 
@@ -32,10 +32,10 @@ class PairBatch:
         tokens: [2B, L] int64, rows 0..B-1 the chosen side, B..2B-1 the rejected side, padded on the right.
         labels: [2B, L] int64, -100 on prompt and padding; not shifted (``tokenpref.ops`` does that).
         real: [B] bool, False for a filler pair.
-        rows: row of each pair in the data set; -1 for a filler pair.
+        rows: the row of each pair in the data set; -1 for a filler pair.
         num_pairs: number of real pairs.
-        num_tokens: tokens of real pairs that are not padding, the prompt counted in both answers.
-        sides: the sides that the rows hold, in their order.
+        num_tokens: tokens of real pairs without padding; a prompt counts in both answers.
+        sides: the sides of the rows, in order.
     """
 
     tokens: Tensor
@@ -47,7 +47,7 @@ class PairBatch:
     sides: tuple[str, ...] = SIDES
 
     def only(self, side: str) -> PairBatch:
-        """The rows of one side, cut to their longest; for a loss that reads no other."""
+        """The rows of one side, cut to the longest of them, for a loss that uses no other side."""
         count = len(self.rows)
         part = slice(0, count) if side == self.sides[0] else slice(count, 2 * count)
         labels = self.labels[part]
@@ -63,18 +63,18 @@ class PairBatch:
         )
 
     def with_anchors(self, anchors: AnchorBatch) -> PairBatch:
-        """The pairs with their anchors as a third block of rows, for one forward of all; counts stay the pairs'."""
+        """The pairs with their anchors as a third block of rows, for a single forward. The counts remain those of the pairs."""
         width = max(self.tokens.shape[1], anchors.tokens.shape[1])
         return replace(
             self,
-            # Right padding is neither seen nor scored, so any valid token id will do.
+            # Padding on the right is neither attended to nor scored, so any valid token id will do.
             tokens=torch.cat([_widened(t, width, 0) for t in (self.tokens, anchors.tokens)]),
             labels=torch.cat([_widened(t, width, IGNORE_INDEX) for t in (self.labels, anchors.labels)]),
             sides=(*self.sides, "anchor"),
         )
 
     def answer_ids(self, side: str) -> list[list[int]]:
-        """Token ids of the answers of one side."""
+        """The token ids of the answers of one side."""
         count = len(self.rows)
         labels = self.labels[self.sides.index(side) * count :][:count]
         return [row[row != IGNORE_INDEX].tolist() for row in labels]
@@ -136,7 +136,7 @@ def collate_anchors(answers: Sequence[Answer | None], batch: PairBatch, pad_id: 
 
 def padded(answers: Sequence[Answer], pad_id: int) -> tuple[Tensor, Tensor]:
     """Tokens and labels ``[N, L]`` of answers, padded on the right; labels are -100 on prompt and padding."""
-    # Without a second token there is no column to score, and every rank has to run the same forwards.
+    # Without a second token there is no column to score, and all ranks must run the same forwards.
     width = max(_FILLER_LENGTH, *(len(ids) for ids, _ in answers))
     tokens = torch.full((len(answers), width), pad_id, dtype=torch.int64)
     labels = torch.full_like(tokens, IGNORE_INDEX)
@@ -156,16 +156,16 @@ def collate_pairs(examples: Sequence[PairExample], pad_id: int, filler: bool = F
 
     Args:
         examples: the pairs; may be empty with ``filler``.
-        pad_id: token id of the padding. Causal attention keeps real tokens from seeing it and its labels are -100, so
-            any valid id does.
-        filler: give a rank without pairs one masked pair, so that it runs the same forward and backward as
-            the other ranks. Without effect when there are pairs.
+        pad_id: token id of the padding. Real tokens do not attend to it, because attention is causal, and its labels are
+            -100. Any valid id will do.
+        filler: give a rank without pairs one masked pair, so that it runs the same forward and backward pass as
+            the other ranks. It has no effect if there are pairs.
 
     Returns:
         The batch.
 
     Raises:
-        ValueError: if there is no pair and no filler is asked for.
+        ValueError: if there is no pair and ``filler`` is False.
     """
     if not examples:
         if not filler:

@@ -1,4 +1,4 @@
-"""Anchors that come with the data: the intermediate answer of a three-way data set."""
+"""Anchors from the data, such as the middle answer of a data set with three answers."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ _LISTED_FAULTS = 5
 class ColumnAnchors:
     """Third answers from a column of the data.
 
-    The column is laid out like ``chosen``: text, messages, or text that repeats the prompt. An empty answer is allowed (and
-    counted in ``anchors/empty``); a missing one is not.
+    The column has the form of ``chosen``: text, messages, or text that repeats the prompt. An empty answer is allowed (and
+    counted in ``anchors/empty``); a missing one is an error.
 
     Args:
-        column: its name.
+        column: name of the column.
     """
 
     def __init__(self, column: str = "anchor") -> None:
@@ -61,5 +61,5 @@ class ColumnAnchors:
             raise DataError(message)
 
     def answers(self, rows: Sequence[int], _models: Any) -> list[Answer | None]:
-        """Anchors of these rows of the data; None for a filler (row -1)."""
+        """The anchors of these rows of the data; None for a filler (row -1)."""
         return [self._answers[row] if row >= 0 else None for row in rows]

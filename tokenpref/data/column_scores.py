@@ -1,4 +1,4 @@
-"""Scores of answer tokens that stand in columns of the data."""
+"""Scores of answer tokens from columns of the data."""
 
 from __future__ import annotations
 
@@ -23,34 +23,34 @@ from tokenpref.weights.transforms import SCORE_KINDS
 __all__ = ["SCORED_UNITS", "ColumnScores"]
 
 SCORED_UNITS = ("token", "span", "pair")
-"""What one number of a column belongs to."""
+"""What a number in a column applies to."""
 
 _LISTED_FAULTS = 5
 
 
 class ColumnScores:
-    """Scores that come with the data, one column for each answer.
+    """Scores from the data, with one column for each answer.
 
-    - ``per: token``: a list of numbers, one for each token of the answer, with or without one for its EOS. It belongs to
-      the answer before cutting; of an answer that was cut, the first numbers are used.
+    - ``per: token``: a list of numbers, one for each token of the answer, with or without one for its EOS. It covers the
+      answer before truncation; if the answer is truncated, the first numbers are used.
     - ``per: span``: a list of ``[start, end, value]``, half-open, in characters of the answer's own text
-      (:meth:`PreferenceDataset.text`). A token has the mean of the spans that it overlaps, weighted by characters
+      (:meth:`PreferenceDataset.text`). A token gets the mean of the spans that it overlaps, weighted by characters
       (:func:`tokenpref.weights.values_of_tokens`); EOS has no score.
-    - ``per: pair``: one number, for every token of the answer and for its EOS.
+    - ``per: pair``: one number for all tokens of the answer, including EOS.
 
-    The columns belong to the source's chosen and rejected answer: under the data set's ``swap`` each answer keeps its
+    The columns refer to the source's chosen and rejected answer. With the data set's ``swap``, each answer keeps its
     scores.
 
     Args:
-        kind: ``weight`` (used as they are, not negative), ``log_ratio`` (log pi+ - log pi- on both sides) or ``tis_release``
-            (the rows of the TIS-DPO release: log pi- - log pi+ on both sides, per token, none for EOS).
+        kind: ``weight`` (used unchanged, non-negative), ``log_ratio`` (log pi+ - log pi- on both sides) or ``tis_release``
+            (the published TIS-DPO data: log pi- - log pi+ on both sides, per token, none for EOS).
         per: ``token``, ``span`` or ``pair``.
         chosen: column of the chosen answer.
         rejected: column of the rejected answer.
-        default: per span: score of a token that no span touches; None is 1 for kind weight and 0 otherwise.
+        default: with per span, the score of a token without a span; None means 1 for kind weight and 0 otherwise.
 
     Raises:
-        ValueError: if an argument is out of range, or does not go with the others.
+        ValueError: if an argument is out of range or does not fit the others.
     """
 
     def __init__(
@@ -82,13 +82,13 @@ class ColumnScores:
         self.columns = (chosen, rejected)
 
     def load(self, dataset: PreferenceDataset) -> list[PairScores]:
-        """Scores of all pairs in the data set's order; float64, nan for an EOS that has none.
+        """The scores of all pairs in the data set's order: float64, with nan for an EOS without a score.
 
         Raises:
             DataError: if a column is missing, or for the first row whose scores cannot be used, with the number of rows
                 like it.
         """
-        if len(dataset.parts) > 1:  # each has settings, and perhaps columns, of its own
+        if len(dataset.parts) > 1:  # each has its own settings, and perhaps its own columns
             return [scores for part in dataset.parts for scores in self.load(part)]
         if dataset.report.layout in ("labelled", "ranked"):
             raise DataError(
@@ -208,7 +208,7 @@ class ColumnScores:
 
 @dataclass(frozen=True)
 class _Answer:
-    """One answer as it is trained, and a way to the whole ones of its pair, which costs a tokenisation."""
+    """An answer as it is trained, with access to the pair's untruncated answers, which needs a tokenisation."""
 
     side: int
     spans: list[Span]
@@ -221,7 +221,7 @@ class _Answer:
         return self.read()[self.side]
 
     def lengths(self) -> tuple[int, int]:
-        """Tokens before cutting, without and with EOS; equal where the answer has none."""
+        """The numbers of tokens before truncation, without and with EOS; they are equal if the answer has no EOS."""
         if self.maybe_cut:
             whole = self.whole()
             return whole.num_tokens - whole.has_eos, whole.num_tokens
@@ -234,7 +234,7 @@ def _answers(
     read = cache(lambda: dataset.whole_answers(index))
 
     def answer(side: int, ids: list[int], spans: list[Span], has_eos: bool) -> _Answer:
-        # A cut answer fills its sequence and has lost its EOS.
+        # A truncated answer fills its sequence and has lost its EOS.
         maybe_cut = max_seq_len is not None and len(ids) >= max_seq_len and not has_eos
         return _Answer(side, spans, has_eos, maybe_cut, dataset.report.layout == "conversational", read)
 
@@ -245,9 +245,9 @@ def _answers(
 
 
 def _check_text(spans: Sequence[Span], column: str, answer: _Answer) -> None:
-    """Refuse spans that are not within the answer's text, and texts in which places are not those of the data."""
+    """Refuse spans outside the answer's text, and texts whose positions differ from those in the data."""
     seen = max((end for _, end in answer.spans), default=0)
-    # The end of the last token bounds the text from below, which answers almost every row without its text.
+    # The end of the last token is a lower bound of the text's length, which decides almost every row without the text.
     if not answer.conversation and all(0 <= start < end <= seen for start, end in spans):
         return
     whole = answer.whole()
@@ -259,7 +259,7 @@ def _check_text(spans: Sequence[Span], column: str, answer: _Answer) -> None:
             "message as the template writes it (most strip white space at its beginning), and count from there",
         )
     for number, (start, end) in enumerate(spans):
-        # A template may have stripped white space at the end: places there exist in the data, and no token has them.
+        # A template may have stripped white space at the end. Those positions exist in the data, but no token covers them.
         if not 0 <= start < end <= len(whole.written):
             raise RowFault(
                 "span outside",
@@ -279,7 +279,7 @@ def _shown(value: Any) -> str:
 
 
 def _described(dataset: PreferenceDataset, faults: dict[str, list[tuple[int, RowFault]]]) -> str:
-    """The first faulty row, the rows like it, and how many others there are."""
+    """An error about the first faulty row, the rows like it, and the number of others."""
     kind, alike = next(iter(faults.items()))
     index, fault = alike[0]
     message = f"{dataset.locate(index)}, column {fault.column!r}: {fault.message}"

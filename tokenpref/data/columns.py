@@ -1,4 +1,4 @@
-"""Where a value stands in a row: columns, and paths into nested ones such as ``completions[].response``."""
+"""Finds a value in a row by its column, or by a path into nested columns such as ``completions[].response``."""
 
 from __future__ import annotations
 
@@ -44,11 +44,11 @@ def _steps(rest: str) -> list[Step] | None:
 def value_at(row: Mapping[str, Any], path: str) -> Any:
     """The value at a path: ``a``, ``a.b``, ``a[0].b``, or the list of all ``b`` with ``a[].b``.
 
-    Lists and structs that are kept as JSON text are read. A struct of lists, as older versions of ``datasets`` keep a list
-    of structs, is read as that list. A key that a struct lacks is a missing value (None), as Arrow keeps it.
+    Lists and structs stored as JSON text are parsed. A struct of lists, the form in which older versions of ``datasets`` store
+    a list of structs, is read as that list. A key that a struct lacks is a missing value (None), as in Arrow.
 
     Raises:
-        RowFault: if there is no such place in this row.
+        RowFault: if this row has no such path.
     """
     if path in row:
         return row[path]
@@ -81,7 +81,7 @@ def _struct(value: Any, path: str) -> Mapping[str, Any]:
 
 
 def as_list(value: Any, path: str) -> list[Any]:
-    """The elements of a list, of one kept as JSON text, or of a struct of equally long lists.
+    """The elements of a list, of a list stored as JSON text, or of a struct of equally long lists.
 
     Raises:
         RowFault: if it is none of these.

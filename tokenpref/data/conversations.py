@@ -21,7 +21,7 @@ __all__ = [
 ]
 
 CONTEXT_FIELDS = ("system", "history", "tools")
-"""Fields beside the prompt that only a conversation has a place for."""
+"""Columns beside the prompt that only a conversation can contain."""
 
 
 def _messages(row: Mapping[str, Any], column: str) -> Messages:
@@ -69,7 +69,7 @@ def conversation(
 def _prompt_and_sides(
     row: Mapping[str, Any], columns: Mapping[str, str], sides: list[Messages]
 ) -> tuple[Messages, list[Messages]]:
-    """Messages before the answers, and what each side has after them."""
+    """The messages before the answers, and what each side has after them."""
     value = row[columns["prompt"]] if "prompt" in columns else None
     if value is None:
         shared = _shared_messages(sides[0], sides[1], columns)
@@ -81,7 +81,7 @@ def _prompt_and_sides(
 
 
 def joined_input(row: Mapping[str, Any], columns: Mapping[str, str]) -> str:
-    """A text prompt, and below it the row's input where it has one."""
+    """A text prompt, with the row's input on a new line if it has one."""
     prompt = checked_text(row, columns["prompt"])
     if "input" not in columns or row[columns["input"]] in (None, ""):
         return prompt
@@ -103,7 +103,7 @@ def _with_context(prompt: Messages, row: Mapping[str, Any], columns: Mapping[str
             )
         if not own:
             before = [{"role": "system", "content": system}, *before]
-    # A system message comes first, wherever it was kept.
+    # A system message always comes first.
     if before and prompt[0]["role"] == "system" and before[0]["role"] != "system":
         return [prompt[0], *before, *prompt[1:]]
     return [*before, *prompt]
@@ -117,13 +117,13 @@ def is_history(value: object) -> bool:
 
 
 def _history(row: Mapping[str, Any], column: str) -> Messages:
-    """Earlier turns, kept as messages or as pairs of what the user and the assistant said."""
+    """Earlier turns, stored as messages or as pairs of what the user and the assistant said."""
     value = row[column]
     if isinstance(value, str) and value.strip():
         try:
             value = json.loads(value)
         except (ValueError, RecursionError) as error:
-            raise RowFault("wrong type", column, "is text that is no JSON list of earlier turns") from error
+            raise RowFault("wrong type", column, "is text, but not a JSON list of earlier turns") from error
     if value in (None, "", []):
         return []
     if isinstance(value, Sequence) and all(isinstance(turn, Mapping) for turn in value):
@@ -142,7 +142,7 @@ def _history(row: Mapping[str, Any], column: str) -> Messages:
 
 
 def side_messages(row: Mapping[str, Any], column: str) -> Messages:
-    """Messages of one side; text is the assistant's message, unless it is JSON text of messages."""
+    """The messages of one side. Text is the assistant's message, unless it is JSON text of messages."""
     value = row[column]
     if isinstance(value, str) and messages_of(value, column) is None:
         return [{"role": "assistant", "content": checked_text(row, column)}]
@@ -150,16 +150,16 @@ def side_messages(row: Mapping[str, Any], column: str) -> Messages:
 
 
 def _shared_messages(chosen: Messages, rejected: Messages, columns: Mapping[str, str]) -> int:
-    """How many first messages both sides share.
+    """The number of first messages that both sides share.
 
     Raises:
-        RowFault: if one side goes on where the other ends, so that they do not answer the same prompt.
+        RowFault: if one side continues where the other ends, so that they do not answer the same prompt.
     """
     shared = 0
     while shared < min(len(chosen), len(rejected)) and chosen[shared] == rejected[shared]:
         shared += 1
     if shared == len(chosen) == len(rejected):
-        return max(shared - 1, 0)  # equal conversations: the last message is the answer, and equal
+        return max(shared - 1, 0)  # equal conversations: the last message is the answer
     if shared and shared == min(len(chosen), len(rejected)):
         longer, shorter = ("chosen", "rejected") if len(chosen) > shared else ("rejected", "chosen")
         raise RowFault(
@@ -174,7 +174,7 @@ def _shared_messages(chosen: Messages, rejected: Messages, columns: Mapping[str,
 def _with_text_prompt(
     prompt: str, sides: list[Messages], columns: Mapping[str, str]
 ) -> tuple[Messages, list[Messages]]:
-    """A text prompt beside lists of messages: the user's message, unless the lists hold the whole conversation already."""
+    """A text prompt beside lists of messages becomes the user's message, unless the lists already hold the whole conversation."""
     if all(len(side) > 1 for side in sides):
         shared = _shared_messages(sides[0], sides[1], columns)
         before = sides[0][:shared]
@@ -190,21 +190,21 @@ def _with_text_prompt(
 
 
 def _says(content: str, prompt: str) -> bool:
-    """Whether a message is the prompt or a part of it, or holds it; both are often stripped or joined differently."""
+    """Whether a message contains the prompt or the prompt contains it, as data sets often strip or join them differently."""
     content, prompt = content.strip(), prompt.strip()
     return bool(content) and (content in prompt or prompt in content)
 
 
 def _answer(side: Messages, column: str) -> dict[str, Any]:
     answer = one_answer(side, column)
-    # Whether calls and reasoning are an answer is for the template to say: it may leave them out.
+    # The template decides whether calls and reasoning are an answer, because it may leave them out.
     if not any(value for key, value in answer.items() if key not in ("role", "content")):
         not_empty(answer["content"], column)
     return answer
 
 
 def one_answer(side: Messages, column: str) -> dict[str, Any]:
-    """The assistant's message that is all there may be after the prompt."""
+    """The assistant's message, which must be the only one after the prompt."""
     if not side:
         raise RowFault("empty answer", column, "has no message after the shared beginning; remove the row")
     if len(side) > 1 or side[0]["role"] != "assistant":
@@ -241,7 +241,7 @@ def _from_json(value: Any, column: str) -> Any:
 
 
 def _stripped(message: Any) -> Any:
-    """A message without the nulls that Arrow adds to its parts: where rows have different keys, each gets all of them."""
+    """A message without the nulls that Arrow adds, because every row gets the keys of all rows."""
     if not isinstance(message, Mapping):
         return message
     return {key: _without_nulls(value) for key, value in message.items()}

@@ -1,4 +1,4 @@
-"""The preference data set: rows of any layout, tokenised once, with every cut counted and every fault named."""
+"""The preference data set: rows of any layout, tokenised once, with counts of truncations and errors for faulty rows."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ _MOST_ROUNDS = 1000
 
 @dataclass(frozen=True)
 class PairText:
-    """The texts of one pair; for conversations the prompt is what the template renders.
+    """The texts of a pair. The prompt of a conversation is what the template renders.
 
     Attributes:
         prompt: text before the answers.
@@ -54,10 +54,10 @@ class PairText:
 
 @dataclass(frozen=True)
 class WholeAnswer:
-    """An answer before cutting.
+    """An answer before truncation.
 
     Attributes:
-        num_tokens: its tokens, EOS included.
+        num_tokens: its number of tokens, including EOS.
         has_eos: whether it ends with EOS or the end of a turn.
         text: the text to which offsets refer.
         written: the answer as the row has it, which a chat template may have stripped or rewritten.
@@ -72,10 +72,10 @@ class WholeAnswer:
 class PreferenceDataset:
     """Tokenised preference pairs. Build it with :func:`preference_dataset`.
 
-    The token ids lie in flat arrays; an item is made when it is asked for.
+    The token ids are stored in flat arrays, and an item is made when it is requested.
 
     Attributes:
-        report: counts of what was read and cut.
+        report: counts of what was read and truncated.
         source_name: the data's name.
         tokenizer: the tokenizer that made the ids.
     """
@@ -99,7 +99,7 @@ class PreferenceDataset:
         self._selected = weighted_selection(len(self._packed), weight)
         if self._selected is not None and len(self._selected) == 0:
             raise DataError(
-                f"{rows.name}: weight {weight:g} of {len(self._packed)} pairs is none; set a larger weight"
+                f"{rows.name}: weight {weight:g} leaves none of {len(self._packed)} pairs; set a larger weight"
             )
         self.report = self._report(about["counts"], about["dropped"])
 
@@ -129,7 +129,7 @@ class PreferenceDataset:
 
     @property
     def parts(self) -> tuple[PreferenceDataset, ...]:
-        """The data sets that this one is mixed of; itself if it is not mixed."""
+        """The data sets of a mixture, or this data set alone if it is not a mixture."""
         return (self,)
 
     def __getitem__(self, index: int) -> PairExample:
@@ -188,14 +188,14 @@ class PreferenceDataset:
         return self._packed.highest_id
 
     def _places(self, pairs: Sequence[int] | None) -> Any:
-        """Where pairs, or all of them, lie among the packed ones."""
+        """The positions of some or all pairs among the packed pairs."""
         if pairs is None:
             return slice(None) if self._selected is None else self._selected
         positions = np.asarray(pairs, dtype=np.int64)
         return positions if self._selected is None else self._selected[positions]
 
     def _place_of(self, index: int) -> int:
-        """Where a pair lies among the packed ones."""
+        """The position of a pair among the packed pairs."""
         position = self._position(index)
         return position if self._selected is None else int(self._selected[position])
 
@@ -206,20 +206,20 @@ class PreferenceDataset:
 
     @property
     def columns(self) -> list[str]:
-        """Columns of the source, those that are no part of a pair included."""
+        """All columns of the source, also those that are not part of a pair."""
         return list(self._rows.table.column_names)
 
     def raw(self, index: int) -> dict[str, Any]:
-        """The source's row of a pair, all columns, as it was read (``swap`` does not touch it)."""
+        """The source's row of a pair with all columns, as it was read. ``swap`` does not change it."""
         return self._rows.table[self._source_of(self._place_of(index))[0]]
 
     def locate(self, index: int) -> str:
-        """Where a pair stands in the source, for messages."""
+        """The place of a pair in the source, for messages."""
         row, part = self._source_of(self._place_of(index))
         return self._rows.locate(row) + (f", pair {part} of the row" if part else "")
 
     def _source_of(self, place: int) -> tuple[int, int]:
-        """Row of a packed pair in the table, and which of the row's pairs it is."""
+        """The row of a packed pair in the table, and the number of the pair within the row."""
         part, row = divmod(int(self._packed.rows[place]), self._rows.table.num_rows)
         return row, part
 
@@ -229,11 +229,11 @@ class PreferenceDataset:
 
     def _pair(self, index: int) -> PairRow:
         pair = self._reader.read(self.raw(index))[self._source_of(self._place_of(index))[1]]
-        assert isinstance(pair, PairRow)  # it was one when it was tokenised
+        assert isinstance(pair, PairRow)  # it was a pair when it was tokenised
         return pair.swapped() if self._settings.swap else pair
 
     def margin(self, index: int) -> float | None:
-        """How much better the chosen answer is, where the data says it, in the data's own unit; ``swap`` negates it."""
+        """How much better the chosen answer is, if the data says so, in the data's own unit. ``swap`` negates it."""
         return self._pair(index).margin
 
     def text(self, index: int) -> PairText:
@@ -251,7 +251,7 @@ class PreferenceDataset:
         return PairText(chosen.prompt_text, chosen.text, rejected.text)
 
     def whole_answers(self, index: int) -> tuple[WholeAnswer, WholeAnswer]:
-        """Both answers of a pair before cutting, sides swapped if the data set is; they are tokenised for it."""
+        """Both answers of a pair before truncation, swapped if the data set is. This tokenises them again."""
         pair = self._pair(index)
         answers = []
         for answer, marked in (
@@ -266,18 +266,18 @@ class PreferenceDataset:
         return answers[0], answers[1]
 
     def prompt_ids(self, index: int) -> list[int]:
-        """The prompt tokenised alone, for generation; cut to ``max_prompt_len`` like the training prompts."""
+        """The prompt tokenised alone, for generation, and truncated to ``max_prompt_len`` like the training prompts."""
         pair = self._pair(index)
         ids = encode_prompt(self.tokenizer, pair.prompt, self._settings.add_bos, pair.tools)
         num_special = 1 if self.tokenizer.bos_id is not None and ids[:1] == [self.tokenizer.bos_id] else 0
         return cut_prompt(ids, num_special, self._settings.max_prompt_len)
 
     def further_answer(self, index: int, column: str) -> tuple[list[int], int]:
-        """Another answer to a pair's prompt, tokenised, cut and ended like the pair's own.
+        """Another answer to a pair's prompt. It is tokenised, truncated and ended like the pair's own answers.
 
         Args:
             index: position in the data set.
-            column: where it stands; laid out like the columns of the pair.
+            column: the column of the answer, in the same form as the columns of the pair.
 
         Returns:
             Token ids, and the index of the first token of the answer; an empty answer has none.
@@ -290,7 +290,7 @@ class PreferenceDataset:
         if not (answer if isinstance(answer, str) else any(v for k, v in answer.items() if k != "role")):
             prompt = self.prompt_ids(index)
             return prompt, len(prompt)
-        # A mark that both answers share is the row's; marks of one side say nothing about a third answer.
+        # A mark that both answers share applies to the row. Marks of one side say nothing about a third answer.
         mark = pair.chosen_complete if pair.chosen_complete == pair.rejected_complete else None
         try:
             whole = encode_side(
@@ -304,9 +304,9 @@ class PreferenceDataset:
     def with_side_prompt(self, index: int, side: str, prompt: str) -> tuple[list[int], int]:
         """An answer after a prompt of one side of a contrastive pair.
 
-        For text rows the side's prompt stands in front of the training ids, tokenised alone; for conversations it is a
-        system message (before the text of one that is there already) and the prompt is rendered anew, uncut. The
-        answer's ids are those of training.
+        In text rows the side's prompt is tokenised alone and put in front of the training ids. In conversations it becomes a
+        system message (in front of the text of an existing one), and the prompt is rendered again without truncation. The
+        ids of the answer are those of training.
 
         Args:
             index: position in the data set.
@@ -381,11 +381,11 @@ def preference_dataset(
             (Anthropic's Human/Assistant text), ``labelled`` (two answers and a label) or ``ranked`` (a list of answers with
             scores or ranks).
         column_map: field to column, such as ``{prompt: question, chosen: win, rejected: lose}``, or to a path such as
-            ``completions[].response``; null leaves a column out that would be read. Fields are prompt, chosen and rejected
-            (labelled: first and second; ranked: answers, and score or rank), system, history, input, tools, margin, complete,
-            chosen_complete and rejected_complete.
-        preset: name of a known data set's layout (:data:`tokenpref.data.presets.PRESETS`), which sets format, column_map and
-            labels; these may change parts of it.
+            ``completions[].response``; null leaves out a column that would otherwise be read. Fields are prompt, chosen and
+            rejected (labelled: first and second; ranked: answers, and score or rank), system, history, input, tools, margin,
+            complete, chosen_complete and rejected_complete.
+        preset: name of the layout of a known data set (:data:`tokenpref.data.presets.PRESETS`). It sets format, column_map and
+            labels, and your own column_map and labels override parts of it.
         labels: for ``labelled``: ``{column, first, second, tie}``, the column with the label and its values (or lists of values;
             ``negative`` and ``positive`` stand for signs). Ties are left out and counted. Beside chosen and rejected,
             ``{column, tie}`` leaves ties out.
@@ -397,15 +397,15 @@ def preference_dataset(
             ``rejected_complete``) is true, and to nothing else; True adds it to all, False to none.
         add_bos: ``auto`` does what the model's own tokenizer does for plain text.
         max_seq_len: longest sequence in tokens, BOS and EOS included; None for no limit.
-        max_prompt_len: longest prompt in tokens, BOS included; None for no limit of its own.
-        truncation: what happens to rows that are too long. ``keep_prompt_end`` cuts prompts from their beginning and
+        max_prompt_len: longest prompt in tokens, BOS included; None for no separate limit.
+        truncation: what happens to rows that are too long. ``keep_prompt_end`` truncates prompts at their beginning and
             answers at their end, ``drop`` leaves such rows out, ``error`` stops.
         on_fault: ``error`` stops at rows that cannot be used, ``drop`` leaves them out; both say how many there are.
         max_rows: read only the first rows.
-        weight: how often an epoch sees a pair: 2.0 each of them twice, 0.5 a fixed half of them. To mix data sets.
+        weight: how often an epoch sees each pair, for mixing data sets: 2.0 sees each of them twice, 0.5 a fixed half of them.
         swap: exchange chosen and rejected.
-        cache_dir: where what was read is kept for later starts: ``auto`` (the folder that the environment variable
-            ``TOKENPREF_CACHE`` names, or ``tokenpref`` in the cache of ``datasets``), a folder, or None to keep nothing.
+        cache_dir: where the tokenised data is kept for later starts: ``auto`` (the folder that the environment variable
+            ``TOKENPREF_CACHE`` names, or ``tokenpref`` in the cache of ``datasets``), a folder, or None for no cache.
 
     Raises:
         ConfigError: if an argument is out of range, or conversations meet a tokenizer without a chat template.

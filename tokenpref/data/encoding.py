@@ -1,4 +1,4 @@
-"""From one row to the token ids of its pair."""
+"""Makes the token ids of a pair from its row."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ __all__ = [
 ]
 
 TOO_LONG = "too long"
-"""Kind of the fault of a row that does not fit and must not be cut."""
+"""The kind of fault of a row that is too long and must not be truncated."""
 
 
 @dataclass(frozen=True)
@@ -52,15 +52,15 @@ class PairSettings:
 
 @dataclass(frozen=True)
 class EncodedPair:
-    """A pair as tokens, and what happened to it on the way.
+    """A pair as tokens, and how it was truncated.
 
     Attributes:
         chosen: its first side.
         rejected: its second side.
         prompt_cut: whether the prompt lost its beginning.
         answers_cut: how many answers lost their end.
-        straddles: whether a token lies over the boundary of prompt and answer.
-        equal: whether both sides became equal by cutting.
+        straddles: whether a token covers the boundary between prompt and answer.
+        equal: whether truncation made both sides equal.
     """
 
     chosen: EncodedAnswer
@@ -78,7 +78,7 @@ PairSteps = Generator[Request, Encoded, EncodedPair]
 def encode_pairs(
     tokenizer: Tokenizer, reads: Sequence[PairRow | RowFault], settings: PairSettings
 ) -> list[EncodedPair | RowFault]:
-    """Tokenise pairs, handing many texts to the tokenizer at once.
+    """Tokenise pairs, passing many texts to the tokenizer at once.
 
     Args:
         tokenizer: the tokenizer.
@@ -86,7 +86,7 @@ def encode_pairs(
         settings: how they become tokens.
 
     Returns:
-        For each pair its tokens, or why it cannot be used.
+        For each pair its tokens, or the reason why it cannot be used.
     """
     found: list[Any] = list(reads)
     waiting: list[tuple[int, PairSteps, Request]] = []
@@ -113,7 +113,7 @@ def encode_pairs(
 
 
 def pair_steps(tokenizer: Tokenizer, read: PairRow, settings: PairSettings) -> PairSteps:
-    """Both sides of a pair, swapped where the settings say so, with the tokenizer's work left to the caller.
+    """Both sides of a pair, swapped if the settings say so. The caller does the tokenizer's work.
 
     Raises:
         RowFault: if the pair cannot be used.
@@ -129,7 +129,7 @@ def pair_steps(tokenizer: Tokenizer, read: PairRow, settings: PairSettings) -> P
         except TemplateError as error:
             raise RowFault("template", column, f"the chat template refuses it: {error}") from error
         except ConfigError:
-            raise  # no row is at fault, and leaving rows out mends nothing
+            raise  # no row is at fault, so leaving rows out would not help
         except ValueError as error:
             raise RowFault("tokenizer", column, str(error)) from error
         side, cut, answer_cut = fitted_side(whole, column, settings)
@@ -150,7 +150,7 @@ def pair_steps(tokenizer: Tokenizer, read: PairRow, settings: PairSettings) -> P
 
 
 def _left_out(pair: PairRow) -> str:
-    """Which parts of two messages the chat template leaves out, if the messages differ in these."""
+    """The parts of two messages that the chat template leaves out, if the messages differ in them."""
     if isinstance(pair.chosen, str) or isinstance(pair.rejected, str):
         return ""
     keys = sorted({*pair.chosen, *pair.rejected})
@@ -159,7 +159,7 @@ def _left_out(pair: PairRow) -> str:
 
 
 def wants_eos(settings: PairSettings, pair: PairRow, marked: bool | None) -> bool:
-    """Whether an answer of a pair is to end with EOS; ``marked`` is what its row says."""
+    """Whether an answer of a pair ends with EOS. ``marked`` is what its row says."""
     if settings.append_eos is not None:
         return settings.append_eos
     if marked is not None:
@@ -174,7 +174,7 @@ def encode_side(
     append_eos: bool,
     add_bos: bool | None,
 ) -> EncodedAnswer:
-    """Prompt and answer as tokens, before cutting."""
+    """Prompt and answer as tokens, before truncation."""
     return run_steps(tokenizer, _side_steps(tokenizer, pair, answer, append_eos, add_bos))
 
 
@@ -195,10 +195,10 @@ def _side_steps(
 def fitted_side(
     whole: EncodedAnswer, column: str, settings: PairSettings
 ) -> tuple[EncodedAnswer, bool, bool]:
-    """A side within the limits.
+    """One side, truncated to the limits.
 
     Raises:
-        RowFault: if no token of its answer can be scored, or it is too long and must not be cut.
+        RowFault: if no token of its answer can be scored, or if it is too long and must not be truncated.
     """
     if whole.start == len(whole.ids):
         raise RowFault("empty answer", column, "gives no token of its own; remove the row")

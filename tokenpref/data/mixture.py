@@ -1,4 +1,4 @@
-"""Several data sets as one."""
+"""Several data sets combined into one."""
 
 from __future__ import annotations
 
@@ -23,7 +23,7 @@ class MixtureReport:
     """The reports of the data sets that were mixed.
 
     Attributes:
-        parts: one for each.
+        parts: one report per data set.
         layout: always ``mixed``.
     """
 
@@ -37,20 +37,20 @@ class MixtureReport:
 
     @property
     def used(self) -> int:
-        """Pairs that an epoch sees, counted as often as it sees them."""
+        """The number of pairs in an epoch, counted as often as the epoch sees them."""
         return sum(part.used for part in self.parts)
 
     def summary(self) -> str:
-        """What was mixed, and a paragraph on each part."""
+        """The shares of the data sets, and a paragraph about each."""
         shares = ", ".join(f"{100 * part.used / self.used:.1f} %" for part in self.parts)
         parts = " ".join(f"[{number}] {part.summary()}" for number, part in enumerate(self.parts))
         return f"{len(self.parts)} data sets mixed, {self.used} pairs an epoch ({shares}). {parts}"
 
 
 class PairMixture(PreferenceDataset):
-    """Data sets one after another; an epoch's order shuffles all of their pairs together.
+    """Several data sets, one after another. An epoch shuffles all of their pairs together.
 
-    How often each is seen is its own affair: ``weight`` and ``max_rows`` of :func:`tokenpref.data.preference_dataset`.
+    Each data set's own ``weight`` and ``max_rows`` say how often it is seen (:func:`tokenpref.data.preference_dataset`).
 
     Args:
         parts: the data sets, with one tokenizer.
@@ -69,7 +69,7 @@ class PairMixture(PreferenceDataset):
         self.source_name = " + ".join(part.source_name for part in self._parts)
         self.report = MixtureReport(tuple(part.report for part in self._parts))  # type: ignore[assignment]
         self._ends = np.cumsum([len(part) for part in self._parts])
-        # Rows of the parts are numbered one after another, so that a number stands for one pair of the mixture.
+        # Rows of the parts are numbered consecutively, so a number identifies one pair of the mixture.
         spans = [int(part.rows().max()) + 1 for part in self._parts]
         self._first_rows = np.cumsum([0, *spans[:-1]])
 
@@ -82,7 +82,7 @@ class PairMixture(PreferenceDataset):
         return int(self._ends[-1])
 
     def _at(self, index: int) -> tuple[int, int]:
-        """Which part a pair is of, and its position there."""
+        """The part of a pair, and the pair's position in it."""
         position = self._position(index)
         part = int(np.searchsorted(self._ends, position, side="right"))
         return part, position - (int(self._ends[part - 1]) if part else 0)
@@ -171,7 +171,7 @@ class PairMixture(PreferenceDataset):
         return self._parts[part].with_side_prompt(position, side, prompt)
 
     def settings(self) -> dict[str, Any]:
-        """Those of the parts, in their order."""
+        """The values of the parts, in order."""
         return {"parts": [part.settings() for part in self._parts]}
 
     def fingerprint(self) -> str:

@@ -17,9 +17,9 @@ __all__ = [
 
 
 def epoch_order(num_rows: int, *, seed: int, epoch: int, shuffle: bool) -> np.ndarray:
-    """Order of the rows in one epoch.
+    """The order of the rows in an epoch.
 
-    The same on every rank, machine and NumPy version: row i gets the i-th raw 64-bit draw of a Philox generator keyed
+    It is the same on every rank, machine and NumPy version: row i gets the i-th raw 64-bit draw of a Philox generator keyed
     by (seed, epoch), and rows are sorted by their draws.
 
     Args:
@@ -106,9 +106,9 @@ def step_micro_batches(
 
     A step owns ``batch_size * accumulation * world_size`` consecutive positions of the order. Micro-batch k of rank r is
     the ``k * world_size + r``-th of equally long consecutive slices, so all ranks together work through the order from left to
-    right and the union over ranks and micro-batches depends only on the product of the three numbers. The last
-    step of an epoch may be short: its pairs are spread over the same slices, whose lengths then differ by at
-    most one, so no rank waits for another one that has all of them.
+    right, and the union over ranks and micro-batches depends only on the product of the three numbers. The last
+    step of an epoch may be short. Its pairs are then spread over the same slices, whose lengths differ by at
+    most one, so no rank waits for another one with all the pairs.
 
     Args:
         order: rows in the order of the epoch, shape [num_rows].
@@ -146,16 +146,16 @@ def micro_batches_by_tokens(
     world_size: int,
     padded: bool = False,
 ) -> list[list[int]]:
-    """Cut a step's pairs into micro-batches of at most ``budget`` tokens, with ranks as equally loaded as pairs allow.
+    """Split a step's pairs into micro-batches of at most ``budget`` tokens, with about the same load on all ranks.
 
-    Longest pairs first, each goes to the rank with the fewest tokens so far; there into the first micro-batch with room. So
-    pairs of like length stand together, and every rank has the same number of micro-batches (empty ones at the end). A
-    pure function of its arguments: every rank works out everyone's share.
+    The longest pairs come first. Each goes to the rank with the fewest tokens so far, and there into the first micro-batch where
+    it fits. Pairs of similar length are therefore together. Every rank has the same number of micro-batches (with empty ones
+    at the end). This is a pure function of its arguments, so every rank computes the shares of all ranks.
 
     Args:
         pairs: rows of the step, of all ranks.
         tokens: tokens of each of them, both answers together; with ``padded`` twice those of its longer answer.
-        budget: most tokens of a micro-batch.
+        budget: largest number of tokens of a micro-batch.
         rank: this process.
         world_size: number of processes.
         padded: every sequence costs as many tokens as the longest of its micro-batch.
@@ -185,11 +185,11 @@ def micro_batches_by_tokens(
 
 
 def _cut(tokens: Sequence[int], budget: int, padded: bool) -> list[list[int]]:
-    """Indices of descending numbers, each in the first group with room."""
+    """The indices of descending numbers, each in the first group where it fits."""
     groups: list[list[int]] = []
     for index, count in enumerate(tokens):
         for group in groups:
-            # The first of a group is its longest.
+            # The first one of a group is the longest.
             cost = (len(group) + 1) * tokens[group[0]] if padded else sum(tokens[i] for i in group) + count
             if cost <= budget:
                 group.append(index)

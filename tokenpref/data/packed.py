@@ -39,13 +39,13 @@ class PairExample:
         chosen_ids: prompt and chosen answer.
         chosen_start: index of the first token of the chosen answer; the prompt is ``chosen_ids[:chosen_start]``.
         rejected_ids: prompt and rejected answer.
-        rejected_start: likewise.
+        rejected_start: index of the first token of the rejected answer.
         chosen_offsets: for each token of the answer, the characters that it covers in the answer's own text
             (:meth:`PreferenceDataset.text`); EOS has an empty span at its end.
         rejected_offsets: likewise.
         chosen_has_eos: whether the answer ends with EOS or the end of a turn.
         rejected_has_eos: likewise.
-        key: sha256 (hex) of the token ids and starts of both sides: what a stored weight belongs to.
+        key: sha256 (hex) of the token ids and starts of both sides, by which stored weights are found.
     """
 
     row: int
@@ -91,7 +91,7 @@ COLUMNS: dict[str, tuple[str, tuple[int, ...]]] = {
 """NumPy type and the shape of one item of the arrays in which pairs are kept."""
 
 Chunk = dict[str, bytes]
-"""Some pairs, column by column; ends count from the chunk's own beginning."""
+"""Some pairs, column by column. Ends count from the beginning of the chunk."""
 
 
 class PairPacker:
@@ -126,7 +126,7 @@ class PairPacker:
             self._moves.extend((len(spans), 0, _NO_LIMIT))
 
     def _move_spans(self) -> None:
-        """Count all spans from the beginning of their answers, and cut them to these."""
+        """Make all spans relative to their answers, and clip them to these."""
         count, offset, size = np.frombuffer(self._moves, "=i8").reshape(-1, 3).T
         spans = np.frombuffer(self._spans, "=i4").reshape(-1, 2)
         spans -= np.repeat(offset, count).astype(np.int32)[:, None]
@@ -134,7 +134,7 @@ class PairPacker:
         self._moves = array("q")
 
     def chunk(self) -> Chunk:
-        """What was collected; nothing can be added to it."""
+        """The collected pairs, after which no pair can be added."""
         if self._moves:
             self._move_spans()
         columns = {
@@ -151,7 +151,7 @@ _OWN = {"rows": "=i8", "ends": "=i8", "span_ends": "=i8", "starts": "=i4", "ids"
 
 
 class PairWriter:
-    """Puts chunks one after another, into files or into memory.
+    """Writes chunks one after another, to files or to memory.
 
     Args:
         folder: gets a file for each column; None keeps them in memory.
@@ -229,8 +229,8 @@ class PackedPairs:
 
     @classmethod
     def open(cls, folder: Path, about: Mapping[str, Any]) -> PackedPairs:
-        """The pairs that a :class:`PairWriter` wrote into a folder, mapped into memory; ``about`` is what it says of them."""
-        # Plain arrays over the maps: slices of a memmap object cost more than what they hold.
+        """The pairs that a :class:`PairWriter` wrote to a folder, mapped into memory. ``about`` is its description of them."""
+        # Plain arrays over the maps, because slices of memmap objects are slow.
         maps = {
             name: np.memmap(_file_of(folder, name), kind, mode="r") for name, (kind, _) in COLUMNS.items()
         }

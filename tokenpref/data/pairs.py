@@ -19,20 +19,20 @@ __all__ = [
 ]
 
 Messages = list[dict[str, Any]]
-"""Dictionaries with ``role`` and ``content``, and whatever else a chat template may read."""
+"""Dictionaries with ``role`` and ``content``, and other keys that a chat template may use."""
 
 
 class RowFault(Exception):
     """One row cannot be used.
 
     Args:
-        kind: short name under which equal faults are counted.
-        column: column at fault, as the data names it.
+        kind: short name under which faults of this kind are counted.
+        column: the column at fault, by its name in the data.
         message: what is wrong and what to do.
     """
 
     def __init__(self, kind: str, column: str, message: str) -> None:
-        super().__init__(kind, column, message)  # all of them, so that it can be pickled
+        super().__init__(kind, column, message)  # all arguments, so that it can be pickled
         self.kind = kind
         self.column = column
         self.message = message
@@ -49,12 +49,12 @@ class PairRow:
         prompt: text, or the messages before the answer.
         chosen: text, or the assistant's message.
         rejected: text, or the assistant's message.
-        chosen_complete: True or False when the row says so, None when it says nothing.
+        chosen_complete: whether the chosen answer is complete; None if the row does not say.
         rejected_complete: likewise.
         tools: JSON schemas of the functions that the assistant may call; conversations only.
         margin: how much better the chosen answer is, where the data says it, in the data's own unit.
-        turns: whether an answer is a turn of a conversation, which has an end.
-        columns: where both answers stand in the data, for messages.
+        turns: whether the answers are turns of a conversation, which have an end.
+        columns: the columns of both answers, for messages.
     """
 
     prompt: str | Messages
@@ -68,7 +68,7 @@ class PairRow:
     columns: tuple[str, str] = dataclasses.field(default=("chosen", "rejected"), compare=False)
 
     def swapped(self) -> PairRow:
-        """The pair with its sides exchanged."""
+        """The pair with its sides swapped."""
         return dataclasses.replace(
             self,
             chosen=self.rejected,
@@ -82,7 +82,7 @@ class PairRow:
 
 @dataclass(frozen=True)
 class LeftOut:
-    """A pair that a row does not give though nothing is wrong with it, such as a tie.
+    """A pair that is left out although its row is correct, such as a tie.
 
     Attributes:
         reason: short name under which pairs like it are counted.
@@ -95,7 +95,7 @@ def checked_text(row: Mapping[str, Any], column: str) -> str:
     """The text of a column.
 
     Raises:
-        RowFault: if it has none, is no text, or holds half of a surrogate pair.
+        RowFault: if it is missing, is not text, or contains half of a surrogate pair.
     """
     return plain_text(row[column], column)
 
@@ -110,13 +110,13 @@ def plain_text(value: object, column: str) -> str:
         value.encode("utf-8")
     except UnicodeEncodeError as error:
         raise RowFault(
-            "broken text", column, f"holds half of a surrogate pair at character {error.start}"
+            "broken text", column, f"contains half of a surrogate pair at character {error.start}"
         ) from error
     return value
 
 
 def not_empty(answer: str, column: str) -> None:
-    """Refuse an answer that is white space."""
+    """Refuse an answer that is only white space."""
     if not answer.strip():
         raise RowFault("empty answer", column, "has no answer (nothing but white space); remove the row")
 

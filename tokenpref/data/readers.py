@@ -1,4 +1,4 @@
-"""Rows of JSON and CSV files, compressed or not, with every value as the file has it and the line of every row."""
+"""Reads rows of JSON and CSV files, compressed or not, with unchanged values and the line of every row."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ FORMAT_OF_SUFFIX = {
     ".arrow": "arrow",
     ".csv": "csv",
 }
-"""What the name of a file says about its format."""
+"""The formats by the suffix of a file."""
 
 
 def _open_zstd(file: Path, _mode: str) -> Any:
@@ -43,7 +43,7 @@ COMPRESSIONS: dict[str, Callable[..., Any]] = {
     ".xz": lzma.open,
     ".zst": _open_zstd,
 }
-"""What opens a compressed JSON or CSV file."""
+"""The functions that open compressed files."""
 
 _DELIMITERS = {",": "comma", ";": "semicolon", "\t": "tab", "|": "bar"}
 
@@ -52,7 +52,7 @@ Row = tuple[int | None, dict[str, Any]]
 
 
 def format_of(file: Path) -> str | None:
-    """The format that a file's name says: ``pairs.jsonl`` and ``pairs.jsonl.gz`` are JSON."""
+    """The format by a file's name: ``pairs.jsonl`` and ``pairs.jsonl.gz`` are JSON."""
     kind = FORMAT_OF_SUFFIX.get(file.suffix)
     if kind is None and file.suffix in COMPRESSIONS:
         kind = FORMAT_OF_SUFFIX.get(Path(file.stem).suffix)
@@ -66,14 +66,14 @@ def stem_of(file: Path) -> str:
 
 
 def read_rows(file: Path, kind: str) -> Iterator[Row]:
-    """Rows of a JSON or CSV file, one after another; the file is never in memory as a whole, unless it is a JSON list.
+    """The rows of a JSON or CSV file, one after another. Only a JSON list is read into memory as a whole.
 
     Args:
-        file: its path; the suffix says how it is compressed.
+        file: its path; the suffix gives the compression.
         kind: ``json`` (JSON Lines, or a list of objects) or ``csv`` (every field is text).
 
     Raises:
-        DataError: if the file cannot be read, or for the first row that is none, naming its line.
+        DataError: if the file cannot be read, or for the first invalid row, naming its line.
     """
     read = _json_rows if kind == "json" else _csv_rows
     try:
@@ -111,7 +111,7 @@ def _listed_rows(content: bytes, file: Path) -> Iterator[Row]:
 
 
 def place_of(file: Path, row: int, line: int | None) -> str:
-    """Where a row stands, for messages: ``train.jsonl, row 3 (line 4)``; rows count from 0, lines from 1."""
+    """The place of a row, for messages: ``train.jsonl, row 3 (line 4)``. Rows count from 0, lines from 1."""
     return f"{file}, row {row}" + (f" (line {line})" if line is not None else "")
 
 
@@ -133,7 +133,7 @@ def _unique_keys(pairs: list[tuple[str, Any]]) -> dict[str, Any]:
     if len(found) < len(pairs):
         keys = [key for key, _ in pairs]
         twice = next(key for key in keys if keys.count(key) > 1)
-        raise ValueError(f"the key {twice!r} stands there more than once")
+        raise ValueError(f"the key {twice!r} occurs more than once")
     return found
 
 
@@ -141,14 +141,14 @@ _DECODER = json.JSONDecoder(object_pairs_hook=_unique_keys)
 
 
 def _csv_rows(stream: BinaryIO, file: Path) -> Iterator[Row]:
-    """Rows of a CSV file; not by pandas, which takes None, N/A, 007 and True for something else."""
-    # newline="" leaves line ends inside quotes as they are; the csv module knows all three kinds between rows.
+    """The rows of a CSV file. Not read by pandas, which converts None, N/A, 007 and True."""
+    # newline="" keeps line ends inside quotes unchanged; the csv module knows all three kinds between rows.
     text = io.TextIOWrapper(stream, encoding="utf-8", newline="")
     lines = _Lines(text, file)
     first = next((line for line in lines if line.strip()), None)
     if first is None:
         return
-    # A quoted name may hold a line break; the delimiter is judged by the first line all the same.
+    # A quoted name may contain a line break, but the first line still shows the delimiter.
     delimiter = _delimiter(first, file)
     lines.push_back(first)
     limit = csv.field_size_limit(sys.maxsize)
@@ -160,7 +160,7 @@ def _csv_rows(stream: BinaryIO, file: Path) -> Iterator[Row]:
 
 
 class _Lines:
-    """Lines of text, counted; the first may be pushed back once it was looked at."""
+    """Counted lines of text. The first may be pushed back after it was read."""
 
     def __init__(self, text: io.TextIOWrapper, file: Path) -> None:
         self._text, self._file = text, file
@@ -232,7 +232,7 @@ def _csv_fields(reader: Any, lines: _Lines, delimiter: str, file: Path) -> Itera
 
 
 def _column_names(fields: Sequence[str], file: Path) -> list[str]:
-    # pandas writes its index under an empty name, and everybody knows it under this one.
+    # pandas writes its index under an empty name and reads it under this one.
     names = [name or f"Unnamed: {place}" for place, name in enumerate(fields)]
     twice = next((name for name in names if names.count(name) > 1), None)
     if twice is not None:

@@ -1,4 +1,4 @@
-"""What was read, cut and left out of a data set, and the faults of its rows."""
+"""Counts of what was read, truncated and left out of a data set, and the faults of its rows."""
 
 from __future__ import annotations
 
@@ -16,24 +16,24 @@ _LISTED_FAULTS = 5
 
 @dataclass(frozen=True)
 class DataReport:
-    """What was read, cut and left out.
+    """Counts of what was read, truncated and left out.
 
     Attributes:
         source: the data's name.
         layout: format of the rows, found or declared.
         rows: pairs that were read.
-        used: pairs that an epoch sees, counted as often as it sees them.
+        used: pairs in an epoch, counted as often as the epoch sees them.
         prompts_cut: pairs whose prompt lost its beginning.
         answers_cut: answers (of 2 * rows) that lost their end, and with it their EOS.
-        equal_after_cut: pairs whose sides became equal by cutting; they train nothing.
-        straddling_rows: pairs with a token over the boundary of prompt and answer.
+        equal_after_cut: pairs whose sides are equal after truncation; they have no effect on training.
+        straddling_rows: pairs with a token that covers the boundary between prompt and answer.
         answers_with_eos: answers (of 2 * rows) that end with EOS.
-        dropped: rows (pairs where a row gives several) left out, by reason: faults, and ties, which are none.
-        swapped: whether chosen and rejected were exchanged.
+        dropped: number of rows (or pairs, if a row gives several) that were left out, by reason: faults and ties.
+        swapped: whether chosen and rejected were swapped.
         prompt_tokens: mean and largest number of tokens of a prompt.
-        chosen_tokens: the same of a chosen answer.
-        rejected_tokens: the same of a rejected answer.
-        unused_columns: columns that are not read, though their names say that they belong to prompt or answers.
+        chosen_tokens: the same for the chosen answer.
+        rejected_tokens: the same for the rejected answer.
+        unused_columns: columns that are not read, although their names suggest that they belong to prompt or answers.
     """
 
     source: str
@@ -79,7 +79,7 @@ class DataReport:
 
 
 class RowFaults:
-    """Faults of all rows, reported once."""
+    """Collects the faults of all rows, to report them together."""
 
     def __init__(self, rows: Rows) -> None:
         self._rows = rows
@@ -87,14 +87,14 @@ class RowFaults:
         self.dropped: dict[str, int] = {}
 
     def add(self, row: int, fault: RowFault, *, droppable: bool) -> None:
-        """Note the fault of a row: counted if the row may be left out, kept as an error otherwise."""
+        """Record the fault of a row. It is counted if the row may be left out, and otherwise kept as an error."""
         if droppable:
             self.dropped[fault.kind] = self.dropped.get(fault.kind, 0) + 1
         else:
             self._found.setdefault(fault.kind, []).append((row, fault))
 
     def leave_out(self, pair: LeftOut) -> None:
-        """Count a pair that is left out though nothing is wrong with it."""
+        """Count a pair that is left out although its row is correct."""
         self.dropped[pair.reason] = self.dropped.get(pair.reason, 0) + 1
 
     def found(self) -> list[tuple[int, str, str, str]]:
@@ -106,14 +106,14 @@ class RowFaults:
         ]
 
     def merge(self, dropped: Mapping[str, int], found: Sequence[tuple[int, str, str, str]]) -> None:
-        """Take in what another part of the rows gave; parts come in their order."""
+        """Add the faults of another part of the rows. Parts must be merged in order."""
         for kind, count in dropped.items():
             self.dropped[kind] = self.dropped.get(kind, 0) + count
         for row, kind, column, message in sorted(found, key=lambda fault: fault[0]):
             self.add(row, RowFault(kind, column, message), droppable=False)
 
     def summary(self) -> str:
-        """How many rows were left out for which reason."""
+        """The number of rows that were left out, by reason."""
         return ", ".join(f"{count} {kind}" for kind, count in sorted(self.dropped.items()))
 
     def raise_any(self) -> None:

@@ -1,4 +1,4 @@
-"""A data set's rows as pairs: which columns and which format, decided once, and every row read by it."""
+"""Reads a data set's rows as pairs. Columns and format are decided once and then used for every row."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ _PROMPT_NAMES = (
     "conversations",
     "conversation",
 )
-# Words in names of columns that belong to the prompt or the answer, and words of columns that only speak of them.
+# Words in names of columns that belong to prompt or answer, and words in names of columns that only describe them.
 _TELLING_WORDS = frozenset(
     {"system", "history", "tool", "tools", "function", "functions", "context", "input"}
 ) | {
@@ -50,14 +50,14 @@ _VERDICTS = ("label", "labels", "winner", "preference", "verdict", "outcome", "v
 
 @dataclass(frozen=True)
 class RowReader:
-    """How the rows of a data set give pairs. Picklable, so that several processes may read with it.
+    """Makes pairs from the rows of a data set. It can be pickled, so several processes can use it.
 
     Attributes:
         layout: format of the rows, found or declared.
         inner: format of each pair, for rows of which pairs are made (labelled, ranked); otherwise the same.
         fields: field of a pair to column of the data, or to a path into it.
         columns: columns of the source that reading needs.
-        unused: columns that look as if they belonged to prompt or answers and are not read.
+        unused: columns that are not read, although they seem to belong to prompt or answers.
         judge: which answers make pairs, or which rows are ties; None if the rows say neither.
         verdicts: columns in which text such as "tie" leaves a row out.
         complete: whether answers of text rows end where they end in the data, if the row itself says nothing.
@@ -80,7 +80,7 @@ class RowReader:
         return self.inner == "conversational"
 
     def read(self, row: Mapping[str, Any]) -> list[PairRow | LeftOut | RowFault]:
-        """What a row of the source gives: as a rule one pair, or what is wrong with it.
+        """The pairs of a row of the source, usually one, or the row's fault.
 
         The position in the list is the number of the pair within its row; it depends on the row and the settings alone.
         """
@@ -92,7 +92,7 @@ class RowReader:
         return [self._pair(values, choice) for choice in choices]
 
     def _values(self, row: Mapping[str, Any]) -> dict[str, Any]:
-        """What stands at the paths of the fields."""
+        """The values at the paths of the fields."""
         paths = [*self.fields.values(), *([self.judge.column] if isinstance(self.judge, Labels) else [])]
         return {path: value_at(row, path) for path in dict.fromkeys(paths)}
 
@@ -136,8 +136,8 @@ class RowReader:
         return further_answer(row, column, prompt, self.inner)
 
     def settings(self) -> dict[str, Any]:
-        """All that decides how a row is read, as plain data: for addresses of caches."""
-        # Where an implicit prompt ends is up to the version of Unicode that this package knows.
+        """Everything that decides how a row is read, as plain data, for the addresses of caches."""
+        # The end of an implicit prompt depends on the version of Unicode.
         return {
             **dataclasses.asdict(self),
             "unicode": regex.__version__ if self.inner == "implicit" else None,
@@ -200,7 +200,7 @@ def _declared_format(declared: str, known: Preset | None, preset: str | None) ->
     check_format(declared)
     if known is None:
         return declared
-    # What a preset calls conversational may be lists of messages or text; the first row tells.
+    # A preset's conversational data may be lists of messages or text, which the first row shows.
     own = "auto" if known.format == "conversational" else known.format
     if declared not in ("auto", known.format):
         raise ConfigError(
@@ -226,13 +226,13 @@ def _check_settings(
 def _own_map(
     known: Preset | None, column_map: Mapping[str, str | None] | None, available: Sequence[str]
 ) -> dict[str, str | None]:
-    """A preset's columns, without those that the data lacks and need not have."""
+    """A preset's columns, without optional ones that the data lacks."""
     own = known.column_map if known is not None else {}
     return {field: path for field, path in own.items() if field not in OPTIONAL or column_of(path, available)}
 
 
 def _refuse_known_layout(available: Sequence[str], column_map: Mapping[str, str | None], source: str) -> None:
-    """Say which preset reads the data, where ``auto`` alone would not know which column is what.
+    """Suggest the preset for the data if ``auto`` alone cannot tell the columns apart.
 
     Raises:
         DataError: if one fits.
@@ -305,7 +305,7 @@ def _with_layout(
 
 
 def _usable(field: str, value: Any) -> bool:
-    """Whether the value of a column that happens to be called ``system``, ``history`` or ``tools`` is one."""
+    """Whether the value of a column named ``system``, ``history`` or ``tools`` really is one."""
     if value is None:
         return True
     return isinstance(value, str) if field == "system" else value in ("", "null") or is_history(value)
@@ -335,7 +335,7 @@ def _refuse_lost_prompt(
 def _first_pair(
     reader: RowReader, rows: datasets.Dataset
 ) -> tuple[Mapping[str, Any], Mapping[str, str]] | None:
-    """A row of which a pair can be made, with its fields; None if there is none."""
+    """A row that gives a pair, with its fields; None if there is none."""
     for row in rows:
         try:
             values = reader._values(row)
@@ -360,7 +360,7 @@ def _top_columns(reader: RowReader, available: Collection[str]) -> tuple[str, ..
 def _with_columns(
     reader: RowReader, available: Sequence[str], column_map: Mapping[str, str | None]
 ) -> RowReader:
-    """A reader that knows which columns it needs, and which it should perhaps have been told to read."""
+    """A reader with the columns that it needs, and those that the user may have wanted it to read."""
     fields = dict(reader.fields)
     if not reader.conversations:
         for field in CONTEXT_FIELDS:
@@ -386,7 +386,7 @@ def _looks_used(name: str) -> bool:
 
 
 def _first_full(rows: datasets.Dataset, fields: Mapping[str, str]) -> dict[str, Any]:
-    """A row that shows the layout: the first one without a missing field, or the first one if all miss something."""
+    """A row that shows the layout: the first one without a missing field, or else the first one."""
     needed = [fields[f] for f in ("prompt", "chosen", "rejected") if f in fields]
     first = None
     for row in rows:
@@ -402,4 +402,4 @@ def _value_or_none(row: Mapping[str, Any], path: str) -> Any:
     try:
         return value_at(row, path)
     except RowFault:
-        return None  # the row is read again later, and named then
+        return None  # the row is read again later, and the error then names it

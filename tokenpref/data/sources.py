@@ -1,4 +1,4 @@
-"""Where rows come from: local files and folders, data inside the package, and the Hugging Face hub."""
+"""Sources of rows: local files and folders, data inside the package, and the Hugging Face hub."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ __all__ = ["Rows", "load_rows"]
 
 _BUILDERS = {"json", "jsonl", "parquet", "arrow", "csv"}
 _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
-# What `save_to_disk` and Hugging Face folders hold beside the data.
+# Files in `save_to_disk` and Hugging Face folders that are not data.
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "metadata.json"}
 _TABLE_FILE = "rows.arrow"
 _BLOCK = 1 << 20
@@ -36,7 +36,7 @@ _BLOCK = 1 << 20
 
 @dataclass(frozen=True)
 class Rows:
-    """A table and where it came from.
+    """A table and its origin.
 
     Attributes:
         table: the rows, to be read by index or one after another. Columns of JSON files with values of several types are
@@ -44,9 +44,9 @@ class Rows:
         name: the source as a person would name it.
         files: local files in the order of the rows; empty for the hub and for folders of ``save_to_disk``.
         numbers: numbers of the rows in the source, counted from 0; a slice of a split leaves some out.
-        content: sha256 or other identity of the whole source's content, wherever it lies.
+        content: sha256 or another fingerprint of the content of the whole source.
         kind: format of the files.
-        counts: rows of every file; empty where nothing says in which file a row stands.
+        counts: rows of every file; empty if the file of a row is unknown.
         whole: rows of the whole source if the table is a part of it, otherwise 0.
     """
 
@@ -62,11 +62,11 @@ class Rows:
 
     @property
     def size(self) -> int:
-        """Rows of the whole source, those included that a slice leaves out."""
+        """The number of rows of the whole source, including those outside a slice."""
         return self.whole if self.whole else int(self.table.num_rows)
 
     def number(self, position: int) -> int:
-        """A row's number in the source; ``position`` is that in the table."""
+        """A row's number in the source. ``position`` is its number in the table."""
         left = position
         for part in self.numbers:
             if left < len(part):
@@ -75,7 +75,7 @@ class Rows:
         return position
 
     def locate(self, position: int) -> str:
-        """File and place of a row of the table, for messages: ``train.jsonl, row 3 (line 4)``.
+        """The file and place of a row of the table, for messages: ``train.jsonl, row 3 (line 4)``.
 
         Rows count from 0, lines from 1. Among several files the row is counted within its file for JSON and CSV, and over
         all of them otherwise.
@@ -90,7 +90,7 @@ class Rows:
     def _line(self, file: Path, row: int) -> int | None:
         if file not in self._lines:
             self._lines[file] = [line for line, _ in read_rows(file, self.kind)]
-        # The file may have changed since it was read, and then the row's number has to do.
+        # The file may have changed since it was read; then the row's number must do.
         return self._lines[file][row] if row < len(self._lines[file]) else None
 
     def first(self, count: int) -> Rows:
@@ -108,7 +108,7 @@ class Rows:
 
 
 def _within(positions: range, numbers: Sequence[range]) -> list[range]:
-    """What stands at some positions of several ranges one after another."""
+    """The values at some positions of several consecutive ranges."""
     found, start = [], 0
     for part in numbers:
         found.append(part[max(positions.start - start, 0) : max(positions.stop - start, 0)])
@@ -124,7 +124,7 @@ def load_rows(
     split: str = "train",
     cache_dir: str | Path | None = AUTO,
 ) -> Rows:
-    """Rows of a source.
+    """Load the rows of a source.
 
     Args:
         source: a file (.jsonl, .json, .parquet, .arrow, .csv; JSON and CSV also as .gz, .bz2, .xz or .zst), a folder of
@@ -133,13 +133,13 @@ def load_rows(
         data_files: one or several paths or glob patterns, or a mapping from split to those. For a data set on the hub,
             files in its repository.
         name: configuration of a data set on the hub.
-        split: split, or slice of one such as ``train[:90%]``, rounded as ``datasets`` does. In a folder it chooses the files
-            whose names begin with the split's. One file is one split, whatever it is called.
+        split: split, or slice of one such as ``train[:90%]``, rounded as ``datasets`` does. In a folder it selects the files
+            whose names begin with the split's name. A single file is one split, whatever its name is.
         cache_dir: where rows of JSON and CSV files are kept in Arrow's format: ``auto``, a folder, or None to keep them in
             memory; see :func:`tokenpref.data.preference_dataset`.
 
     Raises:
-        ConfigError: if ``split`` or ``cache_dir`` is none.
+        ConfigError: if ``split`` or ``cache_dir`` is invalid.
         DataError: if the source is missing, cannot be read, has no rows, or cannot be reached.
     """
     wanted, cache = Split.parse(split), find_cache(cache_dir)
@@ -250,13 +250,13 @@ def _files_of(split: str, found: Sequence[Path], folder: Path) -> list[Path]:
 
 
 def _split_name(file: Path, folder: Path) -> str:
-    """``train.jsonl``, ``train-00000-of-00002.parquet`` and ``train/part.parquet`` are of the split train."""
+    """``train.jsonl``, ``train-00000-of-00002.parquet`` and ``train/part.parquet`` belong to the split train."""
     parts = file.relative_to(folder).parts
     return parts[0] if len(parts) > 1 and parts[0] != "data" else re.split(r"[-.]", file.name)[0]
 
 
 def _load_saved(folders: Sequence[Path], source: Path, split: Split) -> Rows:
-    """Folders of ``save_to_disk``, one for each split that is named."""
+    """The folders of ``save_to_disk``, one for each requested split."""
     tables = [datasets.load_from_disk(str(folder)) for folder in folders]
     table = tables[0] if len(tables) == 1 else datasets.concatenate_datasets(tables)
     sizes = {name: part.num_rows for name, part in zip(split.names, tables, strict=True)}
@@ -275,7 +275,7 @@ def _one_name(split: Split, source: Path) -> Split:
 
 
 def _load_one_split(files: list[Path], builder: str | None, split: Split, cache: DataCache | None) -> Rows:
-    """Files that make one split, whose name is not looked at."""
+    """Files that form one split, independent of its name."""
     split = _one_name(split, files[0])
     return _load_groups({split.names[0]: files}, builder, split, cache)
 
@@ -283,7 +283,7 @@ def _load_one_split(files: list[Path], builder: str | None, split: Split, cache:
 def _load_groups(
     groups: Mapping[str, list[Path]], builder: str | None, split: Split, cache: DataCache | None
 ) -> Rows:
-    """The files of every split that is named."""
+    """The files of every requested split."""
     rows = _load_files([*chain(*groups.values())], builder, cache)
     if split.is_whole:
         return rows
@@ -323,8 +323,8 @@ def _load_files(files: list[Path], builder: str | None, cache: DataCache | None)
     if kind in ("json", "csv"):
         table, counts = _own_table(files, kind, content, name, cache)
         return _checked(Rows(table, name, tuple(files), content=content, kind=kind, counts=counts))
-    # datasets keeps what it read in a cache that looks at names and times. With the content's hash as the name of the
-    # configuration a changed file is never mistaken for its former self, whatever its time stamp says.
+    # datasets keeps what it read in a cache that compares names and times. With the content's hash as the name of the
+    # configuration, a changed file is always read again, even with its old time stamp.
     try:
         table = datasets.load_dataset(
             kind, f"content-{content[:24]}", data_files=[str(f) for f in files], split="train"
@@ -335,7 +335,7 @@ def _load_files(files: list[Path], builder: str | None, cache: DataCache | None)
 
 
 def _content_of(files: Sequence[Path]) -> str:
-    """sha256 (hex) over what files hold, in their order."""
+    """sha256 (hex) of the contents of files, in order."""
     content = hashlib.sha256()
     for file in files:
         own = hashlib.sha256()
@@ -352,7 +352,7 @@ def _content_of(files: Sequence[Path]) -> str:
 def _own_table(
     files: Sequence[Path], kind: str, content: str, name: str, cache: DataCache | None
 ) -> tuple[datasets.Dataset, tuple[int, ...]]:
-    """Rows of JSON or CSV files, and how many each file has; from the cache if there is one."""
+    """The rows of JSON or CSV files and the number of rows of each file, from the cache if there is one."""
 
     def written(open_sink: Any) -> dict[str, Any]:
         about = write_table(files, kind, open_sink)
@@ -371,7 +371,7 @@ def _own_table(
         about = written(in_memory)
         source = pyarrow.BufferReader(sinks[-1].getvalue())
     else:
-        # The suffixes say how files are compressed; the same bytes under another name are other rows.
+        # The suffixes give the compression, so the same bytes under another name may be other rows.
         suffixes = [file.suffix for file in files]
         described = json.dumps(
             [content, kind, suffixes, code_digest("readers", "tables"), pyarrow.__version__]
@@ -388,7 +388,7 @@ def _own_table(
 
 def _why_unreadable(files: Sequence[Path], kind: str | None, error: BaseException) -> str:
     cause = error.__cause__ or error
-    if "corresponds to no data" in str(cause):  # what datasets says of well-formed files without rows
+    if "corresponds to no data" in str(cause):  # the message of datasets for well-formed files without rows
         return f"{', '.join(str(f) for f in files)}: no rows; a data set needs at least one"
     return f"{', '.join(str(f) for f in files)} cannot be read as {kind}: {type(cause).__name__}: {cause}"
 

@@ -1,4 +1,4 @@
-"""Names of splits and slices of them, as ``datasets`` writes them: ``train``, ``train[:90%]``, ``train[:10]+test``."""
+"""Parses splits and slices, in the notation of ``datasets``: ``train``, ``train[:90%]``, ``train[:10]+test``."""
 
 from __future__ import annotations
 
@@ -18,11 +18,11 @@ _EXAMPLES = "train, train[:90%], train[100:200] or train[:10%]+train[-10%:]"
 
 @dataclass(frozen=True)
 class Split:
-    """Which rows of which splits are asked for. Build it with :meth:`parse`.
+    """The requested rows and splits. Build it with :meth:`parse`.
 
     Attributes:
-        text: as it was written.
-        names: of the splits, each once.
+        text: the text that was parsed.
+        names: names of the splits, without repetition.
     """
 
     text: str
@@ -33,7 +33,7 @@ class Split:
         """Read a split.
 
         Raises:
-            ConfigError: if it is none.
+            ConfigError: if the text is not a split.
         """
         if not isinstance(text, str) or not text.strip():
             raise ConfigError(f"split must be text such as {_EXAMPLES}, got {text!r}")
@@ -54,14 +54,14 @@ class Split:
         return self.names == (self.text,)
 
     def ranges(self, sizes: Mapping[str, int], source: str) -> list[range]:
-        """The rows in splits that stand one after another, rounded as ``datasets`` does.
+        """The row numbers in consecutive splits, rounded as in ``datasets``.
 
         Args:
-            sizes: rows of every split that is named, in their order.
+            sizes: the number of rows of every named split, in order.
             source: the data's name, for messages.
 
         Raises:
-            DataError: if the slice selects no row, or its rounding does not go with the number of rows.
+            DataError: if the slice selects no row, or its rounding does not fit the number of rows.
         """
         starts, start = {}, 0
         for name, size in sizes.items():

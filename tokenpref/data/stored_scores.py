@@ -15,7 +15,7 @@ from tokenpref.errors import DataError
 __all__ = ["PairScores", "ScoreSource", "StoredScores", "provenance"]
 
 PairScores = tuple[np.ndarray, np.ndarray]
-"""Scores of the chosen and of the rejected answer, one a token; nan for a token (EOS) that has none."""
+"""Scores of the chosen and of the rejected answer, one per token; nan for a token (EOS) without a score."""
 
 
 class ScoreSource(Protocol):
@@ -36,8 +36,8 @@ class ScoreSource(Protocol):
 class StoredScores:
     """Scores that ``recipes/estimate_weights_distributed`` wrote.
 
-    Rows are matched by the hash of their training token ids, so the data may be a part of what was scored, in any order,
-    and never silently something else.
+    Rows are matched by the hash of their training token ids. The data may be a subset of the scored data, in any order;
+    any other difference is an error.
 
     Args:
         path: the store's folder.

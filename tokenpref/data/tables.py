@@ -1,4 +1,4 @@
-"""Rows of JSON and CSV files as an Arrow table that gives every value back as the file has it."""
+"""Stores rows of JSON and CSV files as an Arrow table that returns every value unchanged."""
 
 from __future__ import annotations
 
@@ -17,26 +17,26 @@ from tokenpref.errors import DataError
 __all__ = ["open_table", "write_table"]
 
 _CHUNK_ROWS = 1000
-_ARROW_LEVELS = 32  # of the 64 that Arrow allows
+_ARROW_LEVELS = 32  # Arrow allows 64
 
 Values = dict[str, list[Any]]
-"""Some rows, column by column."""
+"""A number of rows, column by column."""
 
 
 def write_table(files: Sequence[Path], kind: str, open_sink: Callable[[], Any]) -> dict[str, Any]:
     """Write the rows of files as an Arrow IPC file, a thousand rows at a time.
 
-    Not by datasets' own readers: they guess types, block by block, and in a block that does not fit the guess turn
-    numbers into text, text into numbers or dates, or put quotes around every text. A column whose values Arrow would
-    change (several types, messages with different keys) is kept as JSON here, and decoded when a row is asked for.
+    The readers of datasets are not used, because they guess types block by block. In a block that does not fit the guess, they
+    turn numbers into text and text into numbers or dates, or put quotes around every text. Here, a column whose values Arrow
+    would change (several types, messages with different keys) is stored as JSON and decoded when a row is read.
 
     Args:
         files: of one kind, in the order of the rows.
         kind: ``json`` or ``csv``.
-        open_sink: gives an empty pyarrow stream; called a second time where the first columns are not like the last.
+        open_sink: returns an empty pyarrow stream. It is called again if later rows change the types of columns.
 
     Returns:
-        Plain data for :func:`open_table`: the rows of every file, and the columns that are kept as JSON.
+        Plain data for :func:`open_table`: the number of rows of every file, and the columns that are stored as JSON.
 
     Raises:
         DataError: if a file or row cannot be read, or no row has a column.
@@ -49,7 +49,7 @@ def write_table(files: Sequence[Path], kind: str, open_sink: Callable[[], Any]) 
             for number, count, chunk in _chunks(files, kind, types):
                 arrays = {name: _unchanged(values) for name, values in chunk.items()}
                 new = _learn(types, arrays)
-                # From there on this pass only looks; the next one knows all columns and writes.
+                # The rest of this pass only collects types; the next pass knows all columns and writes.
                 changed |= not chunk or (new and sink.begun)
                 if not changed:
                     sink.write(_batch(types, chunk, arrays))
@@ -64,9 +64,9 @@ def open_table(source: Any, description: Mapping[str, Any], fingerprint: str) ->
     """The table that :func:`write_table` wrote.
 
     Args:
-        source: what pyarrow opens as an IPC file; of a memory map no row is read before it is asked for.
-        description: what it returned.
-        fingerprint: identity of the content, for ``datasets``.
+        source: an IPC file for pyarrow. Rows of a memory map are read only when they are requested.
+        description: the result of :func:`write_table`.
+        fingerprint: of the content, for ``datasets``.
     """
     table = datasets.Dataset(pyarrow.ipc.open_file(source).read_all(), fingerprint=fingerprint[:16])
     encoded = description["encoded"]
@@ -81,7 +81,7 @@ def _decoded(encoded: Sequence[str], rows: Mapping[str, list[Any]]) -> dict[str,
 
 
 class _Sink:
-    """An IPC file that begins with its first batch, which says what the columns are."""
+    """An IPC file that begins with its first batch, which defines the columns."""
 
     def __init__(self, stream: Any) -> None:
         self._stream = stream
@@ -106,7 +106,7 @@ class _Sink:
 
 
 def _chunks(files: Sequence[Path], kind: str, known: Mapping[str, Any]) -> Iterator[tuple[int, int, Values]]:
-    """The number of a file, how many of its rows come, and these in all columns that are known so far."""
+    """The number of a file, the number of its rows in this chunk, and their values in all columns known so far."""
     for number, file in enumerate(files):
         chunk: Values = {column: [] for column in known}
         count = 0
@@ -134,7 +134,7 @@ def _check_name(column: str, place: str) -> None:
 
 
 def _learn(types: dict[str, pyarrow.DataType | None], arrays: Mapping[str, pyarrow.Array | None]) -> bool:
-    """Take the types of a chunk in (None: kept as JSON); returns whether something about the columns is new."""
+    """Merge the types of a chunk (None: stored as JSON), and return whether the columns have changed."""
     before = dict(types)
     for name, array in arrays.items():
         known = types.setdefault(name, pyarrow.null())
@@ -161,21 +161,21 @@ def _batch(
 
 
 def _unchanged(values: list[Any]) -> pyarrow.Array | None:
-    """The values in Arrow's own types, if they come back from there as they are."""
+    """The values in Arrow's own types, if Arrow returns them unchanged."""
     try:
         array = pyarrow.array(values)
     except (pyarrow.ArrowException, ValueError, TypeError, OverflowError):
         return None
     kind = str(array.type)
-    # Among floating-point numbers Arrow takes true for 1.0, and so does Python's comparison.
+    # Among floating-point numbers Arrow accepts true as 1.0, and so does Python's comparison.
     changed = array.to_pylist() != values or ("double" in kind and _holds_bool(values))
-    # datasets hands types on by way of C, where a name ends at a NUL and the levels of a type are counted.
+    # datasets passes types through C, where a name ends at a NUL and the nesting of types is limited.
     return None if changed or "\0" in kind or kind.count("<") > _ARROW_LEVELS else array
 
 
 def _holds_bool(value: Any) -> bool:
     inner = value.values() if isinstance(value, dict) else value
     kinds = set(map(type, inner))
-    if not kinds & {dict, list}:  # as in most lists of numbers, which are long
+    if not kinds & {dict, list}:  # as in most lists of numbers, which may be long
         return bool in kinds
     return bool in kinds or any(_holds_bool(v) for v in inner if isinstance(v, (dict, list)))

@@ -1,14 +1,14 @@
-"""The Jinja environment of chat templates: what transformers gives them, with bounds on time and size.
+"""The Jinja environment of chat templates, as in transformers, with limits on time and size.
 
-Templates come with models, so they are other people's programs. Jinja's immutable sandbox keeps them from reaching out.
-The environment here also keeps them from running or growing without end:
+Templates come with models, so they are programs by other people. Jinja's immutable sandbox keeps them from accessing the
+system. This environment also keeps them from running or growing without bounds:
 
 - Every turn of a loop and every call checks the processor time that this thread has spent on the rendering.
-- Everything that is written, stored in a variable or handed to a call is measured.
-- ``*``, ``**`` and the string methods that pad are refused where their result would be too large.
+- Everything that is written, stored in a variable or passed to a call is measured.
+- ``*``, ``**`` and the string methods that pad are refused if their result would be too large.
 
-Not covered is a single built-in filter that makes a very large value from small ones (``center``, ``indent`` or
-``format`` with a width of a billion): it ends when it ends, or with a MemoryError, which is a fault like any other.
+One case is not covered: a single built-in filter that makes a very large value from small ones (``center``, ``indent`` or
+``format`` with a width of a billion). It is not interrupted, and may raise a MemoryError, which counts as a fault of the row.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ class TimeExceeded(LimitExceeded):
 
 
 class _Usage:
-    """What one rendering has used."""
+    """The resources that one rendering has used."""
 
     __slots__ = ("deadline", "events", "written")
 
@@ -69,7 +69,7 @@ class _Usage:
 
     def count_event(self) -> None:
         self.events += 1
-        # Asking for the time costs more than the rest of a loop's turn, so it is asked at some of them only.
+        # Reading the clock costs more than the rest of a loop's turn, so only some events read it.
         if self.events % _EVENTS_PER_CHECK == 0 and time.thread_time() > self.deadline:
             raise TimeExceeded(f"it takes more than {MAX_SECONDS:g} s of processor time for one conversation")
 
@@ -101,9 +101,9 @@ def _check_size(size: int) -> None:
         raise LimitExceeded(f"it makes a value of more than {MAX_CHARACTERS:,} characters or items")
 
 
-@pass_context  # which keeps Jinja from computing it once, when the template is compiled
+@pass_context  # keeps Jinja from evaluating it when the template is compiled
 def _turn(_: Context, text_size: int) -> None:
-    """Runs at each turn of a loop, whose body holds ``text_size`` characters of plain text."""
+    """Runs at each turn of a loop, whose body has ``text_size`` characters of plain text."""
     usage = _thread.usage
     if usage is not None:
         usage.count_event()
@@ -111,7 +111,7 @@ def _turn(_: Context, text_size: int) -> None:
 
 
 def _measured(value: Any) -> Any:
-    """Runs on each value that is stored in a variable; lists are counted with all that is in them."""
+    """Runs on each value that is stored in a variable. Lists count with their whole content."""
     size, inner = 0, [value]
     while inner:
         item = inner.pop()
@@ -130,7 +130,7 @@ def _measured(value: Any) -> Any:
 
 
 def _written(value: Any) -> Any:
-    """Runs on each value that is written, before Jinja makes text of it."""
+    """Runs on each value that is written, before Jinja converts it to text."""
     usage = _thread.usage
     if usage is not None and type(value) is str:
         usage.count_written(len(value))
@@ -150,14 +150,14 @@ def _check_operands(operator: str, left: Any, right: Any) -> None:
 
 
 class _GenerationTag(Extension):
-    """``{% generation %}``: marks assistant text for transformers' masks; its body is written as it stands."""
+    """``{% generation %}`` marks assistant text for transformers' masks. Its body is written unchanged."""
 
     tags = {"generation"}
 
     def parse(self, parser: Parser) -> nodes.Node:
         line = next(parser.stream).lineno
         body = parser.parse_statements(("name:endgeneration",), drop_needle=True)
-        # A call block, as in transformers: what is set inside is not seen outside.
+        # A call block, as in transformers: variables that are set inside are not visible outside.
         return nodes.CallBlock(self.call_method("_body"), [], [], body).set_lineno(line)
 
     @pass_eval_context
@@ -182,7 +182,7 @@ class _Namespace(Namespace):
 
 def _check_name(name: object) -> None:
     if isinstance(name, str) and name.startswith("_"):
-        raise jinja2.exceptions.SecurityError(f"a namespace cannot hold {name!r}; rename it")
+        raise jinja2.exceptions.SecurityError(f"a namespace cannot contain {name!r}; rename it")
 
 
 def _raise_exception(message: str) -> None:
@@ -236,13 +236,13 @@ class _Environment(ImmutableSandboxedEnvironment):
 
 
 def _with_checks(template: nodes.Template) -> nodes.Template:
-    """A parsed template whose loops and variables are measured as it runs."""
+    """A parsed template whose loops and variables are measured while it runs."""
     for loop in list(template.find_all(nodes.For)):
         text_size = sum(len(text.data) for text in loop.find_all(nodes.TemplateData))
         loop.body.insert(0, nodes.ExprStmt(_filter(nodes.Const(text_size), "_turn"), lineno=loop.lineno))
     for assignment in list(template.find_all(nodes.Assign)):
         assignment.node = _filter(assignment.node, "_measured")
-    template.set_environment(_environment)  # of the new nodes too
+    template.set_environment(_environment)  # also of the new nodes
     return template
 
 
@@ -258,11 +258,11 @@ def compile_template(source: str, date: datetime.date) -> jinja2.Template:
     """A template ready to render, compiled once.
 
     Args:
-        source: its text.
-        date: what ``strftime_now`` writes, at midnight.
+        source: the text of the template.
+        date: the date for ``strftime_now``, at midnight.
 
     Raises:
-        jinja2.TemplateSyntaxError: if the text is no template.
+        jinja2.TemplateSyntaxError: if the text is not a template.
     """
     now = datetime.datetime.combine(date, datetime.time())
     return _environment.from_string(

@@ -1,4 +1,4 @@
-"""Prompt and answer as one tokenised text: where the answer begins, where it ends, what does not fit."""
+"""Tokenises prompt and answer as one text: where the answer begins and ends, and how it is truncated."""
 
 from __future__ import annotations
 
@@ -32,15 +32,15 @@ __all__ = [
 
 
 class MovedSpans(Sequence[Span]):
-    """Spans of an answer that are still counted from the beginning of the whole text.
+    """Spans of an answer, stored relative to the whole text.
 
-    Read one by one they are those of the answer: moved to its beginning and cut to its length. A data set has very many of them,
-    so :class:`tokenpref.data.packed.PairPacker` takes the ones of the whole text and moves those of many answers at once.
+    Items are converted when they are read: relative to the answer and clipped to its length. Because a data set has very many
+    spans, :class:`tokenpref.data.packed.PairPacker` takes the raw spans and converts those of many answers at once.
 
     Args:
         raw: spans in the whole text.
-        offset: where the answer begins there.
-        size: its characters.
+        offset: where the answer begins in the whole text.
+        size: number of characters of the answer.
     """
 
     __slots__ = ("offset", "raw", "size", "tail")
@@ -50,11 +50,11 @@ class MovedSpans(Sequence[Span]):
         self.tail: list[Span] = []
 
     def append(self, span: Span) -> None:
-        """Add a span that is counted from the answer's beginning."""
+        """Append a span that is relative to the answer."""
         self.tail.append(span)
 
     def moved(self) -> list[Span]:
-        """All spans, counted from the answer's beginning."""
+        """All spans, relative to the answer."""
         return _all_within(self.raw, self.offset, self.size) + self.tail
 
     def __len__(self) -> int:
@@ -85,7 +85,7 @@ class EncodedAnswer:
         spans: characters of ``text`` that each answer token covers; an empty span for EOS and other special tokens.
         has_eos: whether the answer ends with a token that ends it.
         straddles: whether the first token of the answer begins in the prompt's text.
-        num_special: leading special tokens (BOS) that stay when the prompt is cut.
+        num_special: leading special tokens (BOS) that are kept when the prompt is truncated.
         prompt_text: text of the prompt, special tokens of a chat template included.
         text: the answer's own text.
     """
@@ -101,22 +101,22 @@ class EncodedAnswer:
 
 
 Request = tuple[str, bool | None]
-"""What :meth:`Tokenizer.encode_with_offsets` is asked for: a text and ``add_bos``."""
+"""The arguments of :meth:`Tokenizer.encode_with_offsets`: a text and ``add_bos``."""
 
 Encoded = tuple[list[int], list[Span]]
-"""What it returns: ids and spans."""
+"""The result: ids and spans."""
 
 EncodingSteps = Generator[Request, Encoded, EncodedAnswer]
-"""An answer being tokenised: yields a request, is sent the ids and spans of the text, returns the answer.
+"""A generator that tokenises an answer: it yields a request, receives the ids and spans of the text, and returns the answer.
 
-So the texts of many answers can be handed to the tokenizer at once, and one answer is tokenised by the same code.
+The texts of many answers can therefore be passed to the tokenizer at once, and a single answer uses the same code.
 """
 
 T = TypeVar("T")
 
 
 def run_steps(tokenizer: Tokenizer, steps: Generator[Request, Encoded, T]) -> T:
-    """Tokenise one answer, or one pair, alone."""
+    """Tokenise a single answer or pair."""
     try:
         request = next(steps)
         while True:
@@ -127,9 +127,9 @@ def run_steps(tokenizer: Tokenizer, steps: Generator[Request, Encoded, T]) -> T:
 
 
 def encode_together(tokenizer: Tokenizer, requests: Sequence[Request]) -> list[Encoded | ValueError]:
-    """Ids and spans of many texts, or why a text has none.
+    """Ids and spans of many texts, or the error of a text.
 
-    A tokenizer with a method ``encode_batch_with_offsets(texts, add_bos)`` is given all texts at once.
+    A tokenizer with a method ``encode_batch_with_offsets(texts, add_bos)`` gets all texts at once.
     """
     together = getattr(tokenizer, "encode_batch_with_offsets", None)
     kinds = {add_bos for _, add_bos in requests}
@@ -137,7 +137,7 @@ def encode_together(tokenizer: Tokenizer, requests: Sequence[Request]) -> list[E
         return _one_by_one(tokenizer, requests)
     try:
         return list(together([text for text, _ in requests], kinds.pop()))
-    except ValueError:  # one of the texts is at fault; it is found and named below
+    except ValueError:  # one of the texts is at fault; the loop below finds it
         return _one_by_one(tokenizer, requests)
 
 
@@ -162,17 +162,17 @@ def encode_text_answer(
 ) -> EncodedAnswer:
     """Tokenise ``prompt + answer`` once, as one text.
 
-    A token that covers characters of both belongs to the answer: it cannot be predicted without saying something about
-    the answer. The text of the EOS token at the end of an answer is that token, in every kind of vocabulary; white space
-    after it, or after another token that ends a turn, is dropped.
+    A token that covers characters of both belongs to the answer, because predicting it says something about
+    the answer. If an answer ends with the text of the EOS token, it ends with that token, in every kind of vocabulary. White
+    space after it, or after another token that ends a turn, is dropped.
 
     Args:
         tokenizer: the tokenizer.
         prompt: text before the answer.
         answer: the answer's text.
         add_bos: begin with BOS; None does what the model's own tokenizer does for plain text.
-        append_eos: end with EOS, unless the answer does already.
-        end_ids: what counts as an end; by default the tokenizer's ``stop_ids``.
+        append_eos: end with EOS, unless the answer already ends with it.
+        end_ids: ids that count as an end; by default the tokenizer's ``stop_ids``.
     """
     return run_steps(
         tokenizer,
@@ -189,18 +189,18 @@ def text_answer_steps(
     append_eos: bool = False,
     end_ids: frozenset[int] | None = None,
 ) -> EncodingSteps:
-    """:func:`encode_text_answer`, with the tokenizer's work left to the caller."""
+    """The steps of :func:`encode_text_answer`; the caller does the tokenizer's work."""
     body = answer
     eos_text = tokenizer.decode_special(tokenizer.eos_id)
     ends = tokenizer.stop_ids if end_ids is None else end_ids
     stripped = (
         answer.rstrip()
-    )  # white space after the end of a turn is a template's, and nothing that a model writes
+    )  # white space after the end of a turn comes from a template, and a model does not write it
     if eos_text and stripped.endswith(eos_text):
         body, append_eos = stripped[: -len(eos_text)], True
         ends = frozenset(
             {tokenizer.eos_id}
-        )  # it comes back, though another special token may stand before it
+        )  # the token is added again, although another special token may precede it
     elif any(stripped.endswith(end) for end in map(tokenizer.decode_special, tokenizer.stop_ids) if end):
         body = stripped
     ids, spans = yield prompt + body, add_bos
@@ -232,11 +232,11 @@ def _answer_start(spans: Sequence[Span], boundary: int, first: int) -> int:
 
 
 def _all_within(spans: Sequence[Span], offset: int, size: int) -> list[Span]:
-    """Spans counted from ``offset`` and cut to a text of ``size`` characters."""
+    """Spans relative to ``offset``, clipped to a text of ``size`` characters."""
     limit = offset + size
     return [
         (span[0] - offset, span[1] - offset)
-        if offset <= span[0] <= span[1] <= limit  # almost every token, and there are many
+        if offset <= span[0] <= span[1] <= limit  # the case of almost every token
         else _within(span, offset, size)
         for span in spans
     ]
@@ -258,7 +258,7 @@ def encode_chat_answer(
     """Tokenise a conversation and the assistant's answer to it.
 
     With a chat template the whole conversation is rendered and tokenised as one text; the prompt is what the template
-    renders up to and including the header of the answer. The answer runs to the token that ends it: white space that
+    renders up to and including the header of the answer. The answer extends to the token that ends it; white space that
     the template writes after that is dropped. What the template writes between the header and the answer's text, such as
     a thinking block, belongs to the answer. torchtune's tokenizers use their own ``tokenize_messages``.
 
@@ -271,7 +271,7 @@ def encode_chat_answer(
         tools: JSON schemas of the functions that the assistant may call.
 
     Returns:
-        The answer; without tokens of its own if the template writes nothing for it.
+        The answer, which has no tokens if the template writes nothing for it.
 
     Raises:
         ValueError: if the template renders the prompt differently when an answer follows, does not show where the text
@@ -289,7 +289,7 @@ def chat_answer_steps(
     append_eos: bool,
     tools: list[dict[str, Any]] | None = None,
 ) -> EncodingSteps:
-    """:func:`encode_chat_answer`, with the tokenizer's work left to the caller."""
+    """The steps of :func:`encode_chat_answer`; the caller does the tokenizer's work."""
     if hasattr(tokenizer, "encode_chat"):
         _check_tools(tokenizer, tools)
         chat = tokenizer.encode_chat(prompt, answer, append_eos)
@@ -333,7 +333,7 @@ def _render(
 
 
 def _check_tools(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> None:
-    """Refuse tools that the tokenizer would not show to the model.
+    """Refuse tools that the tokenizer cannot show to the model.
 
     Raises:
         ValueError: if there are tools and the tokenizer takes none.
@@ -350,7 +350,7 @@ def _check_tools(tokenizer: Tokenizer, tools: list[dict[str, Any]] | None) -> No
 
 @dataclass(frozen=True)
 class _Turn:
-    """The assistant's turn after a prompt, as a chat template writes it."""
+    """The assistant's turn after a prompt, as rendered by a chat template."""
 
     tokenizer: Tokenizer
     prompt: list[dict[str, Any]]
@@ -373,7 +373,7 @@ class _Turn:
         return whole[len(self.prompt_text) :]
 
     def tried(self, answer: Mapping[str, Any]) -> str | None:
-        """The same for an answer that is not the row's own; None if the template does not take it."""
+        """The same for another answer than the row's; None if the template refuses it."""
         try:
             return self.written(answer)
         except TokenprefError:
@@ -384,7 +384,7 @@ class _Turn:
 
 @dataclass(frozen=True)
 class _Place:
-    """Characters of what a template writes for an answer: the answer's own text, and where an incomplete answer stops."""
+    """Positions in what a template writes for an answer: the answer's text, and the end of an incomplete answer."""
 
     start: int
     end: int
@@ -392,7 +392,7 @@ class _Place:
 
 
 def _place(turn: _Turn, written: str, answer: Mapping[str, Any]) -> _Place | None:
-    """Where the answer stands in what the template writes for it; None if the template does not show it.
+    """The positions of the answer in what the template writes for it; None if they cannot be found.
 
     The text of an answer without content of its own (nothing but calls or reasoning) is all that the template writes
     before the end of the turn. If the template writes nothing for it, the place is empty.
@@ -415,18 +415,18 @@ def _place(turn: _Turn, written: str, answer: Mapping[str, Any]) -> _Place | Non
 
 
 def _turn_end(turn: _Turn, written: str, answer: Mapping[str, Any]) -> int:
-    """Where the end of the turn begins, behind calls and reasoning."""
+    """Where the end of the turn begins, after calls and reasoning."""
     end = call_end(written, answer, turn.tried)
     return len(_without_end(turn.tokenizer, written)) if end is None else end
 
 
 @dataclass
 class _Memory:
-    """What is kept of a tokenizer.
+    """What is cached for a tokenizer.
 
     Attributes:
         ends: texts of its special tokens.
-        frame: what its template wrote around the last answer; most answers of a data set have the same around them.
+        frame: what its template wrote around the last answer, which is the same for most answers of a data set.
     """
 
     ends: tuple[str, ...]
@@ -439,7 +439,7 @@ _memories: MutableMapping[Tokenizer, _Memory] = WeakKeyDictionary()
 def _memory_of(tokenizer: Tokenizer) -> _Memory:
     try:
         memory = _memories.get(tokenizer)
-    except TypeError:  # a class of the user's own that cannot be a key: nothing is kept of it
+    except TypeError:  # a user's class that cannot be a key is not cached
         return _Memory(_end_texts(tokenizer))
     if memory is None:
         memory = _memories[tokenizer] = _Memory(_end_texts(tokenizer))
@@ -451,7 +451,7 @@ def _end_texts(tokenizer: Tokenizer) -> tuple[str, ...]:
 
 
 def _through_end(tokenizer: Tokenizer, written: str) -> str:
-    """The turn up to its last special token, if only white space follows that."""
+    """The turn up to its last special token, if only white space follows it."""
     stripped = written.rstrip()
     return stripped if stripped.endswith(_memory_of(tokenizer).ends) else written
 
@@ -472,7 +472,7 @@ def encode_prompt(
     add_bos: bool | None = None,
     tools: list[dict[str, Any]] | None = None,
 ) -> list[int]:
-    """Ids of a prompt alone, as a model is given it to generate an answer.
+    """The ids of a prompt alone, from which a model generates an answer.
 
     Args:
         tokenizer: the tokenizer.
@@ -493,7 +493,7 @@ def encode_prompt(
 
 
 def cut_prompt(ids: list[int], num_special: int, limit: int | None) -> list[int]:
-    """The prompt's last tokens, at most ``limit``, its leading special tokens kept in front and counted."""
+    """The last tokens of the prompt, at most ``limit``, including its leading special tokens, which are kept."""
     if limit is None or len(ids) <= limit:
         return ids
     kept = max(limit - num_special, 0)
@@ -503,7 +503,7 @@ def cut_prompt(ids: list[int], num_special: int, limit: int | None) -> list[int]
 def cut_to_length(
     encoded: EncodedAnswer, max_seq_len: int | None, max_prompt_len: int | None
 ) -> tuple[EncodedAnswer, bool, bool]:
-    """Cut the beginning of a prompt and the end of an answer that are too long.
+    """Truncate a prompt that is too long at its beginning, and an answer at its end.
 
     Args:
         encoded: prompt and answer.
@@ -511,8 +511,8 @@ def cut_to_length(
         max_prompt_len: longest prompt, BOS included; None for no limit.
 
     Returns:
-        What is left, whether the prompt was cut, and whether the answer was cut. A cut answer has no EOS: it did
-        not end there. If the prompt leaves no room, the answer comes back empty.
+        The result, whether the prompt was truncated, and whether the answer was. A truncated answer has no EOS, because it
+        does not end there. If the prompt leaves no space, the answer is empty.
     """
     prompt = cut_prompt(encoded.ids[: encoded.start], encoded.num_special, max_prompt_len)
     prompt_cut = len(prompt) < encoded.start

@@ -27,7 +27,7 @@ __all__ = [
 ]
 
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
-"""Where transformers keeps a template for conversations with tools, beside ``chat_template.jinja``."""
+"""The file of transformers for a template for conversations with tools, beside ``chat_template.jinja``."""
 
 Span = tuple[int, int]
 """Half-open range of characters."""
@@ -59,18 +59,18 @@ class Tokenizer(Protocol):
         """Ids of a text and the characters that each token covers.
 
         Tokens that are parts of one character (byte-level vocabularies) all get that character's span; special tokens
-        get an empty span. ``add_bos`` None does what the model's own tokenizer does for plain text. A text that begins
-        with the text of BOS, because a chat template wrote it, begins with one BOS whatever ``add_bos`` says. No EOS is
+        get an empty span. ``add_bos`` None does what the model's own tokenizer does for plain text. If a text begins
+        with the text of BOS, because a chat template wrote it, the ids begin with one BOS for any ``add_bos``. No EOS is
         added.
         """
         ...
 
     def decode(self, ids: list[int]) -> str:
-        """Text of ids, special tokens left out."""
+        """The text of ids, without special tokens."""
         ...
 
     def decode_special(self, token_id: int) -> str:
-        """How a special token is written, such as ``</s>``."""
+        """The text of a special token, such as ``</s>``."""
         ...
 
     def render_chat(
@@ -108,7 +108,7 @@ class JsonTokenizer:
         chat_template_date: the date that templates are told (``strftime_now``).
 
     Attributes:
-        file: where it was read from, if it was.
+        file: the file that it was read from, if any.
 
     Raises:
         ConfigError: if a named token is not in the vocabulary.
@@ -128,8 +128,8 @@ class JsonTokenizer:
         tool_template: str | None = None,
         chat_template_date: datetime.date = DEFAULT_DATE,
     ) -> None:
-        # Without the post-processor nothing is added around the text and nothing trims the leading space of a
-        # token off its span; a truncation or padding saved in the file would change texts in silence.
+        # Without the post-processor, nothing is added around the text, and nothing trims the leading space of a
+        # token off its span. A truncation or padding saved in the file would silently change texts.
         bare = {**definition, "post_processor": None, "truncation": None, "padding": None}
         self._tokenizer = tokenizers.Tokenizer.from_str(json.dumps(bare))
         self._definition = bare
@@ -161,7 +161,7 @@ class JsonTokenizer:
 
     @staticmethod
     def _own_prefix(definition: Mapping[str, Any]) -> list[int]:
-        """Ids that the file's own post-processor puts before a text (BOS for Llama, nothing for GPT-2)."""
+        """The ids that the file's post-processor puts before a text (BOS for Llama, nothing for GPT-2)."""
         plain = {**definition, "truncation": None, "padding": None}
         encoding = tokenizers.Tokenizer.from_str(json.dumps(plain)).encode("a", add_special_tokens=True)
         prefix: list[int] = []
@@ -169,7 +169,7 @@ class JsonTokenizer:
             if not special:
                 return prefix
             prefix.append(token_id)
-        return []  # everything is special: the text itself gave no token, so nothing says what stands before it
+        return []  # all tokens are special: the text gave no token, so what precedes it is unknown
 
     def encode_with_offsets(self, text: str, add_bos: bool | None = None) -> tuple[list[int], list[Span]]:
         """See :class:`Tokenizer`.
@@ -184,7 +184,7 @@ class JsonTokenizer:
     def encode_batch_with_offsets(
         self, texts: Sequence[str], add_bos: bool | None = None
     ) -> list[tuple[list[int], list[Span]]]:
-        """:meth:`encode_with_offsets` of many texts, in less time.
+        """Run :meth:`encode_with_offsets` for many texts, in less time.
 
         Raises:
             ConfigError: if ``add_bos`` is True and the tokenizer has no BOS token.
@@ -200,7 +200,7 @@ class JsonTokenizer:
                 (span[0], span[0]) if i in self.special_ids else span
                 for i, span in zip(ids, spans, strict=True)
             ]
-        if prefix and ids[:1] == prefix[:1]:  # the text brings its BOS along
+        if prefix and ids[:1] == prefix[:1]:  # the text already has its BOS
             own = len(prefix) if ids[: len(prefix)] == prefix else 1
             ids, spans = ids[own:], spans[own:]
         return prefix + ids, [(0, 0)] * len(prefix) + spans
@@ -250,7 +250,7 @@ class JsonTokenizer:
 
     @property
     def tool_template(self) -> str | None:
-        """The text of its template for conversations with tools, if that is another one."""
+        """The text of its template for conversations with tools, if it has a separate one."""
         return self._tool_template.source if self._tool_template is not None else None
 
     def fingerprint(self) -> str:
@@ -264,7 +264,7 @@ class JsonTokenizer:
         return digest(*self._described_templates())
 
     def _described_templates(self) -> list[str | None]:
-        """What decides how conversations are rendered; the date only where a template asks for it."""
+        """Everything that decides how conversations are rendered. The date counts only if a template asks for it."""
         templates = [template for template in (self._template, self._tool_template) if template is not None]
         described: list[str | None] = [template.source for template in templates] or [None]
         if any(template.depends_on_date for template in templates):
@@ -281,9 +281,9 @@ def tokenizer_json(
     pad_token: str | None = None,
     chat_template_date: str | None = None,
 ) -> JsonTokenizer:
-    """A tokenizer from a ``tokenizer.json`` and the files that lie beside it.
+    """Load a tokenizer from a ``tokenizer.json`` and the files beside it.
 
-    What is not given is read, in this order, from ``tokenizer_config.json``, ``special_tokens_map.json``,
+    Settings that are not given are read, in this order, from ``tokenizer_config.json``, ``special_tokens_map.json``,
     ``generation_config.json`` and ``config.json``; the chat template from ``chat_template.jinja``, then
     ``chat_template.json``, then ``tokenizer_config.json``.
 
@@ -292,8 +292,8 @@ def tokenizer_json(
         chat_template: text of a Jinja template, or the path of a file that ends in ``.jinja``.
         eos_token: text of the token that ends an answer.
         bos_token: text of the token that begins a text.
-        pad_token: text of the padding token. Without any, the EOS token is used: padding is masked by position.
-        chat_template_date: the date that chat templates are told when they ask for today's (``strftime_now``), such as
+        pad_token: text of the padding token. Without one, the EOS token is used, because padding is masked by position.
+        chat_template_date: the date for chat templates that ask for today's (``strftime_now``), such as
             ``2025-01-31``; None is 2024-07-26, the date in Llama 3's own template.
 
     Raises:
@@ -345,11 +345,9 @@ def _vocabulary(definition: Mapping[str, Any], file: Path) -> Iterable[tuple[str
     plain = {**definition, "truncation": None, "padding": None}
     try:
         tokenizer = tokenizers.Tokenizer.from_str(json.dumps(plain))
-    # The library raises bare Exception for anything that it cannot parse; it is turned into our error, not passed over.
+    # The library raises a plain Exception for anything that it cannot parse, which becomes our error.
     except Exception as error:
-        raise ConfigError(
-            f"tokenizer.path: {file} is no tokenizer.json that can be read ({error})"
-        ) from error
+        raise ConfigError(f"tokenizer.path: {file} cannot be read as a tokenizer.json ({error})") from error
     return tokenizer.get_vocab(with_added_tokens=True).items()
 
 
@@ -386,7 +384,7 @@ class _Beside:
         return _read_json(file) if file.is_file() else {}
 
     def token(self, kind: str) -> str | None:
-        """Text of the eos, bos or pad token, or None."""
+        """The text of the eos, bos or pad token, or None."""
         for settings in self._named:
             token = settings.get(f"{kind}_token")
             if isinstance(token, Mapping):
@@ -419,7 +417,7 @@ class _Beside:
         return None
 
     def tool_template(self) -> str | None:
-        """The template that transformers takes for conversations with tools, where there is one of its own."""
+        """The template that transformers uses for conversations with tools, if there is a separate one."""
         file = self._folder / TOOL_TEMPLATE
         if file.is_file():
             return read_text(file, ConfigError)
