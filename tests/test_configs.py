@@ -9,6 +9,7 @@ from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models.scoring import check_head
 from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config import keys as config
+from tokenpref.training.config.defaults import without_defaults
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig, TrainConfig, TripletConfig, WeightedConfig
@@ -24,8 +25,19 @@ RECIPES = {
     "estimate_weights_distributed": (EstimateConfig, None),
     "evaluate_distributed": (EvaluateConfig, Evaluator),
 }
-MODELS = ("smollm2/135M", "llama3_2/1B", "qwen2_5/0.5B", "qwen2_5/3B", "llama2/7B", "mistral/7B")
+# Prefixes of names: of models with every preset, and of those with one config for TIS-DPO.
+PRESETS = ("tiny/", "smollm2/135M_", "llama3_2/1B_")
+PIPELINES = (*PRESETS, "qwen2_5/3B_", "llama2/7B_", "mistral/7B_")
 FILES = config_files()
+# Keys that a config may name at their default, because a reader looks for them: the method's, and how large and long a run is.
+SHOWN = {
+    *("batch_size", "device", "dtype", "epochs", "gradient_accumulation_steps", "seed"),
+    *("eos_weight", "normalize_weights", "use_eos_score"),
+}
+METHOD = {
+    *("anchors", "estimator", "loss", "loss_val", "lr_scheduler", "optimizer", "sampling", "token_weights"),
+    "weight_transform",
+}
 
 
 @pytest.fixture(params=sorted(FILES))
@@ -65,6 +77,18 @@ def test_components_can_be_built(shipped):
         assert not settings.enabled
 
 
+@pytest.mark.parametrize("name", sorted(FILES))
+def test_keys_at_their_default_are_not_named(name):
+    data = OmegaConf.to_container(OmegaConf.load(FILES[name]))
+    schema, _ = RECIPES[recipe_of(FILES[name].stem)]
+    if "dataset" in data:
+        data["dataset"].pop("split", None)  # is read together with the source
+    kept = without_defaults(schema, data)
+    assert set(data) - set(kept) <= SHOWN
+    for key in kept.keys() - METHOD:
+        assert kept[key] == data[key]
+
+
 def test_output_folder_is_the_configs_own(shipped):
     file, cfg = shipped
     name = f"{file.parent.name}_{file.stem}"
@@ -90,25 +114,30 @@ def test_paper_settings_are_the_papers():
         assert (cfg.dataset.max_prompt_len, cfg.dataset.max_seq_len) == (256, 512)
 
 
-@pytest.mark.parametrize("model", MODELS)
-def test_every_model_has_the_whole_pipeline_and_its_paths_meet(model):
+@pytest.mark.parametrize("model", PIPELINES)
+def test_the_configs_of_a_pipeline_fit_together(model):
     prefix = f"outputs/{model.replace('/', '_')}"
-    pair, estimate = (
-        OmegaConf.load(FILES[f"{model}_{n}"]) for n in ("contrastive_reference", "estimate_weights")
+    pair, estimate, trained = (
+        OmegaConf.load(FILES[f"{model}{n}"]) for n in ("contrastive_reference", "estimate_weights", "tis_dpo")
     )
-    assert estimate.estimator.pair == pair.output_dir == f"{prefix}_contrastive_reference"
-    presets = {
-        n: OmegaConf.load(FILES[f"{model}_{n}"]) for n in ("tis_dpo", "tis_kl", "tis_paper", "tis_released")
-    }
+    assert estimate.estimator.pair == pair.output_dir == f"{prefix}contrastive_reference"
+    assert trained.token_weights.path == f"{estimate.output_dir}/weights"
+    for part in ("dataset", "tokenizer"):  # otherwise the store would not fit
+        assert trained[part] == estimate[part] == pair[part]
+    assert trained.model == pair.model and trained.optimizer == pair.optimizer
+    assert trained.checkpointer.checkpoint_dir == pair.checkpointer.checkpoint_dir
+    assert trained.loss.beta == 0.1 and "alpha" not in trained.loss
+
+
+@pytest.mark.parametrize("model", PRESETS)
+def test_presets_of_tis_dpo_differ_in_their_settings_alone(model):
+    names = ("tis_dpo", "tis_kl", "tis_paper", "tis_released")
+    presets = {n: OmegaConf.load(FILES[f"{model}{n}"]) for n in names}
+    own = {"output_dir", "loss", "weight_transform", "use_eos_score", "eos_weight"}
     for cfg in presets.values():
-        assert cfg.token_weights.path == f"{estimate.output_dir}/weights"
-        for part in ("dataset", "tokenizer"):  # otherwise the store would not fit
-            assert cfg[part] == estimate[part] == pair[part]
-        assert cfg.model == pair.model and cfg.loss.beta == 0.1
-        assert (cfg.optimizer, cfg.checkpointer.checkpoint_dir) == (
-            pair.optimizer,
-            pair.checkpointer.checkpoint_dir,
-        )
+        assert cfg.loss.beta == 0.1
+        shared, base = (OmegaConf.to_container(c, resolve=False) for c in (cfg, presets["tis_dpo"]))
+        assert {k: shared[k] for k in shared.keys() - own} == {k: base[k] for k in base.keys() - own}
     paper, released = presets["tis_paper"], presets["tis_released"]
     assert paper.loss.alpha == 1 and paper.normalize_weights == "none"
     assert dict(paper.weight_transform) == {
@@ -121,22 +150,27 @@ def test_every_model_has_the_whole_pipeline_and_its_paths_meet(model):
     assert presets["tis_kl"].loss.alpha == 0.5 and "alpha" not in presets["tis_dpo"].loss
 
 
-def test_tis_settings_are_the_releases():
+@pytest.mark.parametrize(
+    "name",
+    [
+        "llama3_2/1B_tis_released",
+        *(f"{m}tis_dpo" for m in PIPELINES if not m.startswith(("tiny", "smollm2"))),
+    ],
+)
+def test_tis_settings_are_the_releases(name):
     """The released code: RMSprop 5e-7, warm-up 150, 32 pairs a step, lengths 256 and 512, clip 10."""
-    for model in MODELS[1:]:
-        file = FILES[f"{model}_tis_released"]
-        cfg = OmegaConf.load(file)
-        gpus = int(file.read_text().split("--nproc_per_node ")[1].split()[0])
-        assert cfg.batch_size * cfg.gradient_accumulation_steps * gpus == 32
-        assert (cfg.optimizer._component_, cfg.optimizer.lr) == ("torch.optim.RMSprop", 5e-7)
-        assert cfg.lr_scheduler.num_warmup_steps == 150 and cfg.clip_grad_norm == 10.0
-        assert (cfg.dataset.max_prompt_len, cfg.dataset.max_seq_len) == (256, 512)
+    cfg = OmegaConf.load(FILES[name])
+    gpus = int(FILES[name].read_text().split("--nproc_per_node ")[1].split()[0])
+    assert cfg.batch_size * cfg.gradient_accumulation_steps * gpus == 32
+    assert (cfg.optimizer._component_, cfg.optimizer.lr) == ("torch.optim.RMSprop", 5e-7)
+    assert cfg.lr_scheduler.num_warmup_steps == 150 and cfg.clip_grad_norm == 10.0
+    assert (cfg.dataset.max_prompt_len, cfg.dataset.max_seq_len) == (256, 512)
 
 
-@pytest.mark.parametrize("model", ["smollm2/135M", "llama3_2/1B", "llama3_2/3B", "mistral/7B"])
+@pytest.mark.parametrize("model", PRESETS)
 def test_ti_settings_are_the_papers_and_the_codes(model):
     """Paper: table B13 and equations 5 to 14. Code: the released yaml, and what its forward passes."""
-    paper, code = (OmegaConf.load(FILES[f"{model}_{n}"]) for n in ("ti_paper", "ti_code"))
+    paper, code = (OmegaConf.load(FILES[f"{model}{n}"]) for n in ("ti_paper", "ti_code"))
     loss = {k: v for k, v in paper.loss.items() if k in ("beta", "gamma", "alpha", "length_normalization")}
     assert loss == {"beta": 0.1, "gamma": 0.1, "alpha": 0.0, "length_normalization": "none"}
     loss = {k: v for k, v in code.loss.items() if k in ("beta", "gamma", "margin", "alpha")}
@@ -152,6 +186,6 @@ def test_ti_settings_are_the_papers_and_the_codes(model):
     sampling = {k: code.anchors[k] for k in ("temperature", "top_k", "top_p", "start")}
     assert sampling == {"temperature": 0.8, "top_k": 50, "top_p": 0.95, "start": "prompt"}
     assert paper.anchors.start == "chosen_prefix" and paper.loss.anchor_grad and code.loss.anchor_grad
-    if model != "smollm2/135M":
+    if model == "llama3_2/1B_":
         assert (code.dataset.max_prompt_len, code.dataset.max_seq_len) == (128, 256)
         assert (code.optimizer._component_, code.optimizer.lr) == ("torch.optim.RMSprop", 5e-6)

@@ -22,7 +22,15 @@ from typing import Annotated, Any, Literal, Union, get_args, get_origin
 
 from tokenpref._torchtune import InstantiationError, component_from_path
 
-__all__ = ["COMPONENT", "accepts", "argument_faults", "find_component", "nearest", "signature_faults"]
+__all__ = [
+    "COMPONENT",
+    "accepts",
+    "argument_faults",
+    "default_arguments",
+    "find_component",
+    "nearest",
+    "signature_faults",
+]
 
 COMPONENT = "_component_"
 
@@ -81,6 +89,12 @@ def accepts(component: Any, name: str) -> bool:
     if parameters is None or any(p.kind is p.VAR_KEYWORD for p in parameters.values()):
         return True
     return name in parameters and parameters[name].kind is not inspect.Parameter.POSITIONAL_ONLY
+
+
+def default_arguments(component: Any) -> dict[str, Any]:
+    """The arguments that ``component`` can be called without, with the values that they then have."""
+    parameters = _parameters(component) or {}
+    return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
 
 
 def signature_faults(

@@ -183,6 +183,22 @@ def test_profiler_writes_a_trace(run, tmp_path):
     assert any((tmp_path / "traced" / "profiling_outputs").rglob("*trace.json*"))
 
 
+def test_a_run_goes_on_with_a_config_that_leaves_defaults_out(run, tmp_path, caplog):
+    full = (
+        "padding_free=true", "keep_last=1", "tokens_per_batch=null", "loss.variant=tdpo2", "optimizer.amsgrad=false",
+        "dataset.append_eos=auto", "dataset_val.append_eos=auto", "profiler.enabled=false",
+    )  # fmt: skip
+    words = ("max_steps_per_epoch=2", *NO_WATCH)
+    run("output_dir=whole", "epochs=2", *words)
+    run("output_dir=mine", *words, *full)
+    with caplog.at_level("INFO", logger="tokenpref"):
+        run("output_dir=mine", "epochs=2", "resume_from_checkpoint=auto", *words)
+    changed = [line for line in caplog.messages if "another setting" in line]
+    assert changed == ["continuing with another setting: epochs is 2 and was 1; the new value is used"]
+    for name, tensor in weights(tmp_path / "whole", 1).items():
+        assert tensor.equal(weights(tmp_path / "mine", 1)[name]), name
+
+
 class LaterNaN(torch.nn.Module):
     """DPO that breaks for rows whose chosen answer has an odd number of tokens, from the third step on."""
 

@@ -159,7 +159,9 @@ class RunSetup:
         alone = config.compute_dtype is not None
         self.world = self._given_world or init_world(config.device, process_group=alone)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
-        self.folder = RunFolder(Path(config.output_dir).absolute(), plain, self.recipe, self.world)
+        self.folder = RunFolder(
+            Path(config.output_dir).absolute(), plain, self.recipe, self.world, schema=type(config)
+        )
         # Before the data, which may take minutes: what is there already decides whether there is a run at all.
         start = self.folder.start(config.resume_from_checkpoint)
         self.loss = config.loss.build()

@@ -37,6 +37,16 @@ def test_a_component_may_be_named_short_or_removed():
     assert load_config(["--config", "tiny/tdpo", "dataset_val=null"]).dataset_val is None
 
 
+def test_a_component_that_the_file_does_not_name_may_be_given_short():
+    rate = "lr_scheduler=tokenpref.training.get_constant_schedule_with_warmup"
+    cfg = load_config(["--config", "tiny/tdpo", rate, "lr_scheduler.num_warmup_steps=3"])
+    assert OmegaConf.to_container(cfg.lr_scheduler) == {
+        "_component_": "tokenpref.training.get_constant_schedule_with_warmup",
+        "num_warmup_steps": 3,
+    }
+    assert load_config(["--config", "tiny/tdpo", "profiler.enabled=true"]).profiler == {"enabled": True}
+
+
 def test_a_replaced_component_keeps_what_it_takes_and_what_the_command_line_gives(caplog):
     words = ["loss._component_=tokenpref.losses.DPOLoss", "loss.label_smoothing=0.1"]
     cfg = load_config(["--config", "tiny/tdpo", *words])

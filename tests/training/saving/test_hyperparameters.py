@@ -340,7 +340,7 @@ def test_a_run_goes_on_with_the_settings_of_its_config(run, tmp_path, caplog):
         f"continuing with another setting: {line}; the new value is used"
         for line in (
             "optimizer.lr is 1e-05 and was 0.001",
-            "optimizer.betas is [0.5, 0.7] and was None",
+            "optimizer.betas is [0.5, 0.7] and was at its default",
             "loss.beta is 0.5 and was 0.1",
         )
     }

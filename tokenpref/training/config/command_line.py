@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import re
 from collections.abc import Iterator
 from typing import Any
 
@@ -20,6 +21,8 @@ from tokenpref.errors import (
 __all__ = ["load_config"]
 
 log = logging.getLogger("tokenpref")
+
+_DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def load_config(arguments: list[str], *, announce: bool = False) -> DictConfig:
@@ -59,7 +62,10 @@ def load_config(arguments: list[str], *, announce: bool = False) -> DictConfig:
             node = OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override!r}: {key!r} is no key ({_first_line(error)})") from error
-        short = isinstance(node, DictConfig) and COMPONENT in node
+        # A component that the file leaves at its default is meant where the command line also sets arguments of it.
+        short = (isinstance(node, DictConfig) and COMPONENT in node) or (
+            node is None and _DOTTED_PATH.fullmatch(value) and any(o.startswith(f"{key}.") for o in overrides)
+        )
         given[f"{key}.{COMPONENT}" if short and value not in ("null", "") else key] = value
     for key in _dropped_arguments(config, given, announce=announce):
         _remove(config, key)

@@ -12,7 +12,7 @@ import logging
 import math
 import os
 import re
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, TypeVar
@@ -22,6 +22,7 @@ from omegaconf.errors import OmegaConfBaseException
 
 from tokenpref.components import COMPONENT, argument_faults, find_component, nearest, signature_faults
 from tokenpref.errors import ConfigError, TokenprefError
+from tokenpref.training.config.defaults import completed, component_paths
 from tokenpref.training.config.written import resolved_paths
 
 __all__ = [
@@ -139,11 +140,13 @@ def component(
     optional: bool = False,
     function: int | None = None,
     mixed: bool = False,
+    base: Callable[[Mapping[str, Any]], dict[str, Any]] | None = None,
 ) -> Any:
     """A component node; ``positional`` and ``provided`` are the arguments that the recipe passes when it builds it.
 
     With ``function`` a plain function is used as it is, called with that many arguments (:meth:`Component.callable`).
-    With ``mixed`` the node may be a list of data sets.
+    With ``mixed`` the node may be a list of data sets. ``base`` makes, from the whole config, the component that stands where
+    the config names none; a mapping without ``_component_`` changes single arguments of it, and null leaves the component out.
     """
 
     def read(key: str, value: Any) -> Component:
@@ -151,7 +154,8 @@ def component(
             return _read_mixture(key, value, positional)
         return _read_component(key, value, provided, positional, function)
 
-    return _field(read, default=None if optional else dataclasses.MISSING)
+    kind = "a component, or a list of them" if mixed else "a component"
+    return _field(read, None if optional else dataclasses.MISSING, kind, base=base)
 
 
 def _read_component(
@@ -206,24 +210,24 @@ def integer(default: Any = dataclasses.MISSING, *, low: int = 1, high: int = _MO
             raise ConfigError(f"{key}: expected a whole number of at most {high}, found {value!r}")
         return value
 
-    return _field(read, default)
+    return _field(read, default, f"a whole number of at least {low}")
 
 
 def number(
     default: Any = dataclasses.MISSING, *, low: float = 0.0, inclusive: bool = False, high: float = 1e9
 ) -> Any:
     """A number above ``low``, or ``low`` itself where that is allowed, up to ``high``."""
+    bound = f"of at least {low:g}" if inclusive else f"above {low:g}"
 
     def read(key: str, value: Any) -> float:
         right = isinstance(value, (int, float)) and not isinstance(value, bool) and math.isfinite(value)
         if not right or value < low or (value == low and not inclusive):
-            bound = f"of at least {low:g}" if inclusive else f"above {low:g}"
             raise ConfigError(f"{key}: expected a number {bound}, found {value!r}")
         if value > high:
             raise ConfigError(f"{key}: expected a number of at most {high:g}, found {value!r}")
         return float(value)
 
-    return _field(read, default)
+    return _field(read, default, f"a number {bound}")
 
 
 def flag(default: Any = dataclasses.MISSING) -> Any:
@@ -234,7 +238,7 @@ def flag(default: Any = dataclasses.MISSING) -> Any:
             raise ConfigError(f"{key}: expected true or false, found {value!r}")
         return value
 
-    return _field(read, default)
+    return _field(read, default, "true or false")
 
 
 def flag_or_text(default: Any = dataclasses.MISSING) -> Any:
@@ -245,7 +249,7 @@ def flag_or_text(default: Any = dataclasses.MISSING) -> Any:
             raise ConfigError(f"{key}: expected true, false, auto or a path, found {value!r}")
         return value
 
-    return _field(read, default)
+    return _field(read, default, "true, false, auto or a path")
 
 
 def text(default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), hint: str = "") -> Any:
@@ -258,7 +262,7 @@ def text(default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), h
             raise ConfigError(f"{key}: expected one of {', '.join(choices)}, found {value!r}{hint}")
         return value
 
-    return _field(read, default)
+    return _field(read, default, " or ".join(choices) or "text")
 
 
 def texts(default: tuple[str, ...] | None = (), *, choices: tuple[str, ...]) -> Any:
@@ -275,7 +279,7 @@ def texts(default: tuple[str, ...] | None = (), *, choices: tuple[str, ...]) -> 
             )
         return tuple(value)
 
-    return _field(read, default)
+    return _field(read, default, f"a list of {', '.join(choices)}")
 
 
 def section(schema: type) -> Any:
@@ -287,11 +291,12 @@ def section(schema: type) -> Any:
             raise ConfigError(faults)
         return section
 
-    return _field(read, None)
+    return _field(read, None, "a mapping", section=schema)
 
 
-def _field(read: Callable[[str, Any], Any], default: Any) -> Any:
-    return dataclasses.field(default=default, metadata={"read": read})
+def _field(read: Callable[[str, Any], Any], default: Any, kind: str, **more: Any) -> Any:
+    """A dataclass field; ``kind`` says in words what it takes, for the reference of all keys."""
+    return dataclasses.field(default=default, metadata={"read": read, "kind": kind, **more})
 
 
 # --- reading -----------------------------------------------------------------------------------------------------
@@ -320,7 +325,7 @@ def read_config(schema: type[S], cfg: DictConfig, extra_faults: Callable[[S], li
     # A key of the user's own that other keys refer to as ${key} is a variable, not a misspelling.
     variables = set(re.findall(r"\$\{([A-Za-z_]\w*)", OmegaConf.to_yaml(cfg, resolve=False)))
     if os.environ.get("RANK", "0") == "0":  # before it is done: to import a component is to run its file
-        log.info(f"components: {', '.join(f'{key}={path}' for key, path in _component_paths(data))}")
+        log.info(f"components: {', '.join(f'{key}={path}' for key, path in component_paths(data))}")
     config, faults = _read_mapping(schema, data, ignore=variables)
     faults += config.faults()
     if extra_faults is not None:
@@ -328,18 +333,6 @@ def read_config(schema: type[S], cfg: DictConfig, extra_faults: Callable[[S], li
     if faults:
         raise ConfigError(faults)
     return config
-
-
-def _component_paths(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
-    """Keys and paths of a config's components, those inside others too."""
-    if isinstance(value, Mapping):
-        if COMPONENT in value:
-            yield key, str(value[COMPONENT])
-        for name, part in value.items():
-            yield from _component_paths(part, f"{key}.{name}" if key else str(name))
-    elif isinstance(value, list):
-        for place, part in enumerate(value):
-            yield from _component_paths(part, f"{key}[{place}]")
 
 
 def _read_mapping(
@@ -356,7 +349,7 @@ def _read_mapping(
     ]
     config = object.__new__(schema)
     for name, spec in known.items():
-        value = data.get(name)
+        value = completed(spec, data)
         result = None if spec.default is dataclasses.MISSING else spec.default
         if value is not None:
             try:

@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 import torch
 
 from tokenpref._paths import resolve_path
+from tokenpref.components import COMPONENT
 from tokenpref.data.samples import read_openings, read_samples
 from tokenpref.errors import DataError
 from tokenpref.training.config.compute import DTYPES, Compute, ComputeConfig, compute_faults
@@ -44,6 +47,29 @@ __all__ = [
 STATISTICS = ("ref", "kl_ref_policy", "kl_policy_ref", "entropy")
 LEAST_GRADIENT_NORM = 1e-12
 FP16_HINT = " (fp16 has too small a range for log-probabilities; use bf16 or fp32)"
+
+
+def default_profiler(config: Mapping[str, Any]) -> dict[str, Any]:
+    """The profiler of a config that names none: torch's, switched off.
+
+    Args:
+        config: the whole config as plain data.
+    """
+    return {
+        COMPONENT: "torchtune.training.setup_torch_profiler",
+        "enabled": False,
+        "output_dir": f"{config.get('output_dir')}/profiling_outputs",
+        "cpu": True,
+        "cuda": str(config.get("device")).startswith("cuda"),
+        "profile_memory": False,
+        "with_stack": False,
+        "record_shapes": True,
+        "with_flops": False,
+        "wait_steps": 5,
+        "warmup_steps": 3,
+        "active_steps": 2,
+        "num_cycles": 1,
+    }
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -159,7 +185,8 @@ class TrainConfig(ComputeConfig, ModelConfig):
     reference_cache_dir: str | None = text(None)
     """Folder of what ``cached`` keeps, which several runs may share; null: ``reference`` in ``output_dir``."""
     metric_logger: Component = component()
-    profiler: Component | None = component(optional=True)
+    profiler: Component | None = component(optional=True, base=default_profiler)
+    """torch's profiler, as torchtune sets it up. ``profiler.enabled=true`` writes traces to ``output_dir/profiling_outputs``."""
     batch_size_val: int | None = integer(None)
     """Null: ``batch_size``."""
     run_val_every_n_steps: int | None = integer(None)

@@ -117,7 +117,7 @@ class ContrastiveReference:
         folder = Path(config.output_dir).absolute()
         self.world = init_world(config.device, process_group=config.compute_dtype is not None)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
-        self._folder = own = RunFolder(folder, plain, self.recipe, self.world)
+        self._folder = own = RunFolder(folder, plain, self.recipe, self.world, schema=ContrastiveConfig)
         own.check(PAIR_FILE)
         sides: dict[str, dict[str, Any]] = {}
         if config.method == "prompt":
@@ -162,7 +162,9 @@ class ContrastiveReference:
         assert self.world is not None  # run() joins it
         cfg = self._side_config(folder, side)
         plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        run = RunFolder(folder / side, plain, PreferenceTrainer.recipe, self.world)
+        run = RunFolder(
+            folder / side, plain, PreferenceTrainer.recipe, self.world, schema=PreferenceTrainer.schema
+        )
         weights = run.finished()
         # Where somebody removed them the training goes on from its last checkpoint and writes them again.
         if weights is not None and self.world.broadcast_object(weights.is_dir()):

@@ -8,18 +8,23 @@ import logging
 import os
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
+
+from omegaconf import OmegaConf
+from omegaconf.errors import OmegaConfBaseException
 
 from tokenpref import __version__
 from tokenpref._files import move_aside, try_lock, write_json, writing
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import TransformerDecoder
+from tokenpref._yaml import check_yaml
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
+from tokenpref.training.config.defaults import component_paths, without_defaults
 from tokenpref.training.saving.checkpoints import (
     MANIFEST,
     PROGRESS,
@@ -39,6 +44,7 @@ log = logging.getLogger("tokenpref")
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 LOCK_FILE = ".lock"
+LOGGED_CONFIG = "torchtune_config.yaml"
 CHECKPOINTS = "checkpoints"
 # Keys that change how a run is carried out or watched, not what it computes.
 INCIDENTAL = frozenset(
@@ -52,8 +58,24 @@ INCIDENTAL = frozenset(
 )  # fmt: skip
 
 
-def config_fingerprint(config: dict[str, Any]) -> str:
-    """sha256 over what a config computes; incidental keys (logging, saving, length) are left out."""
+def config_fingerprint(
+    config: Mapping[str, Any], schema: type | None = None, importable: Collection[str] | None = None
+) -> str:
+    """sha256 over what a config computes.
+
+    Incidental keys (logging, saving, length) do not count, and neither do keys and arguments of components at their default: a
+    config that names them is the same as one that does not.
+
+    Args:
+        config: the config as plain data.
+        schema: dataclass of the recipe's keys, which knows their defaults.
+        importable: see :func:`~tokenpref.training.config.defaults.without_defaults`.
+    """
+    return _fingerprint_as_written(without_defaults(schema, config, importable))
+
+
+def _fingerprint_as_written(config: Mapping[str, Any]) -> str:
+    """The fingerprint of earlier versions, which counted every key that the file named."""
     kept = {key: value for key, value in config.items() if key not in INCIDENTAL}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
@@ -66,15 +88,25 @@ class RunFolder:
         config: the run's config as plain data.
         recipe: name of the recipe, for the record.
         world: the run's processes; the main one alone touches the folder.
+        schema: dataclass of the recipe's keys, for their defaults.
 
     Attributes:
         tokenizer: what the exported folders describe, once it is known.
     """
 
-    def __init__(self, path: Path, config: dict[str, Any], recipe: str, world: World) -> None:
+    def __init__(
+        self,
+        path: Path,
+        config: dict[str, Any],
+        recipe: str,
+        world: World,
+        *,
+        schema: type | None = None,
+    ) -> None:
         self.path = path
         self.world = world
-        self._fingerprint = config_fingerprint(config)
+        self._config, self._schema = config, schema
+        self._fingerprint = config_fingerprint(config, schema)
         self._length = {
             "epochs": config.get("epochs", 1),
             "max_steps_per_epoch": config.get("max_steps_per_epoch"),
@@ -154,11 +186,47 @@ class RunFolder:
 
     def _refuse_another(self) -> None:
         owner = self._owner()
-        if owner is not None and owner["config"] != self._fingerprint:
-            raise ConfigError(
-                f"output_dir: {self.path} holds another run ({owner['recipe']}, id {owner['id']}) with another "
-                "config; set another output_dir, or remove that folder"
+        if owner is None or self._is_mine(owner):
+            return
+        mend = "set another output_dir, or remove that folder"
+        if owner["defaults_count"]:
+            mend += (
+                ". An earlier version of tokenpref wrote it and compared every key. To go on with that run, start it with the "
+                "config file of then"
             )
+        raise ConfigError(
+            f"output_dir: {self.path} holds another run ({owner['recipe']}, id {owner['id']}) with another config; {mend}"
+        )
+
+    def _is_mine(self, owner: Mapping[str, Any]) -> bool:
+        """Whether the run that owns the folder computes what this one does."""
+        if not owner["defaults_count"]:
+            return bool(owner["config"] == self._fingerprint)
+        if owner["config"] == _fingerprint_as_written(self._config):
+            return True
+        # The config of then may have named keys at their default. It lies here, and is known by its fingerprint.
+        importable = {path for _, path in component_paths(self._config)}
+        return any(
+            owner["config"] == _fingerprint_as_written(then)
+            and config_fingerprint(then, self._schema, importable) == self._fingerprint
+            for then in self._configs_of_then()
+        )
+
+    def _configs_of_then(self) -> Iterator[Mapping[str, Any]]:
+        """What the folder holds of its run's config: as torchtune's loggers write it, and in the newest checkpoint."""
+        file = self.path / LOGGED_CONFIG
+        try:
+            check_yaml(file)
+            logged = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+        except (OSError, ValueError, OmegaConfBaseException) as error:
+            log.debug(f"{file} cannot be read ({error})")
+        else:
+            if isinstance(logged, Mapping):
+                yield logged  # type: ignore[misc]  # a config's keys are text
+        newest, _ = self.checkpoints.newest()
+        recorded = read_progress(newest)["facts"].get("config") if newest is not None else None
+        if isinstance(recorded, Mapping):
+            yield recorded
 
     def _refuse_to_replace(self, resume: bool | str) -> None:
         """A run from the beginning, or from another folder's checkpoint, needs a folder without results."""
@@ -375,7 +443,7 @@ class RunFolder:
     def _finished(self, compare: bool) -> Path | None:
         file = self.path / FINISHED_FILE
         owner = self._owner()
-        if owner is None or owner["config"] != self._fingerprint or not file.is_file():
+        if owner is None or not file.is_file() or not self._is_mine(owner):
             return None
         try:
             record = json.loads(file.read_text(encoding="utf-8"))
@@ -422,6 +490,7 @@ class RunFolder:
                     "id": uuid.uuid4().hex,
                     "recipe": self._recipe,
                     "config": self._fingerprint,
+                    "defaults_count": False,
                     "tokenpref": __version__,
                     "world_size": self.world.size,
                 }
@@ -447,6 +516,7 @@ class RunFolder:
             return None
         try:
             owner: dict[str, Any] = json.loads(path.read_text(encoding="utf-8"))
-            return {key: owner[key] for key in ("id", "recipe", "config")}
+            known = {key: owner[key] for key in ("id", "recipe", "config")}
+            return {**known, "defaults_count": bool(owner.get("defaults_count", True))}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"output_dir: {path} is damaged ({error}); set another output_dir") from error

@@ -17,6 +17,7 @@ from torch.optim.lr_scheduler import LRScheduler
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World, first_not_finite
 from tokenpref.errors import ConfigError, TokenprefError
+from tokenpref.training.config.defaults import component_paths, without_defaults
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.saving.checkpoints import Progress, read_progress
 from tokenpref.training.saving.hyperparameters import Hyperparameters
@@ -28,6 +29,7 @@ log = logging.getLogger("tokenpref")
 
 # Keys whose results by row depend on nothing of their component but these: when, not what, is computed.
 _WHEN = frozenset({"refresh", "every_n_steps"})
+_DEFAULT = object()  # in comparisons of configs: a key that one of them leaves out
 _KEY_OF_SOURCE = {"weights": "token_weights", "anchors": "anchors"}
 # What is compared by best.metric: another one makes the value of before worth nothing.
 _DECIDES_BEST = ("best", "dataset_val", "loss_val", "sampling")
@@ -142,8 +144,12 @@ class Saver:
             ConfigError: see :meth:`check`; also if its optimizer state or what it keeps by row does not fit.
         """
         facts = self.check(checkpoint, total_steps)["facts"]
-        now = self._facts["config"]
-        then = facts["config"] if isinstance(facts.get("config"), Mapping) else {}
+        written_now = self._facts["config"]
+        written_then = facts["config"] if isinstance(facts.get("config"), Mapping) else {}
+        importable = {path for _, path in component_paths(written_now)}
+        now, then = (
+            without_defaults(type(self._config), config, importable) for config in (written_now, written_then)
+        )
         as_long = (
             _same(then, now, "epochs") and facts.get("steps_per_epoch") == self._facts["steps_per_epoch"]
         )
@@ -156,7 +162,8 @@ class Saver:
             same_config=as_long and _same(then, now, "optimizer", "lr_scheduler"),
         )
         if self._world.is_main:
-            for line in _differences(then, now):
+            for key in _differences(then, now):
+                line = f"{key} is {_shown(written_now, key)} and was {_shown(written_then, key)}"
                 log.info(f"continuing with another setting: {line}; {_effect(line)}")
         for source, key in _KEY_OF_SOURCE.items():
             if _without(then.get(key), _WHEN) != _without(now.get(key), _WHEN):
@@ -325,13 +332,23 @@ def _without(node: Any, keys: frozenset[str]) -> Any:
 
 
 def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Settings that differ between two configs as plain data, one line each; how this start was asked for is none."""
+    """Dotted keys whose settings differ between two configs as plain data; how this start was asked for is no setting."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted({*map(str, then), *map(str, now)}):
             if key or name not in ("resume_from_checkpoint", "dry_run"):
-                yield from _differences(then.get(name), now.get(name), f"{key}.{name}" if key else name)
+                inner = f"{key}.{name}" if key else name
+                yield from _differences(then.get(name, _DEFAULT), now.get(name, _DEFAULT), inner)
     elif then != now:
-        yield f"{key} is {now!r} and was {then!r}"
+        yield key
+
+
+def _shown(config: Any, key: str) -> str:
+    """The value that a config names for a dotted key."""
+    for name in key.split("."):
+        if not isinstance(config, Mapping) or name not in config:
+            return "at its default"
+        config = config[name]
+    return repr(config)
 
 
 def _effect(line: str) -> str:
