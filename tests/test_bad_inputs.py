@@ -452,6 +452,8 @@ CONFIGS = [
         ("metric_logger=builtins.dict",)),
     Bad("log below a file", "tdpo", "metric_logger.log_dir: .*taken is a file; set a folder",
         ("metric_logger.log_dir=taken/logs",), prepare=write("taken", b"")),
+    Bad("unknown argument of the default profiler", "tdpo", "profiler.enable: setup_torch_profiler takes no .* mean 'enabled'",
+        ("profiler.enable=true",)),
     Bad("no profiler", "tdpo", "profiler .builtins.dict.: makes a dict, which has no start", ("profiler=builtins.dict",)),
     Bad("path with NUL", "tdpo", r"output_dir: 'a\\x00b' holds a NUL, which no path does", ('output_dir="a\\0b"',)),
     Bad("no such key to remove", "tdpo", "~gamma: the config has no such key", ("~gamma",)),

@@ -18,14 +18,16 @@ from collections.abc import (
 )
 from functools import partial
 from types import UnionType
-from typing import Annotated, Any, Literal, Union, get_args, get_origin
+from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from tokenpref._torchtune import InstantiationError, component_from_path
 
 __all__ = [
     "COMPONENT",
     "accepts",
+    "Argument",
     "argument_faults",
+    "arguments_of",
     "default_arguments",
     "find_component",
     "nearest",
@@ -95,6 +97,29 @@ def default_arguments(component: Any) -> dict[str, Any]:
     """The arguments that ``component`` can be called without, with the values that they then have."""
     parameters = _parameters(component) or {}
     return {name: p.default for name, p in parameters.items() if p.default is not p.empty}
+
+
+class Argument(NamedTuple):
+    """An argument of a component, for people: what it takes in words, and its default (``inspect.Parameter.empty`` for none)."""
+
+    name: str
+    takes: str
+    default: Any
+
+
+def arguments_of(component: Any, given: Collection[str] = ()) -> list[Argument]:
+    """The arguments that a config may set.
+
+    Args:
+        component: class or function.
+        given: names of the arguments that the recipe passes.
+    """
+    names = _namespace(component)
+    return [
+        Argument(p.name, _described(_annotation(p, names)), p.default)
+        for p in (_parameters(component) or {}).values()
+        if p.name not in given and p.kind in (p.POSITIONAL_OR_KEYWORD, p.KEYWORD_ONLY)
+    ]
 
 
 def signature_faults(
@@ -279,7 +304,7 @@ def _alternatives(wanted: Any) -> tuple[Any, ...]:
 def _described(wanted: Any) -> str:
     """An annotation in words: ``true or false``, ``a list of text, or null``."""
     words = [_described_one(one) for one in _alternatives(wanted)]
-    if any(word != _OBJECT for word in words):
+    if any(word not in (_OBJECT, "null") for word in words):
         words = [
             word for word in words if word != _OBJECT
         ]  # torch's own annotations also allow tensors, which no config contains

@@ -50,20 +50,22 @@ class ComputeConfig:
     """Keys of a training beside ``device``, ``dtype``, ``compile`` and ``fsdp_reshard_after_forward``."""
 
     compute_dtype: str | None = text(None, choices=("bf16",))
-    """bf16 with ``dtype: fp32``: float32 weights, gradients and optimizer state, bfloat16 arithmetic; null: ``dtype``."""
+    """``bf16`` with ``dtype: fp32`` means float32 weights, gradients and optimizer state, and bfloat16 arithmetic. Null:
+    ``dtype``."""
     enable_activation_checkpointing: bool = flag(False)
-    """Compute activations again in the backward instead of keeping them."""
+    """Recompute activations in the backward pass instead of keeping them."""
     ac_mode: str = text("full", choices=("full", "selective"))
-    """Of every layer, or of every ``ac_option``-th."""
+    """Recompute in every layer, or in every ``ac_option``-th."""
     ac_option: int | None = integer(None)
+    """For ``ac_mode: selective``: the n of "every n-th layer"."""
     enable_activation_offloading: bool = flag(False)
-    """Keep what checkpointing leaves in the CPU's memory; on CUDA."""
+    """Move what activation checkpointing keeps to the CPU's memory. For CUDA only."""
     enable_fp8_training: bool = flag(False)
-    """Multiply in float8 in all linear layers but the head; of the reference too."""
+    """Multiply in float8 in all linear layers of policy and reference except the head."""
     fp8_recipe_name: str | None = text(None, choices=FLOAT8_RECIPES)
-    """Null: tensorwise."""
+    """How float8 values are scaled. Null: tensorwise."""
     fp8_emulate: bool = flag(False)
-    """Round to float8 and multiply in float32: for tests on machines without such a GPU."""
+    """Round to float8 and multiply in float32, for tests on machines without a GPU that can."""
 
     def compute_of(self, dtype: str, *, trainable: bool) -> Compute:
         """How the policy (``trainable``) or a model beside it computes.

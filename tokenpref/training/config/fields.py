@@ -227,7 +227,8 @@ def number(
             raise ConfigError(f"{key}: expected a number of at most {high:g}, found {value!r}")
         return float(value)
 
-    return _field(read, default, f"a number {bound}")
+    limit = f" and at most {high:g}" if high <= 1 else ""
+    return _field(read, default, f"a number {bound}{limit}")
 
 
 def flag(default: Any = dataclasses.MISSING) -> Any:
@@ -262,7 +263,7 @@ def text(default: Any = dataclasses.MISSING, *, choices: tuple[str, ...] = (), h
             raise ConfigError(f"{key}: expected one of {', '.join(choices)}, found {value!r}{hint}")
         return value
 
-    return _field(read, default, " or ".join(choices) or "text")
+    return _field(read, default, _one_of(choices) if choices else "text")
 
 
 def texts(default: tuple[str, ...] | None = (), *, choices: tuple[str, ...]) -> Any:
@@ -280,6 +281,10 @@ def texts(default: tuple[str, ...] | None = (), *, choices: tuple[str, ...]) -> 
         return tuple(value)
 
     return _field(read, default, f"a list of {', '.join(choices)}")
+
+
+def _one_of(choices: tuple[str, ...]) -> str:
+    return choices[0] if len(choices) == 1 else f"{', '.join(choices[:-1])} or {choices[-1]}"
 
 
 def section(schema: type) -> Any:

@@ -77,21 +77,29 @@ class ScoringConfig:
     """What every recipe that runs a model over data needs."""
 
     output_dir: str = text()
-    """Folder of everything that the run writes."""
+    """The run writes everything to this folder."""
     tokenizer: Component = component()
+    """The tokenizer of the model, this package's ``tokenizer_json`` or one of torchtune's."""
     seed: int = integer(0, low=0, high=2**63 - 1)
+    """Seed of the data's order, of samples and of torch's random numbers."""
     device: str = text("cpu")
+    """``cpu``, ``cuda``, or another device type of torch. Under torchrun every process takes the device of its local
+    rank."""
     dtype: str = text("fp32", choices=("fp32", "bf16"), hint=FP16_HINT)
+    """Dtype of the weights, and of the arithmetic unless ``compute_dtype`` says otherwise."""
     compile: bool = flag(False)
     """Compile every decoder layer; on a CPU the passes over the head's logits too."""
     dry_run: bool = flag(False)
-    """Check everything that can be checked without the weights, say it, and stop; nothing is written."""
+    """Check everything that can be checked without the weights, report it, and stop. Nothing is written."""
     fsdp_reshard_after_forward: bool = flag(True)
+    """With FSDP2, free a layer's gathered weights after its forward pass. False keeps them until the backward pass,
+    which takes more memory and less communication."""
     head_memory_mb: float | None = number(None)
     """MiB of logits that are kept for the backward pass, twice that with a KL; the others are recomputed, to the same numbers.
     Null: a sixteenth of the free memory, at most eight times the size of the head's weight."""
     padding_free: bool = flag(True)
-    """Score sequences one after another instead of padded to the longest; false for attentions that need padded batches."""
+    """Score the sequences of a batch one after another, without padding. Set false for attention layers that need padded
+    batches."""
 
     def compute(self, *, trainable: bool) -> Compute:
         """How a model of the run computes."""
@@ -107,14 +115,15 @@ class ModelConfig(ScoringConfig):
     """What a recipe with a policy and a reference needs."""
 
     model: Component = component()
+    """Builds the decoder of policy and reference."""
     checkpointer: Component = component()
-    """Reads the policy's starting weights and writes trained ones (a torchtune checkpointer)."""
+    """A torchtune checkpointer that reads the policy's starting weights and writes the trained ones."""
     ref_checkpointer: Component | None = component(optional=True)
-    """Reads the reference's weights; null: those that ``checkpointer`` starts from."""
+    """Reads the reference's weights. Null takes those that ``checkpointer`` starts from."""
     batch_size: int = integer()
     """Pairs per process and micro-batch."""
     log_stats: tuple[str, ...] = texts(choices=STATISTICS)
-    """Statistics to compute for the log beyond what the loss needs."""
+    """Statistics that the log gets beyond those that the loss needs."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
@@ -129,18 +138,24 @@ class SamplingConfig:
     """Sampling from the policy, and the reward of what it says."""
 
     prompts: str = text()
-    """Text file, one opening a line."""
+    """Text file with one opening per line."""
     reward: Component = component(function=2)
-    """Callable ``(prompts, completions) -> list[float]``, or a class whose instance is one."""
+    """A function ``(prompts, completions) -> list[float]``, or a class whose instances are called like that."""
     num_samples: int = integer(8, high=1_000_000)
     """Samples per opening."""
     max_new_tokens: int = integer(40)
+    """Most tokens of a sample."""
     temperature: float = number(1.0, high=1e6)
+    """Divides the logits."""
     top_k: int | None = integer(None)
+    """Sample among this many most probable tokens only. Null: among all."""
     top_p: float | None = number(None, high=1.0)
+    """Sample among the fewest most probable tokens that hold this much probability. Null: among all."""
     batch_size: int = integer(32)
+    """Samples that are generated together."""
     compare_to: str | None = text(None)
-    """``samples.jsonl`` of another model's evaluation with the same openings and seed: gains are paired with it."""
+    """``samples.jsonl`` of another model's evaluation with the same openings and seed. The gain over it is computed
+    sample by sample."""
 
     def faults(self) -> list[str]:
         """Files that are not there, or not what they should be."""
@@ -163,9 +178,9 @@ class BestConfig:
     """Which weights of a run are its best."""
 
     metric: str = text()
-    """A metric of the validation, without ``eval_``: ``loss``, ``rewards/accuracies``, ``reward``, ..."""
+    """A metric of the validation without its ``eval_``, such as ``loss``, ``rewards/accuracies`` or ``reward``."""
     goal: str = text(choices=("max", "min"))
-    """Whether more or less of it is better."""
+    """Whether a larger or a smaller value is better."""
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -173,51 +188,68 @@ class TrainConfig(ComputeConfig, ModelConfig):
     """A preference training run; keys are named as in torchtune's recipes."""
 
     dataset: Component = component(positional=1, mixed=True)
+    """Preference pairs to train on. A list of data sets is mixed."""
     dataset_val: Component | None = component(positional=1, optional=True, mixed=True)
+    """Held-out pairs for validation."""
     loss: Component = component()
+    """A loss on token statistics, from ``tokenpref.losses`` or your own."""
     optimizer: Component = component(positional=1)
+    """Any optimizer of torch, or your own. The recipe passes the parameters."""
     lr_scheduler: Component | None = component(
         positional=1, provided=("num_training_steps", "last_epoch"), optional=True
     )
-    """Null: a constant learning rate."""
+    """Null keeps the learning rate constant. The recipe passes ``num_training_steps`` and ``last_epoch``."""
     reference: str = text("model", choices=("model", "cached"))
-    """``model``: a second model beside the policy; ``cached``: what it says of the data, made once and read from the disk."""
+    """``model`` keeps a second model beside the policy. ``cached`` scores the data once before training and reads the
+    results from the disk."""
     reference_cache_dir: str | None = text(None)
-    """Folder of what ``cached`` keeps, which several runs may share; null: ``reference`` in ``output_dir``."""
+    """Folder for ``reference: cached``, which several runs may share. Null: ``reference`` in ``output_dir``."""
     metric_logger: Component = component()
+    """One of torchtune's metric loggers, or your own."""
     profiler: Component | None = component(optional=True, base=default_profiler)
-    """torch's profiler, as torchtune sets it up. ``profiler.enabled=true`` writes traces to ``output_dir/profiling_outputs``."""
+    """torch's profiler, as torchtune sets it up. It is off; ``profiler.enabled=true`` writes traces to
+    ``output_dir/profiling_outputs``. Null removes it."""
     batch_size_val: int | None = integer(None)
-    """Null: ``batch_size``."""
+    """Pairs per process in a batch of validation. Null: ``batch_size``."""
     run_val_every_n_steps: int | None = integer(None)
+    """Optimizer steps between validations. Null: no validation."""
     loss_val: Component | None = component(optional=True)
-    """Loss whose value and rewards validation reports; null: ``loss``."""
+    """The loss whose value and rewards validation reports. Null: ``loss``."""
     log_stats_val: tuple[str, ...] | None = texts(None, choices=STATISTICS)
-    """As ``log_stats``, for validation; null: ``log_stats``."""
+    """The same as ``log_stats`` for validation. Null: ``log_stats``."""
     sampling: SamplingConfig | None = section(SamplingConfig)
-    """Sample at each validation and log the samples' reward."""
+    """Sample from the policy at each validation, and log the samples' reward."""
     best: BestConfig | None = section(BestConfig)
     """Keep the weights with the best validation in ``output_dir/best``."""
     gradient_accumulation_steps: int = integer(1)
+    """Micro-batches per optimizer step."""
     tokens_per_batch: int | None = integer(None)
-    """Most tokens of a micro-batch, both answers counted. A step then has the same pairs as without, cut by their lengths; null:
-    ``batch_size`` pairs a micro-batch, in the data's order."""
+    """Most tokens of a micro-batch, both answers counted. A step then has the same pairs as without this key, cut into
+    micro-batches by their lengths. Null: ``batch_size`` pairs per micro-batch, in the data's order."""
     epochs: int = integer(1)
+    """Passes over the data."""
     max_steps_per_epoch: int | None = integer(None)
+    """Optimizer steps after which an epoch ends early. Null: the whole data."""
     shuffle: bool = flag(True)
+    """Shuffle the pairs anew in every epoch."""
     clip_grad_norm: float | None = number(None, high=1e30)
+    """Largest norm of the gradient. Null: no clipping."""
     resume_from_checkpoint: bool | str = flag_or_text(False)
-    """``auto``: from the newest checkpoint of ``output_dir`` if there is one; true: there has to be one; or its path."""
+    """``auto`` resumes from the newest checkpoint in ``output_dir`` if there is one. With true there has to be one. A
+    path names a checkpoint, or a run whose newest checkpoint is taken."""
     checkpoint_every_n_steps: int | None = integer(None)
-    """Steps between resumable checkpoints; null (and no minutes): one at each epoch's end."""
+    """Optimizer steps between resumable checkpoints. Without this key and without minutes there is one at the end of
+    each epoch."""
     checkpoint_every_minutes: float | None = number(None)
     """Minutes between resumable checkpoints."""
     enable_async_checkpointing: bool = flag(False)
-    """Write resumable checkpoints while the training goes on; takes memory for a copy of weights and optimizer state."""
+    """Write resumable checkpoints while training goes on. This takes memory for a copy of weights and optimizer state."""
     keep_last: int = integer(1)
     """Resumable checkpoints to keep."""
     log_every_n_steps: int = integer(1)
+    """Optimizer steps between lines of the log."""
     log_peak_memory_stats: bool = flag(False)
+    """Log the peak memory too."""
 
     def compute(self, *, trainable: bool) -> Compute:
         """How the policy (``trainable``) or a model beside it computes."""
@@ -263,14 +295,13 @@ class WeightedConfig(TrainConfig):
     """Training with token weights."""
 
     token_weights: Component = component()
-    """Where the tokens' scores come from: a store, the data's columns, a prompt pair or attribution as the training goes, or a
-    component of the user's."""
+    """Source of the tokens' scores: a weight store, columns of the data, a pair of prompts, attribution, or your own."""
     weight_transform: Component | None = component(positional=2, provided=("side",), optional=True)
-    """From log ratios to weights; null for scores that are weights."""
+    """Makes weights from log ratios. Null for scores that are weights already."""
     normalize_weights: str = text("none", choices=("none", "answer"))
-    """``answer``: each answer's weights average one, which keeps DPO's scale."""
+    """With ``answer``, the weights of each answer average one, which keeps the scale of DPO."""
     use_eos_score: bool = flag(True)
-    """False: an EOS gets ``eos_weight`` even where it has a score."""
+    """If false, an EOS gets ``eos_weight`` even where it has a score."""
     eos_weight: float = number(1.0, inclusive=True, high=1e6)
     """Weight of an EOS that has no score."""
 
@@ -285,7 +316,7 @@ class TripletConfig(WeightedConfig):
     """Training with token weights and anchors."""
 
     anchors: Component | None = component(optional=True)
-    """Where third answers come from: sampled from the policy, a column of the data, or a component of the user's."""
+    """Source of third answers: sampled from the policy, a column of the data, or your own."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
@@ -297,8 +328,11 @@ class EvaluateConfig(ModelConfig):
     """Held-out loss, accuracy, margins and KL, and samples with their reward."""
 
     dataset: Component | None = component(positional=1, optional=True, mixed=True)
+    """Held-out pairs. Null: samples only."""
     loss: Component | None = component(optional=True)
+    """The loss whose value and rewards are reported. Required with ``dataset``."""
     sampling: SamplingConfig | None = section(SamplingConfig)
+    """Sample from the model, and report the samples' reward."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""

@@ -137,15 +137,17 @@ class EstimateConfig(ScoringConfig):
     """What is scored, with what, and in which portions."""
 
     dataset: Component = component(positional=1, mixed=True)
+    """The pairs whose answers are scored. A list of data sets is mixed."""
     estimator: Component = component()
+    """Scores answer tokens: ``ContrastiveEstimator``, ``AttributionEstimator`` or your own."""
     model: Component | None = component(optional=True)
-    """For an estimator that runs one model, such as attribution; a contrastive pair brings its own."""
+    """The model of an estimator that runs one, such as attribution. A contrastive pair brings its own."""
     checkpointer: Component | None = component(optional=True)
     """Reads that model's weights."""
     batch_tokens: int = integer(4096)
-    """Tokens of a batch, padding included; a longer sequence is a batch of its own."""
+    """Tokens per batch, padding included. A longer sequence is a batch of its own."""
     shard_rows: int = integer(256)
-    """Pairs of a shard: what an interrupted run loses at most."""
+    """Pairs per shard. An interrupted run loses at most one shard."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""

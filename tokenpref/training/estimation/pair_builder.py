@@ -39,11 +39,14 @@ class ContrastiveConfig(TrainConfig):
     """How a pair is built; the training keys are those of one side's training."""
 
     method: str = text(choices=METHODS)
+    """``dpo`` trains two models by DPO, one on exchanged answers. ``sft`` trains one on chosen and one on rejected
+    answers. ``prompt`` trains nothing and pairs two prompts."""
     positive_prompt: str | None = text(None)
-    """For ``method: prompt``: stands before the data's prompts on the positive side."""
+    """For ``method: prompt``: precedes the data's prompts on the positive side."""
     negative_prompt: str | None = text(None)
+    """For ``method: prompt``: precedes the data's prompts on the negative side."""
     loss: Component | None = component(optional=True)  # type: ignore[assignment]  # widened: null is allowed here
-    """Null: the method's own, ``NLLLoss`` for sft and ``DPOLoss`` for dpo."""
+    """Null takes the method's own: ``NLLLoss`` for sft, ``DPOLoss`` for dpo."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
