@@ -1,4 +1,4 @@
-"""What a decoder's layers keep for the backward: what they need, their inputs alone, or nothing on the GPU."""
+"""Which activations a decoder's layers keep for the backward pass: all, only their inputs, or none on the GPU."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ __all__ = [
 
 
 def checkpointed_layers(model: TransformerDecoder, every: int) -> list[nn.Module]:
-    """Every n-th layer of a decoder, as torchtune and torchtitan count: with 2 the second, the fourth, ...
+    """Every n-th layer of a decoder, counted as in torchtune and torchtitan: with 2 the second, the fourth, ...
 
     Raises:
         ConfigError: if it has fewer layers than that.
@@ -44,10 +44,10 @@ def checkpointed_layers(model: TransformerDecoder, every: int) -> list[nn.Module
 
 
 def checkpoint_layers(model: TransformerDecoder, every: int = 1) -> None:
-    """Let every n-th layer keep its input alone, and compute the rest again in the backward (in place).
+    """Let every n-th layer keep only its input and recompute the rest in the backward pass (in place).
 
-    torchtune's own function for single layers counts over all models that it has seen, so that a second model of an odd number of
-    layers gets others than the first.
+    torchtune's function for single layers counts over all models that it has seen. After a model with an odd number of
+    layers, the next model would get other layers than the first.
 
     Raises:
         ConfigError: if no layer is chosen.
@@ -61,18 +61,18 @@ def checkpoint_layers(model: TransformerDecoder, every: int = 1) -> None:
 
 
 def activation_offloading() -> saved_tensors_hooks:
-    """torchtune's way to keep activations in pinned memory of the CPU, on a stream of its own; for one model on CUDA."""
+    """torchtune's hooks that keep activations in pinned memory of the CPU, on a separate stream; for one model on CUDA."""
     hooks: saved_tensors_hooks = OffloadActivations()
     return hooks
 
 
 def offload_layers(model: TransformerDecoder, hooks: saved_tensors_hooks) -> None:
-    """Let ``hooks`` pack what the layers keep in training, and nothing else (in place).
+    """Let ``hooks`` pack only the tensors that the layers keep in training (in place).
 
-    The head is left alone: it needs its tensors again at once.
+    The head is not changed, because it needs its tensors again at once.
 
     Args:
-        model: a decoder with every layer checkpointed, so that the layers' inputs are all that there is to pack.
+        model: a decoder with all layers checkpointed, so that only the layers' inputs are packed.
         hooks: see :func:`activation_offloading`.
     """
     entered: list[bool] = []
@@ -92,7 +92,7 @@ def offload_layers(model: TransformerDecoder, hooks: saved_tensors_hooks) -> Non
 
 
 def keep_gates_lean(model: TransformerDecoder) -> None:
-    """Let SwiGLU layers keep the two factors of ``silu(w1 x) * w3 x`` for the backward pass, three tensors of four (in place)."""
+    """Let SwiGLU layers keep only the two factors of ``silu(w1 x) * w3 x``, so three tensors instead of four (in place)."""
     for module in model.modules():
         if type(module) is FeedForward and is_swiglu(module):
             module.forward = MethodType(gated_feed_forward, module)

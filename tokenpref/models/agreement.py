@@ -1,6 +1,6 @@
-"""Whether a decoder computes the function that a checkpoint's ``config.json`` describes.
+"""Checks whether a decoder computes the function that a checkpoint's ``config.json`` describes.
 
-Names and shapes of tensors do not tell: with another number of heads, rotary base or norm epsilon the same weights
+Names and shapes of tensors are not enough. With another number of heads, rotary base or norm epsilon, the same weights
 load without an error and compute something else.
 """
 
@@ -32,12 +32,12 @@ from tokenpref._torchtune import (
 __all__ = ["Agreement", "Difference", "compare_with_config", "is_tied", "pairs_interleaved"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gemma", "gemma2")
-"""Values of ``model_type`` whose defaults are known here."""
+"""Values of ``model_type`` with known defaults."""
 
 _GEMMA = ("gemma", "gemma2")
 _PLAIN_ROPE = (RotaryPositionalEmbeddings, Phi3RotaryPositionalEmbeddings, Qwen2RotaryPositionalEmbeddings)
 _UNKNOWN = object()
-# Factors that torchtune's decoders do not have; models such as Granite or Cohere set them.
+# Factors that torchtune's decoders lack; models such as Granite or Cohere set them.
 _NEUTRAL = {
     "embedding_multiplier": 1.0,
     "residual_multiplier": 1.0,
@@ -54,12 +54,12 @@ _SAME_ACTIVATION = {
 
 @dataclass(frozen=True)
 class Difference:
-    """A number that ``config.json`` and the decoder do not share.
+    """A number that differs between ``config.json`` and the decoder.
 
     Args:
         key: its key in ``config.json``.
-        file: what the file says, or what transformers takes where the file says nothing.
-        built: what the decoder has.
+        file: the value in the file, or the default of transformers if the file has none.
+        built: the value of the decoder.
         argument: the argument of torchtune's builders that sets it, if there is one.
         given: whether the file has the key.
     """
@@ -73,11 +73,11 @@ class Difference:
 
 @dataclass
 class Agreement:
-    """What a comparison found.
+    """The result of a comparison.
 
     Args:
-        differences: numbers that differ and decide the function.
-        notes: what was not compared, and what only matters for longer sequences.
+        differences: numbers that differ and change the function.
+        notes: what could not be compared, and what matters only for longer sequences.
     """
 
     differences: list[Difference] = field(default_factory=list)
@@ -206,7 +206,7 @@ def _first(value: Any, default: Any) -> Any:
 
 
 def _read(value: Callable[[], Any]) -> Any:
-    """A value of a decoder that may be built in another way than torchtune's."""
+    """A value of a decoder that may be built differently from torchtune's."""
     try:
         return value()
     except (AttributeError, TypeError, IndexError):
@@ -214,7 +214,7 @@ def _read(value: Callable[[], Any]) -> Any:
 
 
 def _each(decoder: TransformerDecoder, of: Callable[[Any], Any]) -> Any:
-    """What all layers have; a tuple of values where they differ."""
+    """The value that all layers share; a tuple of values if they differ."""
     found = _read(lambda: list(dict.fromkeys(of(layer) for layer in decoder.layers)))
     if found is _UNKNOWN or not found or _UNKNOWN in found:
         return _UNKNOWN
@@ -235,7 +235,7 @@ def _norm_eps(decoder: TransformerDecoder) -> Any:
 
 def _activation(config: Mapping[str, Any], family: str) -> Any:
     if family in _GEMMA:
-        # Gemma's first files say "gelu" and mean its approximation, which transformers computes too.
+        # Gemma's first files say "gelu" but mean its approximation, which transformers computes too.
         named = config.get("hidden_activation") or "gelu_pytorch_tanh"
     else:
         named = config.get("hidden_act", "silu" if family in FAMILIES else None)
@@ -434,9 +434,9 @@ def _compare_scaling(
 def _compare_windows(
     config: Mapping[str, Any], decoder: TransformerDecoder, longest: int | None, found: Agreement
 ) -> None:
-    """An attention window, where the decoder has another one or none, matters to sequences longer than it."""
+    """An attention window that differs from the decoder's matters only for sequences longer than the window."""
     window = config.get("sliding_window")
-    # Qwen 2 names a window and does not use it unless it says so.
+    # Qwen 2 names a window but uses it only if another key says so.
     if not config.get("use_sliding_window", config.get("model_type") != "qwen2"):
         window = None
     built = _each(decoder, lambda layer: _gemma_only(layer.attn, "sliding_window_size"))

@@ -1,14 +1,13 @@
-"""What only CPUs need: products of float32 by oneDNN, and layers that keep less and make fewer temporary tensors.
+"""Code that only CPUs need: float32 products by oneDNN, and layers that keep less and make fewer temporary tensors.
 
-:func:`install_on_cpu` is the one call; nothing here runs on a GPU's path.
+:func:`install_on_cpu` is the only entry point. Nothing in this module is used on a GPU.
 
-**Products.** PyTorch multiplies float32 with MKL, which takes AVX-512 on Intel's processors alone. oneDNN, which is in PyTorch
-too, takes it on others as well: on two cores of an AMD EPYC of the fifth generation it reaches 380 to 470 GFLOP/s where MKL
-reaches 180 to 200.
+**Products.** PyTorch multiplies float32 with MKL, which uses AVX-512 on Intel processors only. oneDNN, which is part of PyTorch,
+uses it on other processors too. On two cores of a fifth-generation AMD EPYC it reaches 380 to 470 GFLOP/s, and MKL 180 to 200.
 
-**Layers.** A step's peak on a CPU holds what the C library's heap makes of tensors that come and go. So SwiGLU keeps the two
-factors of ``silu(w1 x) * w3 x`` and works on some rows at a time, and norms keep one number a row. The numbers are torchtune's
-but for rounding.
+**Layers.** On a CPU, a step's peak memory includes the fragmentation that temporary tensors cause in the C library's heap.
+SwiGLU therefore keeps only the two factors of ``silu(w1 x) * w3 x`` and processes some rows at a time, and norms keep one number
+per row. The results equal torchtune's up to rounding.
 """
 
 from __future__ import annotations
@@ -35,22 +34,22 @@ from tokenpref.ops.products import add_product, product
 __all__ = ["OneDNN", "install_on_cpu", "use_fast_products", "uses_onednn"]
 
 _SMALLEST = 1 << 14
-"""Numbers of a second factor below which the call, some 10 us, may cost more than the product.
+"""Smallest size of the second factor. Below it the call, about 10 us, may take longer than the product.
 
-The rows do not count: however many of them there are at a time, their numbers shall be the same.
+The number of rows does not matter, because a row must give the same numbers for any number of rows.
 """
 
 _AT_A_TIME = 1 << 20
-"""Numbers at a time of a product that is added to another: 4 MiB, because oneDNN allocates its results."""
+"""The size of the pieces of a product that is added to a tensor: 4 MiB, because oneDNN allocates its results."""
 
 _ROWS = 1024
-"""Rows of a SwiGLU at a time: products of so many run at full speed."""
+"""The number of rows of a SwiGLU at a time; products of this size run at full speed."""
 
 
 def install_on_cpu(model: TransformerDecoder) -> None:
-    """Call :func:`use_fast_products`, and give a decoder's layers the forwards of this module (in place).
+    """Call :func:`use_fast_products`, and replace the forwards of a decoder's layers by those of this module (in place).
 
-    Modules of other kinds work as they are, and so do these with adapters, hooks, float8 weights or other dtypes, or under
+    Other kinds of modules are not changed, nor are modules with adapters, hooks, float8 weights or other dtypes, or under
     ``torch.compile``.
     """
     use_fast_products()
@@ -61,7 +60,7 @@ def install_on_cpu(model: TransformerDecoder) -> None:
 
 
 def use_fast_products() -> None:
-    """Take oneDNN's products in this process, where they are faster."""
+    """Use oneDNN's products in this process if they are faster."""
     if uses_onednn():
         products.use(OneDNN())
 

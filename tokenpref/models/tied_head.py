@@ -1,6 +1,6 @@
-"""Checkpoints of models whose head is the embedding, and that hold a head of their own beside it.
+"""Handles checkpoints of models with a tied head that also contain a separate head.
 
-DeepSpeed, FSDP and some tools that merge weights write one. It does no harm where it equals the embedding.
+DeepSpeed, FSDP and some tools that merge weights write such files. A head that equals the embedding can be ignored.
 """
 
 from __future__ import annotations
@@ -22,11 +22,11 @@ HEAD_IN_FILES = "lm_head.weight"
 
 
 def drop_tied_head(state: dict[str, Tensor], model: TransformerDecoder, key: str) -> str | None:
-    """Take the head out of a tied model's weights (in place).
+    """Remove the head from a tied model's weights (in place).
 
     Args:
         state: weights under torchtune's names.
-        model: what they are for.
+        model: the model of the weights.
         key: config key of their checkpointer.
 
     Returns:
@@ -45,7 +45,7 @@ def drop_tied_head(state: dict[str, Tensor], model: TransformerDecoder, key: str
 
 
 def check_unread_head(checkpointer: Any, state: dict[str, Tensor], key: str) -> None:
-    """Compare a head that torchtune's checkpointer left out without looking, as it does for tied models of Qwen.
+    """Check a head that torchtune's checkpointer ignores without a check, as it does for tied models of Qwen.
 
     Raises:
         ConfigError: if the head is not the embedding.
@@ -64,7 +64,7 @@ def check_unread_head(checkpointer: Any, state: dict[str, Tensor], key: str) -> 
 
 
 def head_hint(state: dict[str, Tensor], model: TransformerDecoder) -> str:
-    """What to add to an error about weights without a head, for a model that has one; else nothing."""
+    """A hint for an error about weights without a head, for a model that has one; otherwise an empty text."""
     if HEAD in state or HEAD not in model.state_dict():
         return ""
     return (

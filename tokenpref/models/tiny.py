@@ -1,4 +1,4 @@
-"""A model small enough for a test: two layers, its weights and tokenizer lie in ``data/tiny/model``."""
+"""A model small enough for tests: two layers, with weights and tokenizer in ``data/tiny/model``."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ def tiny_llama(num_layers: int = TINY_SIZES["num_layers"], max_seq_len: int = 25
     """A Llama of 31 k parameters with tied embeddings, for the ``tiny/*`` configs.
 
     Args:
-        num_layers: the weights that come with the package have 2.
+        num_layers: number of layers; the weights in this package have 2.
         max_seq_len: tokens that the rotary cache covers.
 
     Raises:
-        ValueError: for a number that makes no small model.
+        ValueError: for a number out of range.
     """
     for name, value, most in (("num_layers", num_layers, 1000), ("max_seq_len", max_seq_len, 2**20)):
         if not 1 <= value <= most:

@@ -1,4 +1,4 @@
-"""Whether every token id that can reach a model has a row in its embedding; looked at before any weight is read."""
+"""Checks, before any weight is read, that every token id of a run has a row in the model's embedding."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ _MEND = "set the tokenizer that belongs to the model, name another token, or res
 
 
 def check_token_ids(tokenizer: Tokenizer, rows: int, *, openings: str | None = None) -> str | None:
-    """Check the ids that a tokenizer adds of its own: the end and beginning of a text, and padding.
+    """Check the ids that a tokenizer adds: the end and beginning of a text, and padding.
 
-    The data's own ids, its chat template's among them, are looked at by ``check_data_fits``. Padding is masked by
-    position, so that an id without a row is exchanged for one that has a row.
+    ``check_data_fits`` checks the ids of the data, including those of the chat template. Padding is masked by
+    position, so a padding id without a row is replaced by one that has a row.
 
     Args:
-        tokenizer: the run's; its ``pad_id`` may be changed.
-        rows: tokens that the model embeds.
-        openings: text file of prompts that are sampled from, if any.
+        tokenizer: the run's tokenizer; its ``pad_id`` may be changed.
+        rows: number of rows of the embedding.
+        openings: text file of prompts for sampling, if any.
 
     Returns:
         A line for the log if another padding id is used.
@@ -59,9 +59,9 @@ def check_answer_ids(answers: Iterable[Answer | None], rows: int, *, key: str) -
     """Check that a model embeds every token of some answers.
 
     Args:
-        answers: token ids and where the answer begins in them; None for a filler.
-        rows: tokens that the model embeds.
-        key: config key of what made them.
+        answers: token ids and the index of the answer's first token; None for a filler.
+        rows: number of rows of the embedding.
+        key: config key of the component that made them.
 
     Raises:
         ConfigError: naming the highest id.

@@ -1,4 +1,4 @@
-"""From logits, or from hidden states and the LM head, to token statistics."""
+"""Token statistics from logits, or from hidden states and the LM head."""
 
 from __future__ import annotations
 

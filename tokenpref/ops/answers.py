@@ -1,4 +1,4 @@
-"""From labels to the rows that are scored, and from scored rows back to ``[B, T]``."""
+"""Selects the rows to score from the labels, and scatters scored rows back to ``[B, T]``."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ IGNORE_INDEX = -100
 
 @dataclass(frozen=True)
 class AnswerRows:
-    """Positions whose next token is an answer's token; nothing else is ever read.
+    """The positions whose next token belongs to an answer. All other positions are ignored.
 
     Args:
         index: ``[N]`` int64, row numbers in a flattened ``[B * L]``.
@@ -43,7 +43,7 @@ class AnswerRows:
         return per_position.flatten(0, 1).index_select(0, self.index)
 
     def put(self, values: Tensor) -> Tensor:
-        """Values ``[N]`` in their places of ``[B, T]``, 0 elsewhere."""
+        """Scatter values ``[N]`` to their places in ``[B, T]``, with 0 elsewhere."""
         batch, columns = self.mask.shape
         flat = values.new_zeros(batch * (columns + 1)).index_copy(0, self.index, values)
         return flat.view(batch, columns + 1)[:, :-1]
@@ -51,7 +51,7 @@ class AnswerRows:
     def token_stats(
         self, values: Mapping[str, Tensor], ref_logps: Tensor | None, weights: Tensor | None
     ) -> TokenStats:
-        """:class:`TokenStats` from row values and from what the caller brought in ``[B, T]``."""
+        """:class:`TokenStats` from values of rows and from the caller's values ``[B, T]``."""
         fields = {name: self.put(value) for name, value in values.items()}
         if ref_logps is not None:
             fields["ref_logps"] = ref_logps
@@ -59,7 +59,7 @@ class AnswerRows:
 
 
 def check_needs(needs: frozenset[str]) -> frozenset[str]:
-    """The names that ops compute; "weights" and "anchor" are the loss's to check.
+    """The names that ops compute. "weights" and "anchor" are checked by the loss.
 
     Raises:
         ValueError: for an unknown name.
@@ -70,7 +70,7 @@ def check_needs(needs: frozenset[str]) -> frozenset[str]:
 def check_reference(
     needs: frozenset[str], name: str, reference: Tensor | None, ref_logps: Tensor | None
 ) -> None:
-    """Check that the reference's side suffices for ``needs`` and is given once.
+    """Check that the reference's inputs suffice for ``needs`` and are given only once.
 
     Args:
         needs: names that ops compute.
@@ -91,17 +91,17 @@ def check_reference(
     if lacking:
         mend = f"pass {name}" if lacking & KL_STATISTICS else f"pass {name} or ref_logps"
         raise ValueError(
-            f"needs names {sorted(lacking)}, which the reference's side given here cannot serve; {mend}"
+            f"needs names {sorted(lacking)}, which cannot be computed from the given inputs of the reference; {mend}"
         )
 
 
 def needs_of_rows(
     needs: frozenset[str], ref_hidden: Tensor | None, ref_logps: Tensor | None
 ) -> frozenset[str]:
-    """What is left to compute from hidden states; checks that the reference's side serves ``needs``.
+    """The statistics to compute from hidden states, after a check that the reference's inputs suffice.
 
     Raises:
-        ValueError: for unknown names, or a reference that does not serve them.
+        ValueError: for unknown names, or if the reference's inputs do not suffice.
     """
     computed = check_needs(needs)
     check_reference(computed, "ref_hidden", ref_hidden, ref_logps)
@@ -121,7 +121,7 @@ def check_shapes(
         per_token: must be ``[B, L - 1]``.
 
     Raises:
-        ValueError: for the first that is not.
+        ValueError: for the first wrong shape.
     """
     if labels.dim() != 2:
         raise ValueError(f"labels must have the shape [B, L], got {list(labels.shape)}")

@@ -40,11 +40,11 @@ _LOG2E = 1 / math.log(2)
 KL_STATISTICS = frozenset({"kl_ref_policy", "kl_policy_ref"})
 
 OUTPUTS = ("policy_logps", "ref_logps", "kl_ref_policy", "kl_policy_ref", "entropy")
-"""Order in which the autograd functions return the statistics."""
+"""The order in which the autograd functions return the statistics."""
 
 
 def accumulation_dtype(dtype: torch.dtype) -> torch.dtype:
-    """Dtype of the arithmetic: float32 for half precision, float64 stays."""
+    """The dtype of the arithmetic: float32 for half precision, and otherwise the input's dtype."""
     return torch.promote_types(dtype, torch.float32)
 
 
@@ -53,7 +53,7 @@ class RowStatistics:
     """Statistics of N rows, ``[N]`` each.
 
     Args:
-        values: by the name of their :class:`~tokenpref.stats.TokenStats` field; None or absent where not wanted.
+        values: by the name of their :class:`~tokenpref.stats.TokenStats` field; None or missing if not requested.
         lse: log-sum-exp of the policy's logits.
         ref_lse: of the reference's logits.
     """
@@ -74,7 +74,7 @@ def _at(logits: Tensor, targets: Tensor) -> Tensor:
 
 def _divergence(p: Tensor, q: Tensor, gap: Tensor) -> Tensor:
     """KL(q || p), ``[N]``, from probabilities ``[N, V]`` and gap = log p - log q."""
-    # expm1 keeps the digits that p - q loses where the models are close; it would overflow where they are far apart.
+    # expm1 keeps digits that p - q loses if the models are close. It would overflow if they are far apart.
     return torch.where(gap.abs() < 1, q * (gap.expm1() - gap), p - q - q * gap).sum(-1)
 
 
@@ -90,7 +90,7 @@ def row_statistics(
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
 
     Returns:
-        The wanted values, and the log-sum-exps that the backward needs.
+        The requested values, and the log-sum-exps for the backward pass.
     """
     logits = logits.to(accumulation_dtype(logits.dtype))
     lse = logits.logsumexp(-1)
@@ -130,7 +130,7 @@ def logit_gradient(
     """
     of_logps, of_ref_policy = grads.get("policy_logps"), grads.get("kl_ref_policy")
     of_policy_ref, of_entropy = grads.get("kl_policy_ref"), grads.get("entropy")
-    slope = torch.zeros_like(rows.lse)  # the factor of p that is the same in all columns
+    slope = torch.zeros_like(rows.lse)  # the factor of p, which is the same in all columns
     if of_logps is not None:
         slope = slope - of_logps
     if of_ref_policy is not None:
@@ -148,7 +148,7 @@ def logit_gradient(
     gradient = exponentials(logits, rows.lse).mul_(slope)
     if of_ref_policy is not None:
         assert ref_logits is not None and rows.ref_lse is not None
-        # Each product is rounded before they meet, so that a KL alone has no gradient at all where p = q.
+        # Each product is rounded before the subtraction, so a KL alone has a gradient of exactly 0 where p = q.
         gradient -= exponentials(ref_logits, rows.ref_lse).mul_(of_ref_policy[:, None])
     return gradient
 

@@ -1,4 +1,4 @@
-"""Token statistics from hidden states and the LM head, without ever holding the logits of all positions."""
+"""Token statistics from hidden states and the LM head, without the logits of all positions in memory."""
 
 from __future__ import annotations
 
@@ -26,26 +26,26 @@ def linear_token_stats(
 ) -> TokenStats:
     """Token statistics from the last hidden states and the LM heads of both models.
 
-    The numbers and gradients of :func:`~tokenpref.ops.token_stats_from_logits` on ``hidden @ head_weight.T``, but only
-    positions that predict an answer's token meet the head, a block of the vocabulary at a time. The gradient flows to ``hidden``
-    and to ``head_weight``. If the head is frozen, the forward pass already forms the hidden states' gradient vectors, and the
-    backward pass multiplies no matrix.
+    The numbers and gradients equal those of :func:`~tokenpref.ops.token_stats_from_logits` on ``hidden @ head_weight.T``. But
+    only positions that predict an answer's token are multiplied with the head, one block of the vocabulary at a time. The
+    gradient flows to ``hidden`` and to ``head_weight``. If the head is frozen, the forward pass already computes the gradient
+    vectors of the hidden states, and the backward pass needs no matrix product.
 
     Args:
-        hidden: policy's last hidden states ``[B, L, D]``, as its LM head takes them (after the final norm).
+        hidden: policy's last hidden states ``[B, L, D]``, the input of its LM head (after the final norm).
         head_weight: policy's LM head ``[V, D]``.
-        ref_hidden: reference's last hidden states ``[B, L, D']``; None when ``needs`` asks nothing of the reference,
+        ref_hidden: reference's last hidden states ``[B, L, D']``; None if ``needs`` names nothing of the reference,
             or with ``ref_logps``.
-        ref_head_weight: reference's LM head ``[V, D']``; must stay unchanged until the backward.
+        ref_head_weight: reference's LM head ``[V, D']``; must not change before the backward pass.
         labels: ``[B, L]`` int64, -100 where no token is scored. The shift happens here: position t predicts
             label t + 1.
         weights: token weights ``[B, T]`` with T = L - 1, in the columns of the predicted tokens.
-        needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy": what to compute beside the policy's
-            log-probabilities ("weights" and "anchor" are ignored: a loss checks them).
+        needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy": what to compute in addition to the policy's
+            log-probabilities ("weights" and "anchor" are ignored, because the loss checks them).
         memory_mb: MiB of logits that are kept for the backward pass, twice that with a KL, which is of two models; the others are
             recomputed. It changes time and memory, and no bit of the result. None: a sixteenth of the free memory, at most
             eight times the head's weight.
-        ref_logps: the reference's log-probabilities ``[B, T]`` in place of ``ref_hidden``, when no KL is needed.
+        ref_logps: the reference's log-probabilities ``[B, T]`` instead of ``ref_hidden``, if no KL is needed.
         compiled: make one kernel of the passes over a block of logits with ``torch.compile``: some ten seconds the first
             time and, on a CPU, a C++ compiler. Numbers change by rounding only.
 
@@ -85,7 +85,7 @@ def score_tokens(
     memory_mb: float | None = None,
     compiled: bool = False,
 ) -> dict[str, Tensor]:
-    """Statistics of rows that are already selected; what :func:`linear_token_stats` scatters into ``[B, T]``.
+    """Statistics of rows that are already selected, which :func:`linear_token_stats` scatters to ``[B, T]``.
 
     Args:
         hidden: policy's last hidden states ``[N, D]`` at the positions to score.
@@ -99,7 +99,7 @@ def score_tokens(
 
     Returns:
         ``[N]`` tensors by the name of their :class:`~tokenpref.stats.TokenStats` field: "policy_logps" and what
-        ``needs`` names. With N = 0 they are empty and still part of the graph.
+        ``needs`` names. With N = 0 they are empty but still part of the graph.
 
     Raises:
         ValueError: for wrong shapes, unknown names in ``needs``, or a missing reference.

@@ -1,4 +1,4 @@
-"""Token statistics from logits that exist."""
+"""Token statistics from the logits of all positions: the readable reference for :mod:`tokenpref.ops.linear`."""
 
 from __future__ import annotations
 
@@ -26,18 +26,18 @@ def token_stats_from_logits(
 ) -> TokenStats:
     """Token statistics from the logits of both models.
 
-    Only positions that predict an answer's token are read. The gradient flows to ``policy_logits`` alone; it is
+    Only positions that predict an answer's token are used. The gradient flows to ``policy_logits`` only. It is
     computed in closed form and cannot be differentiated again.
 
     Args:
         policy_logits: ``[B, L, V]``.
-        ref_logits: ``[B, L, V]``; None when ``needs`` asks nothing of the reference, or with ``ref_logps``.
+        ref_logits: ``[B, L, V]``; None if ``needs`` names nothing of the reference, or with ``ref_logps``.
         labels: ``[B, L]`` int64, -100 where no token is scored. The shift happens here: position t predicts
             label t + 1.
         weights: token weights ``[B, T]`` with T = L - 1, in the columns of the predicted tokens.
-        needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy": what to compute beside the policy's
-            log-probabilities ("weights" and "anchor" are ignored: a loss checks them).
-        ref_logps: the reference's log-probabilities ``[B, T]`` in place of ``ref_logits``, when no KL is needed.
+        needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy": what to compute in addition to the policy's
+            log-probabilities ("weights" and "anchor" are ignored, because the loss checks them).
+        ref_logps: the reference's log-probabilities ``[B, T]`` instead of ``ref_logits``, if no KL is needed.
 
     Returns:
         Statistics ``[B, T]`` in nats, in float32, or in float64 for float64 logits.
@@ -65,7 +65,7 @@ def token_stats_from_logits(
 
 
 class _LogitStatistics(torch.autograd.Function):
-    """Statistics of rows of logits ``[N, V]``; the backward recomputes the probabilities from the log-sum-exps."""
+    """Statistics of rows of logits ``[N, V]``. The backward pass recomputes the probabilities from the log-sum-exps."""
 
     @staticmethod
     def forward(

@@ -1,6 +1,6 @@
-"""Products of matrices outside of autograd, by PyTorch or by a library that is faster on this machine.
+"""Matrix products outside of autograd, by PyTorch or by a library that is faster on this machine.
 
-A row's product must not depend on the rows beside it, so that a policy equal to its reference has the reference's numbers.
+The product of a row must not depend on the other rows, so that a policy that equals its reference gives the same numbers.
 """
 
 from __future__ import annotations
@@ -15,10 +15,10 @@ __all__ = ["Library", "add_product", "product", "use"]
 
 
 class Library(Protocol):
-    """Another way to multiply; see :mod:`tokenpref.models.cpu`."""
+    """A library for products; see :mod:`tokenpref.models.cpu`."""
 
     def takes(self, left: Tensor, right: Tensor) -> bool:
-        """Whether it multiplies these."""
+        """Whether the library multiplies these factors."""
         ...
 
     def product(self, left: Tensor, right: Tensor) -> Tensor:
@@ -26,7 +26,7 @@ class Library(Protocol):
         ...
 
     def add_product(self, total: Tensor, left: Tensor, right: Tensor, begun: bool) -> Tensor:
-        """``total += left right``, or ``total = left right`` where nothing has ``begun``."""
+        """``total += left right``, or ``total = left right`` if ``begun`` is False."""
         ...
 
 
@@ -34,7 +34,7 @@ _library: Library | None = None
 
 
 def use(library: Library | None) -> None:
-    """Let a library multiply whatever it takes, in this process; None: PyTorch multiplies everything."""
+    """Use a library for all products that it supports, in this process. None: PyTorch multiplies everything."""
     global _library
     _library = library
 
@@ -52,11 +52,11 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, begun: bool = Tru
     """``total += left right``, or ``total = left right``, in place.
 
     Args:
-        total: ``[N, D]``; may be wider than the factors (float32 for half precision). Products of half precision on a CPU are
-            rounded before they are added, on a GPU they are not.
+        total: ``[N, D]``; may have a wider dtype than the factors (float32 for half precision). Products of half precision
+            are rounded before they are added on a CPU, but not on a GPU.
         left: ``[N, K]``.
         right: ``[K, D]``.
-        begun: whether ``total`` holds something already.
+        begun: whether ``total`` already has values.
     """
     if _library is not None and _library.takes(left, right):
         return _library.add_product(total, left, right, begun)
@@ -68,7 +68,7 @@ def add_product(total: Tensor, left: Tensor, right: Tensor, *, begun: bool = Tru
 
 @cache
 def _multiplies(dtype: torch.dtype, device: str) -> bool:
-    """Whether a device multiplies a dtype itself; without it PyTorch's products take ten to a hundred times float32's."""
+    """Whether a device has instructions for products of a dtype. Otherwise PyTorch takes 10 to 100 times float32's time."""
     asked = {
         torch.bfloat16: "_is_mkldnn_bf16_supported",
         torch.float16: "_is_mkldnn_fp16_supported",

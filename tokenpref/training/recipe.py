@@ -1,4 +1,4 @@
-"""How a recipe starts from the command line, and how its errors are printed."""
+"""Starts a recipe from the command line, and prints its errors."""
 
 from __future__ import annotations
 
@@ -30,9 +30,8 @@ log = logging.getLogger("tokenpref")
 def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
     """Decorator for a recipe's ``main(cfg)``: ``--config NAME key=value ~key`` as everywhere in torchtune.
 
-    An error that the user can mend is one message without a traceback, exit code 2; a run that a signal stopped exits
-    with 75; see :func:`load_config` for
-    what the command line may say.
+    An error that the user can fix is printed as one message without a traceback, with exit code 2. A run that a signal stopped
+    exits with 75. See :func:`load_config` for the command line.
 
     Args:
         main: takes the merged config.
@@ -55,12 +54,12 @@ def recipe_main(main: Callable[[DictConfig], Any]) -> Callable[[], None]:
                 print(stop, file=sys.stderr, flush=True)
             sys.exit(INTERRUPTED_EXIT)
         except TokenprefError as error:
-            # Every rank finds the same fault; what only another rank found begins with that rank's number.
+            # Every rank finds the same fault. A fault that only another rank found begins with that rank's number.
             if rank == 0 or str(error).startswith("rank "):
                 print(f"error: {error}", file=sys.stderr, flush=True)
             sys.exit(USER_ERROR_EXIT)
         except OSError as error:
-            # Whatever writes or reads, a metric logger of the user's included: a full disk is no fault of the program.
+            # Whatever writes or reads, including a user's metric logger: a full disk is not a fault of the program.
             fault = write_fault(error)
             file = f"{error.filename}: " if error.filename is not None else ""
             print(f"error: {file}{fault}", file=sys.stderr, flush=True)

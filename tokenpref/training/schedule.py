@@ -1,4 +1,4 @@
-"""Learning-rate schedules that the papers use and torchtune lacks."""
+"""Learning-rate schedules of the papers that torchtune lacks."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ def get_constant_schedule_with_warmup(
 ) -> LambdaLR:
     """Linear warm-up to the optimizer's rate, then constant: ``lr * min(1, (step + 1) / num_warmup_steps)``.
 
-    The first step already moves (torchtune's cosine schedule starts at zero, a step without effect). The schedule
+    The first step already has an effect; torchtune's cosine schedule starts at a rate of zero. This is the schedule
     of the TDPO and TIS-DPO experiments.
 
     Args:
-        optimizer: whose learning rate is scheduled.
+        optimizer: the optimizer whose learning rate is scheduled.
         num_warmup_steps: steps until the full rate; 0 for none.
-        num_training_steps: taken because recipes pass it; a constant rate does not depend on it.
+        num_training_steps: ignored, because a constant rate does not depend on it; recipes pass it.
         last_epoch: index of the last step done, -1 at the start.
 
     Returns:

@@ -1,4 +1,4 @@
-"""Stopping a run from outside: SIGTERM and SIGINT let it finish its step and save."""
+"""Stops a run on SIGTERM and SIGINT, after it has finished its step and saved."""
 
 from __future__ import annotations
 
@@ -13,12 +13,12 @@ SIGNALS = (signal.SIGTERM, signal.SIGINT)
 
 
 class StopRequest:
-    """While it is entered, a first SIGTERM or SIGINT is noted, and a second one does what it always did.
+    """A context in which the first SIGTERM or SIGINT is recorded, and a second one has its usual effect.
 
-    Outside the main thread, where Python allows no handlers, nothing changes.
+    Outside the main thread, where Python allows no handlers, the context has no effect.
 
     Attributes:
-        name: the signal that came, such as "SIGTERM"; None before.
+        name: the signal that arrived, such as "SIGTERM", or None.
     """
 
     def __init__(self) -> None:
@@ -27,7 +27,7 @@ class StopRequest:
 
     def __enter__(self) -> StopRequest:
         if threading.current_thread() is threading.main_thread():
-            # What the caller ignores (a background job's SIGINT, under nohup or in a script) stays ignored.
+            # Signals that the caller ignores (SIGINT of a background job, under nohup or in a script) remain ignored.
             heard = [s for s in SIGNALS if signal.getsignal(s) is not signal.SIG_IGN]
             self._former = {s: signal.signal(s, self._note) for s in heard}
         return self

@@ -8,7 +8,7 @@ __all__ = ["mean_interval", "wilson_interval"]
 
 
 def wilson_interval(share: float, count: int, z: float = 1.96) -> tuple[float, float]:
-    """Wilson's score interval of a proportion (95 % for the default ``z``).
+    """Wilson's score interval of a proportion (95 % with the default ``z``).
 
     Args:
         share: observed proportion.

@@ -54,11 +54,11 @@ def evaluate_pairs(
     tokens: int | None = None,
     padded: bool = False,
 ) -> dict[str, float]:
-    """Means over all pairs of a data set, whatever the number of ranks.
+    """Means over all pairs of a data set, for any number of ranks.
 
     Args:
-        policy: model under evaluation; its training mode is restored afterwards.
-        reference: what it is compared with.
+        policy: model to evaluate; its training mode is restored afterwards.
+        reference: the reference to compare with.
         loss: the loss whose value and rewards are reported.
         dataset: the pairs.
         world: the run's processes.
@@ -68,8 +68,8 @@ def evaluate_pairs(
         weigh: token weights of a batch, for a loss that takes them.
         anchor: third answers of a batch, likewise.
         progress: label of a progress bar on the main process; None for none.
-        portions: keeps what is done, batch by batch; None: nothing is kept.
-        tokens: most tokens of a forward; None: as many as ``batch_size`` pairs have.
+        portions: stores finished batches; None stores nothing.
+        tokens: largest number of tokens of a forward; None for as many as ``batch_size`` pairs have.
         padded: whether ``tokens`` counts padding.
 
     Returns:
@@ -117,10 +117,10 @@ def sample_rewards(
     seed: int,
     portions: Portions | None = None,
 ) -> list[dict[str, Any]]:
-    """Sample from the policy on given openings and score what it says.
+    """Sample from the policy on given openings and score the samples.
 
-    The noise of a sample depends on (seed, opening, sample number) alone, so that two models are compared on the
-    same noise and the number of ranks changes nothing.
+    The noise of a sample depends on seed, opening and sample number only. Two models are therefore compared with the
+    same noise, and the number of ranks changes nothing.
 
     Args:
         policy: model to sample from.
@@ -128,7 +128,7 @@ def sample_rewards(
         config: openings, number and form of the samples, and the reward.
         world: the run's processes.
         seed: of the noise.
-        portions: keeps what is done, batch by batch; None: nothing is kept.
+        portions: stores finished batches; None stores nothing.
 
     Returns:
         On every rank, one dict for each opening and sample: ``prompt``, ``sample``, ``completion``, ``reward``,
@@ -136,7 +136,7 @@ def sample_rewards(
 
     Raises:
         DataError: if the openings file is empty, or an opening has no token.
-        ConfigError: if the reward returns something else than one number for each sample.
+        ConfigError: if the reward does not return one number for each sample.
     """
     path = resolve_path(config.prompts)
     openings = read_openings(path)
@@ -171,7 +171,7 @@ def sample_rewards(
     for number, start in enumerate(range(0, len(jobs), size)):
         mine = jobs[start : start + size][world.rank :: world.size]
         parts = (portions or Portions(world)).do("samples", number, partial(draw, mine))
-        # In one order of keys, also where they come from a file.
+        # In the same order of keys, also if they come from a file.
         names = ("row", "sample", "prompt", "completion", "tokens")
         records += [{name: record[name] for name in names} for part in parts for record in part]
     records.sort(key=lambda record: (record["row"], record["sample"]))
@@ -192,8 +192,8 @@ def _with_rewards(records: list[dict[str, Any]], config: SamplingConfig) -> list
 def paired_gain(records: list[dict[str, Any]], baseline: Path) -> tuple[float, float, float]:
     """Mean gain in reward over a baseline's samples of the same openings, with its 95 % interval.
 
-    Differences are taken sample by sample: same opening, and same noise if both were drawn with one seed and the same
-    sampling settings. The interval is the normal one over all differences.
+    Differences are taken sample by sample, with the same opening, and with the same noise if both were drawn with one seed and
+    the same sampling settings. The interval is the normal interval over all differences.
 
     Args:
         records: what :func:`sample_rewards` returned.

@@ -1,4 +1,4 @@
-"""Held-out pairs and samples along a training run."""
+"""Validation during a training run, on held-out pairs and samples."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ ANCHORED = ("anchors/tokens", "anchors/empty", "anchors/equal_chosen", "anchors/
 
 
 def best_faults(config: TrainConfig) -> list[str]:
-    """A ``best.metric`` that no validation of the run has; nothing is said of losses that are not this package's."""
+    """The fault of a ``best.metric`` that no validation of the run has. Losses from other packages are not checked."""
     loss = config.loss_val or config.loss
     if config.best is None or config.best.metric is None or loss is None:
         return []
@@ -46,7 +46,7 @@ def best_faults(config: TrainConfig) -> list[str]:
 
 
 def _pair_metrics(config: TrainConfig) -> set[str]:
-    """Names that held-out pairs bring: what the loss says of two tokens that equal their reference's."""
+    """The names of metrics of held-out pairs, from the loss on two tokens that equal the reference's."""
     loss = (config.loss_val or config.loss).build()
     stats = config.log_stats if config.log_stats_val is None else config.log_stats_val
     needs = frozenset(loss.needs) | frozenset(stats or ())
@@ -58,7 +58,7 @@ def _pair_metrics(config: TrainConfig) -> set[str]:
 
 
 class Validation:
-    """What a run measures every so often beside its training batches.
+    """The measurements that a run makes at intervals, in addition to its training metrics.
 
     Args:
         config: the run's config: ``loss_val`` (default: the training loss), ``log_stats_val``, ``batch_size_val``, ``sampling``.

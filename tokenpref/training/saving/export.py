@@ -1,6 +1,6 @@
-"""What lies beside exported weights: the tokenizer, template and numbers that the model was trained with.
+"""Writes the files beside exported weights: the tokenizer, template and settings that the model was trained with.
 
-A checkpointer copies the files of the folder that the training started from. The weights may have another dtype since then, the
+A checkpointer copies the files of the folder from which training started. But the weights may have another dtype now, the
 tokenizer may come from another folder, and the config may have named other tokens or another chat template.
 """
 
@@ -52,21 +52,21 @@ def forget_tied_head(checkpointer: Any, state: Mapping[str, Tensor]) -> None:
         checkpointer: writes the weights.
         state: the weights under torchtune's names; those of a tied model have no head.
     """
-    files = getattr(checkpointer, "_weight_map", None)  # torchtune's list of what it read from which file
+    files = getattr(checkpointer, "_weight_map", None)  # torchtune's list of tensors by file
     if isinstance(files, dict) and HEAD not in state:
         files.pop(HEAD_IN_FILES, None)
 
 
 def describe_export(folder: Path, state: Mapping[str, Tensor], tokenizer: Tokenizer | None) -> None:
-    """Make the files beside exported weights say what was trained.
+    """Make the files beside exported weights describe the trained model.
 
     Args:
-        folder: holds the weights, and what a checkpointer has copied beside them.
+        folder: contains the weights, and the files that a checkpointer has copied.
         state: the weights.
-        tokenizer: what the model was trained with; None: nothing is known of it.
+        tokenizer: the tokenizer of the training; None if it is unknown.
     """
     for file in folder.glob("*.safetensors"):
-        follow_umask(file)  # safetensors writes files that their owner alone may read
+        follow_umask(file)  # safetensors writes files that only their owner may read
     for file in folder.glob("*.index.json"):
         _keep_in_index(file)
     _write_dtype(folder, state)
@@ -83,10 +83,10 @@ def describe_export(folder: Path, state: Mapping[str, Tensor], tokenizer: Tokeni
 
 
 def _keep_in_index(index: Path) -> None:
-    """Leave in an index what its files hold; torchtune lists all that it read, such as the head of a tied model."""
+    """Keep only existing tensors in an index. torchtune lists all that it read, such as the head of a tied model."""
     record = _read(index)
     names = (record or {}).get("weight_map")
-    # One that was copied from beside the starting weights may speak of files that are not here.
+    # An index that was copied from the starting weights may list files that do not exist here.
     if (
         record is None
         or not isinstance(names, dict)
@@ -107,7 +107,7 @@ def _names_in(file: Path) -> set[str]:
 
 
 def _write_dtype(folder: Path, state: Mapping[str, Tensor]) -> None:
-    """Name the weights' dtype in ``config.json``, where and as it names one: transformers 5 loads what it says."""
+    """Set the weights' dtype in ``config.json`` if it has one, because transformers 5 loads weights in this dtype."""
     file = folder / "config.json"
     config = _read(file)
     dtypes = {tensor.dtype for tensor in state.values() if tensor.is_floating_point()}
@@ -122,12 +122,12 @@ def _write_dtype(folder: Path, state: Mapping[str, Tensor]) -> None:
             part[key] = own
         _write(file, config)
         log.info(
-            f"{folder.name}: the weights are {own}, and config.json says so (it said {', '.join(former)})"
+            f"{folder.name}: the weights are {own}, so config.json now says so (before: {', '.join(former)})"
         )
 
 
 def _write_ids(file: Path, tokenizer: Tokenizer) -> None:
-    """Name the ids that were trained with: generation stops at the trained EOS, and at what it stopped at before."""
+    """Set the ids of training. Generation then stops at the trained EOS, and at the earlier end tokens."""
     config = _read(file)
     if config is None:
         return
@@ -144,7 +144,7 @@ def _write_ids(file: Path, tokenizer: Tokenizer) -> None:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """The files of the tokenizer that was trained with, in the place of those that lay beside the starting weights."""
+    """Replace the tokenizer files of the starting weights by those of the training."""
     for name in TOKENIZER_FILES:
         file = source if name == "tokenizer.json" else source.parent / name
         (folder / name).unlink(missing_ok=True)
@@ -160,7 +160,7 @@ def _write_tokens(folder: Path, tokenizer: JsonTokenizer) -> None:
         if token_id is not None
     }
     if not (folder / SETTINGS).exists():
-        # Without a class transformers takes the model's own, which may split text in another way than the file does.
+        # Without a class transformers uses the model's default class, which may split text differently from the file.
         _write(folder / SETTINGS, {"tokenizer_class": "PreTrainedTokenizerFast", **tokens})
     for name in (SETTINGS, "special_tokens_map.json"):
         settings = _read(folder / name)
@@ -176,7 +176,7 @@ def _content(token: Any) -> Any:
 
 
 def _write_template(folder: Path, template: str | None) -> None:
-    """The chat template in the two places where transformers looks, unless it would find it already."""
+    """Write the chat template to the two places where transformers looks, unless it is already there."""
     if template is None:
         return
     settings = _read(folder / SETTINGS) or {}
@@ -193,11 +193,11 @@ def _write_template(folder: Path, template: str | None) -> None:
     (folder / "chat_template.json").unlink(missing_ok=True)
     shutil.rmtree(
         folder / "additional_chat_templates", ignore_errors=True
-    )  # such as one for tools, which would be preferred
+    )  # such as a template for tools, which would be preferred
 
 
 def _write_tool_template(folder: Path, tokenizer: JsonTokenizer) -> None:
-    """The template for conversations with tools where transformers looks for it, unless it would find it already."""
+    """Write the template for tools where transformers looks for it, unless it is already there."""
     settings = _read(folder / SETTINGS) or {}
     default = folder / TEMPLATE
     found = None if default.is_file() else named_template(settings.get("chat_template"), "tool_use")
@@ -206,24 +206,24 @@ def _write_tool_template(folder: Path, tokenizer: JsonTokenizer) -> None:
     file = folder / TOOL_TEMPLATE
     file.parent.mkdir(exist_ok=True)
     file.write_text(tokenizer.tool_template, encoding="utf-8", newline="")
-    # Without this file transformers would take the other one for every conversation.
+    # Without this file transformers would use the other template for every conversation.
     default.write_text(tokenizer.chat_template, encoding="utf-8", newline="")
 
 
 def _read(file: Path) -> dict[str, Any] | None:
-    """A JSON object; None if there is none. A file that cannot be read is left as it is: the weights count for more."""
+    """A JSON object; None if there is none. An unreadable file is not changed, because the weights matter more."""
     if not file.is_file():
         return None
     try:
         found = json.loads(file.read_text(encoding="utf-8"))
     except ValueError as error:
-        log.warning(f"{file} is not valid JSON ({error}); it is left as it is")
+        log.warning(f"{file} is not valid JSON ({error}); it is not changed")
         return None
     return found if isinstance(found, dict) else None
 
 
 def _write(file: Path, record: Mapping[str, Any]) -> None:
-    """In one piece, and in the place of a file that may be read-only."""
+    """Write atomically, also over a read-only file."""
     temporary = file.with_name(f"{file.name}.tmp")
     temporary.write_text(json.dumps(record, indent=2, ensure_ascii=False) + "\n", encoding="utf-8")
     os.replace(temporary, file)

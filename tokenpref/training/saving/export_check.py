@@ -1,4 +1,4 @@
-"""Weights that a run has exported, compared with their manifests before the run goes on or is declared finished."""
+"""Compares the exported weights of a run with their manifests, before the run resumes or is declared finished."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ def finished_epochs(progress: dict[str, Any]) -> int:
     """Epochs whose weights were exported before a checkpoint was written.
 
     Args:
-        progress: what the checkpoint says about itself, as :func:`tokenpref.training.saving.checkpoints.read_progress` gives it.
+        progress: the checkpoint's description of itself, as :func:`tokenpref.training.saving.checkpoints.read_progress` gives it.
     """
     steps = progress["facts"].get("steps_per_epoch")
     return int(progress["step"]) // steps if isinstance(steps, int) and steps > 0 else 0
 
 
 def epochs_until(export: str) -> int:
-    """Epochs of a run whose last weights lie in the folder of this name."""
+    """The number of epochs of a run whose last weights are in the folder of this name."""
     number = export.removeprefix("epoch_")
     return int(number) + 1 if number.isdecimal() else 0
 
@@ -32,13 +32,13 @@ def epochs_until(export: str) -> int:
 def check_exports(folder: Path, epochs: int) -> None:
     """Compare the weights in ``epoch_0`` to ``epoch_{epochs - 1}`` and ``best`` with their manifests, byte by byte.
 
-    A folder that is not there is no fault: people move weights away, and a checkpointer of their own may write elsewhere. Files
-    that were added are none either. Every byte is read, at about 4 GB/s from the page cache and else as fast as the disk is;
-    the main process alone should call this.
+    A missing folder is not a fault, because people move weights, and their own checkpointer may write elsewhere. Added files
+    are not faults either. Every byte is read, at about 4 GB/s from the page cache and otherwise at the speed of the disk. Only
+    the main process should call this.
 
     Args:
         folder: the run's folder.
-        epochs: epochs whose weights must be whole; a later folder may be half written, and is written again.
+        epochs: epochs whose weights must be complete. A later folder may be incomplete, and is written again.
 
     Raises:
         ConfigError: naming each damaged folder, the file in it and what to do.
@@ -59,5 +59,5 @@ def _what_comes_again(export: Path, epochs: int) -> str:
     if export.name == BEST:
         return "best is then written again by the next validation that is better than those before"
     if export.name == f"epoch_{epochs - 1}":
-        return "where the run goes on from the end of its last epoch, that epoch's weights are written again"
+        return "if the run resumes from the end of its last epoch, that epoch's weights are written again"
     return "the weights of an earlier epoch are not written again"

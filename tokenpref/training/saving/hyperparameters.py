@@ -1,4 +1,4 @@
-"""What a resumed run takes from its config and what from its checkpoint: hyperparameters and the learning-rate schedule."""
+"""Decides which hyperparameters of a resumed run come from its config, and which from its checkpoint."""
 
 from __future__ import annotations
 
@@ -22,9 +22,8 @@ Group = dict[str, Any]
 class Hyperparameters:
     """An optimizer's parameter groups as the config made them, before the first step.
 
-    A checkpoint records them. When a run resumes, they tell two things apart: a setting that the config changed, whose new value
-    counts, and a value that the optimizer itself changes (some count their steps in a parameter group), which comes from the
-    checkpoint.
+    A checkpoint records them. When a run resumes, they separate two cases: a setting that the config changed gets its new value,
+    and a value that the optimizer itself changes (some count their steps in a parameter group) comes from the checkpoint.
 
     Args:
         kind: class of the optimizer.
@@ -36,17 +35,17 @@ class Hyperparameters:
 
     @classmethod
     def of(cls, optimizer: Optimizer) -> Hyperparameters:
-        """Take a copy from an optimizer that has made no step; its schedule is built already."""
-        # A component of the user's may wrap an optimizer without being one: all it needs is param_groups.
+        """Copy the settings of an optimizer that has made no step and whose schedule has been built."""
+        # A user's component may wrap an optimizer without being one; it only needs param_groups.
         kind = f"{type(optimizer).__module__}.{type(optimizer).__qualname__}"
         return cls(kind, [_settings(group) for group in optimizer.param_groups])
 
     def record(self) -> dict[str, Any]:
-        """As plain data for a checkpoint."""
+        """The settings as plain data, for a checkpoint."""
         return {"class": self.kind, "groups": [plain(group) for group in self.groups]}
 
     def fault(self, then: Mapping[str, Any] | None) -> str | None:
-        """Why the state of the optimizer that a checkpoint records cannot be continued; None if it can."""
+        """The reason why the optimizer state of a checkpoint cannot be used; None if it can."""
         if then is None:
             return None
         if then["class"] != self.kind:
@@ -56,12 +55,12 @@ class Hyperparameters:
         return None
 
     def settle(self, stored: Sequence[Group], then: Mapping[str, Any] | None, *, same_config: bool) -> None:
-        """Put the settings that the config changed into the groups of a checkpoint, in place.
+        """Apply the settings that the config changed to the groups of a checkpoint, in place.
 
         Args:
-            stored: groups as the checkpoint has them.
-            then: what :meth:`record` gave to the checkpoint; None in one of an earlier version.
-            same_config: whether the config of the optimizer and its schedule is as it was; decides where there is no record.
+            stored: the groups of the checkpoint.
+            then: the result of :meth:`record` in the checkpoint; None in checkpoints of earlier versions.
+            same_config: whether the config of the optimizer and its schedule is unchanged. It decides if there is no record.
         """
         groups = then["groups"] if then is not None else [None] * len(self.groups)
         for own, group, former in zip(self.groups, stored, groups, strict=True):
@@ -71,12 +70,12 @@ class Hyperparameters:
                     group[name] = copy.deepcopy(value)
 
     def is_as(self, then: Mapping[str, Any] | None) -> bool:
-        """Whether a checkpoint was written with these settings; True where it has no record."""
+        """Whether a checkpoint was written with these settings; True if it has no record."""
         return then is None or self.record() == then
 
 
 def record_fault(record: Mapping[str, Any] | None) -> str | None:
-    """Why a checkpoint's record of settings cannot be one; None if it can, or if there is none."""
+    """The reason why a checkpoint's record of settings is invalid; None if it is valid or missing."""
     if record is None:
         return None
     kind, groups = record.get("class"), record.get("groups")
@@ -94,14 +93,14 @@ def replay_schedule(
     steps: int,
     stored: Mapping[str, Any] | None,
 ) -> None:
-    """Bring a fresh schedule to where it stands after some steps, as if it had been in use from the first one.
+    """Advance a new schedule by some steps, as if it had been used from the first one.
 
-    The rate of every further step is the one that this config gives to it in a run from the beginning, also when the config's
+    Every further step gets the rate that this config gives it in a run from the beginning, also if the config's
     rate, warm-up or length has changed.
 
     Args:
-        optimizer: with the settings of the run that goes on.
-        scheduler: fresh.
+        optimizer: with the settings of the resumed run.
+        scheduler: a new schedule.
         built: the optimizer's settings when the schedule was made.
         steps: optimizer steps done.
         stored: the schedule's state in the checkpoint, if the config of optimizer, schedule and length is as it was. A schedule
@@ -137,7 +136,7 @@ def schedule_state(scheduler: LRScheduler | None) -> dict[str, Any] | None:
 
 
 def plain(value: Any) -> Any:
-    """A setting as JSON gives it back, for comparisons."""
+    """A setting after a round trip through JSON, for comparisons."""
     return json.loads(json.dumps(value, default=_unwrapped))
 
 

@@ -1,4 +1,4 @@
-"""Long jobs in portions: what is done is kept in a file, so that a job that is killed goes on where it was."""
+"""Splits long jobs into portions and stores the finished ones, so that a killed job can continue."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ SECONDS_BETWEEN_WRITES = 20.0
 
 
 class Portions:
-    """Portions of a job of which nothing is kept.
+    """Portions of a job whose results are not stored.
 
     Args:
         world: the job's processes.
@@ -31,7 +31,7 @@ class Portions:
         self.world = world
 
     def do(self, part: str, number: int, make: Callable[[], Any]) -> list[Any]:
-        """A portion's results, those of all ranks, on every rank.
+        """The results of a portion from all ranks, on every rank.
 
         Args:
             part: part of the job.
@@ -42,12 +42,12 @@ class Portions:
 
 
 class KeptPortions(Portions):
-    """Portions that are written to a file every so often, and read from it by the next start of the same job.
+    """Portions that are written to a file at intervals, and read by the next start of the same job.
 
     Args:
-        file: where they are kept; the main process alone touches it.
-        job: everything that the results depend on, as plain data; what another job kept is not used.
-        world: the job's processes; their number belongs to the job.
+        file: the file of finished portions, which only the main process uses.
+        job: everything that the results depend on, as plain data. Portions of another job are not used.
+        world: the job's processes. Their number is part of the job.
     """
 
     def __init__(self, file: Path, job: dict[str, Any], world: World) -> None:
@@ -73,7 +73,7 @@ class KeptPortions(Portions):
             )
             return {}
         done = ", ".join(f"{len(portions)} portions of {part}" for part, portions in kept.items())
-        log.info(f"continuing: {done} are done already")
+        log.info(f"continuing: {done} are already done")
         return kept
 
     def do(self, part: str, number: int, make: Callable[[], Any]) -> list[Any]:
@@ -90,6 +90,6 @@ class KeptPortions(Portions):
         return portions[number]
 
     def drop(self) -> None:
-        """Forget everything: the job is done and its results are written."""
+        """Delete all portions, after the job's results have been written."""
         if self.world.is_main:
             self._file.unlink(missing_ok=True)

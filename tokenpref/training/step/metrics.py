@@ -43,7 +43,7 @@ class MetricSums:
             self._counts[name] = self._counts.get(name, 0) + other._counts[name]
 
     def plain(self) -> dict[str, list[float]]:
-        """Sum and count of each name as numbers, which :meth:`from_plain` takes without losing a bit."""
+        """Sum and count of each name as plain numbers, from which :meth:`from_plain` restores the same bits."""
         return {name: [float(total), int(self._counts[name])] for name, total in self._sums.items()}
 
     @classmethod
@@ -68,7 +68,7 @@ class MetricSums:
 
 
 class LogInterval:
-    """What happened since the last line of the log, and how fast."""
+    """Metrics and speed since the last line of the log."""
 
     def __init__(self) -> None:
         self._restart()
@@ -84,13 +84,13 @@ class LogInterval:
 
     @contextmanager
     def pause(self) -> Iterator[None]:
-        """Time inside does not count for the speed: evaluation and saving are not training."""
+        """Exclude the time inside from the speed, because evaluation and saving are not training."""
         start = time.perf_counter()
         yield
         self._paused += time.perf_counter() - start
 
     def close(self, world: World) -> dict[str, float]:
-        """Means over the interval's pairs and ``tokens_per_second``; starts the next interval. On every rank."""
+        """Means over the interval's pairs and ``tokens_per_second``; starts the next interval. Every rank must call it."""
         metrics = self._sums.reduce(world)
         metrics["tokens_per_second"] = self._tokens / (time.perf_counter() - self._start - self._paused)
         self._restart()
@@ -107,7 +107,7 @@ class Stopwatch:
 
     @contextmanager
     def time(self, part: str) -> Iterator[None]:
-        """Time what happens inside under a name; "step" is the whole step and counts it."""
+        """Measure the time inside under a name. "step" is the whole step and also counts the steps."""
         start = time.perf_counter()
         yield
         if self._running:
@@ -122,7 +122,7 @@ class Stopwatch:
         self._running = True
 
     def take(self) -> dict[str, float]:
-        """``time/<part>``: mean seconds a step since the last call."""
+        """``time/<part>``: mean seconds per step since the last call."""
         found = {f"time/{part}": seconds / max(self._steps, 1) for part, seconds in self._seconds.items()}
         self._seconds, self._steps = {}, 0
         return found
