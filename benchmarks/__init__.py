@@ -1,1 +1,1 @@
-"""Side-by-side scripts that print one table each."""
+"""Benchmarks, each of which prints a table."""

@@ -1,9 +1,9 @@
-"""What a resumable checkpoint costs: against safetensors writing the same bytes, and in the background of ten steps; one run.
+"""The cost of a checkpoint, compared with safetensors for the same bytes, and of a background save during ten steps.
 
     python -m benchmarks.checkpoint                    # the shape of SmolLM2-135M, some ten minutes on two idle cores
     python -m benchmarks.checkpoint --rounds 5 --write-docs
 
-A round, by turns: safetensors writes and syncs model and optimizer state in one file; the run's own checkpoint (written,
+A round takes turns: safetensors writes and syncs model and optimizer state in one file; the run's own checkpoint (written,
 synced, hashed, sealed, renamed); ten steps without a save; a save in the background and ten steps. A background save costs its
 own call and what the steps beside it take longer than the median step without one. Steps after its end run beside nothing; the
 difference of all ten is reported too, with its standard error: a machine's noise in ten steps may be larger than the cost.
@@ -88,7 +88,7 @@ class Saves:
         return [self.steps.take(DPOLoss()) for _ in range(self.length)]
 
     def steps_after_a_save(self) -> tuple[list[float], int]:
-        """Seconds of a save's call in the background and of the steps after it; and how many of these ran beside it."""
+        """Seconds of the call of a background save and of the steps after it, and the number of steps during the save."""
         times, beside = [seconds(lambda: self.checkpoint(background=True))], 0
         for _ in range(self.length):
             beside += self.checkpoints.saving
@@ -137,7 +137,7 @@ def report(
 
 
 def main() -> None:
-    """Time everything by turns and print the table."""
+    """Time all variants in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=1)
     parser.add_argument("--steps", type=int, default=10)

@@ -1,4 +1,4 @@
-"""The rate of weight estimation against two bare forward passes over the same tokens, in one run.
+"""The rate of weight estimation, compared with two bare forward passes over the same tokens in the same run.
 
     python -m benchmarks.estimate                  # SmolLM2-135M, prompt pair, the held-out pairs; a few minutes
     python -m benchmarks.estimate --rows 32 --repeats 3
@@ -30,7 +30,7 @@ def config(name: str, *overrides: str) -> OmegaConf:
 
 
 def bare(estimation: WeightEstimation, batches: list[list[tuple[int, int]]]) -> float:
-    """Seconds of one plain forward per model and batch."""
+    """Seconds of one plain forward pass per model and batch."""
     estimator = estimation.estimator
     assert isinstance(estimator, ContrastiveEstimator)
     examples = estimation.dataset

@@ -1,11 +1,11 @@
 """Reward against KL for DPO, TDPO2 and TIS-DPO on the real small model, with points along training.
 
-    python -m benchmarks.frontier                  # about an hour on two cores; stopped and started again, it goes on
+    python -m benchmarks.frontier                  # about an hour on two cores; it resumes if it is started again
     python -m benchmarks.frontier --seeds 3
-    python -m benchmarks.frontier --write-docs     # writes docs/results/tis_frontier.md from what is there
+    python -m benchmarks.frontier --write-docs     # writes docs/results/tis_frontier.md from existing results
 
-Every point is a command that a user could type: a training run with validation, which samples from the policy as it goes. All
-arms see the same pairs in the same order, and all samples the same openings and noise.
+Every point is a command that a user could type: a training run with validation, which samples from the current policy. All
+methods see the same pairs in the same order, and all samples the same openings and noise.
 """
 
 from __future__ import annotations

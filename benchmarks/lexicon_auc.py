@@ -3,9 +3,9 @@
     python -m benchmarks.lexicon_auc               # builds the pairs that are missing, scores data/sentiment/eval.jsonl
     python -m benchmarks.lexicon_auc --write-docs  # and writes docs/results/lexicon_auc.md
 
-The data comes with the lexicon's valence of every word, which decided what was preferred. Two questions of each token's log
-pi+ - log pi-: does its size tell lexicon words from the rest, and does its sign tell good words from bad ones? Attribution
-weights have no sign and answer the first alone.
+The data comes with the lexicon's valence of every word, which decided what was preferred. The benchmark asks two questions
+of each token's log pi+ - log pi-: does its size separate lexicon words from the rest, and does its sign separate good words
+from bad ones? Attribution weights have no sign and answer the first alone.
 """
 
 from __future__ import annotations
@@ -53,7 +53,7 @@ def pair_folder(method: str) -> Path:
 
 
 def store(method: str) -> WeightStore:
-    """The scores of the held-out pairs under one construction, made where missing."""
+    """The scores of the held-out pairs under one construction, computed if missing."""
     pair, output = pair_folder(method), ROOT / "outputs" / f"lexicon_{method}"
     if not (pair / "pair.yaml").is_file():
         tune(
@@ -74,7 +74,7 @@ def store(method: str) -> WeightStore:
 
 
 def attribution_store(name: str) -> WeightStore:
-    """The same pairs' attribution weights under the starting model, made where missing."""
+    """The attribution weights of the same pairs under the starting model, computed if missing."""
     target, settings, norm = ATTRIBUTIONS[name]
     output = ROOT / "outputs" / f"lexicon_attribution_{name}"
     if not (output / "weights" / "metadata.json").is_file():

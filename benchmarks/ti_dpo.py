@@ -1,10 +1,10 @@
-"""What TI-DPO costs: steps with attribution, stored weights and anchors against our DPO step, in one run on the same pairs.
+"""The cost of TI-DPO: steps with attribution, stored weights and anchors, compared with our DPO step on the same pairs.
 
     python -m benchmarks.ti_dpo                    # SmolLM2-135M, a few minutes on two idle cores
     python -m benchmarks.ti_dpo --rounds 5 --write-docs
 
-Every round takes one step of each kind by turns, with the library's own step, on pairs of 16 prompt and 64 answer tokens;
-anchors have 64 too. Reported are medians, as ratios to the DPO step. Run it on an idle machine.
+Every round takes one step of each kind in turn, with the library's own step, on pairs of 16 prompt and 64 answer tokens.
+Anchors also have 64 tokens. The table shows medians, as ratios to the DPO step. Run it on an idle machine.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ PROMPT, ANSWER, EOS = 16, 64, 2
 
 
 def smollm2() -> ScoringModel:
-    """The real model's shape with random weights: time does not depend on what they are."""
+    """The real model's shape with random weights, which do not affect the time."""
     from tokenpref.models import smollm2_135m
 
     torch.manual_seed(0)
@@ -163,7 +163,7 @@ def reading_rate() -> float:
 
 
 def main() -> None:
-    """Time everything by turns and print the table."""
+    """Time all variants in turns and print the table."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
     parser.add_argument("--pairs", type=int, default=4)
     parser.add_argument("--rounds", type=int, default=4)

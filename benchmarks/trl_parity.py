@@ -1,8 +1,8 @@
 """DPO step by step against TRL's DPOTrainer on the same work: same random Llama, same pairs, same order.
 
 The losses of TRL 1.16.0 below were logged by its trainer (transformers 5.23.0, torch 2.13.0, CPU, float32): AdamW 1e-4,
-beta 0.1, no clipping, no shuffling, 4 pairs of 512 tokens a step. This script makes the model and the pairs anew (it
-needs transformers, whose random initialisation decides the weights), trains our recipe, compares.
+beta 0.1, no clipping, no shuffling, 4 pairs of 512 tokens a step. This script makes the model and the pairs again (it
+needs transformers, whose random initialisation decides the weights), trains our recipe, and compares the losses.
 
     python benchmarks/trl_parity.py --work outputs/trl_parity
 """

@@ -1,21 +1,21 @@
-"""Kill runs in every way a cluster knows, let them go on, and compare the end with a run that nobody disturbed.
+"""Kill runs in every way that happens on a cluster, resume them, and compare the result with an undisturbed run.
 
     make chaos                                     # 30 kills, some minutes
     python scripts/chaos.py --kills 6 --jobs tdpo --seed 3
 
-Jobs are tiny: TDPO (also with saves in the background, and with a cached reference), TIS-DPO, TI-DPO, a contrastive pair and
-weight estimation, in one process and in two. Results kept by row are also compared between two processes and one. A kill is
-drawn for each start: SIGKILL of all processes or of one rank, at a random instant (also while something is written), SIGTERM, or
-a limit on the size of files that makes a save fail as a full disk does. After the kills the job runs to its end. Weights or
-scores must be the undisturbed run's, bit for bit.
+The jobs are tiny: TDPO (also with background saves and with a cached reference), TIS-DPO, TI-DPO, a contrastive pair and
+weight estimation, in one process and in two. Results that are kept by row are also compared between two processes and one. Each
+start gets a random kind of kill: SIGKILL of all processes or of one rank at a random time (also during a write), SIGTERM, or
+a limit on the size of files that makes a save fail like a full disk. After the kills the job runs to its end. Its weights or
+scores must equal those of the undisturbed run, bit for bit.
 
-In the jobs of damage (`harmed_*`) a file that a killed job left is flipped, cut or removed before the job goes on. The job must
-end with the bits of the undisturbed one, or be refused with exit code 2 and the name of what is damaged. That is then removed,
-as the error says, and the job goes on.
+In the damage jobs (`harmed_*`), a bit of a file that a killed job left is flipped, or the file is truncated or removed, before
+the job resumes. The job must end with the same bits as the undisturbed one, or be refused with exit code 2 and the name of the
+damaged file. That is then removed, as the error says, and the job resumes.
 
-Two jobs begin with a run that has finished. Its command, given once more, must be refused and change no byte. Then it goes on for
-more epochs: with its own settings (``more``), or with another rate and other betas (``rate``). The undisturbed run of ``rate``
-has an optimizer that changes both by hand.
+Two jobs begin with a finished run. If its command is repeated, it must be refused without changing a byte. Then the run resumes
+for more epochs, either with its own settings (``more``) or with another rate and other betas (``rate``). The undisturbed run of
+``rate`` has an optimizer that changes both itself.
 """
 
 from __future__ import annotations
@@ -69,16 +69,16 @@ KILLS = ("all", "one", "term", "full")
 
 @dataclass(frozen=True)
 class Job:
-    """A command that can be continued, and how its result is told from another.
+    """A command that can be resumed, and how its results are compared.
 
     Args:
         words: recipe, config and settings.
-        result: what it leaves in its folder, as comparable bytes.
-        saves: whether it takes the settings of checkpoints.
-        first: settings of a run in the same folder that comes before, to its end.
-        whole: settings of the undisturbed run, where they are other ones.
-        resumes: whether it has to be asked to go on.
-        ranks: numbers of processes that it makes sense for.
+        result: reads its result from its folder, as comparable bytes.
+        saves: whether it accepts the settings of checkpoints.
+        first: settings of an earlier run in the same folder, which runs to its end first.
+        whole: settings of the undisturbed run, if they differ.
+        resumes: whether resuming needs a setting.
+        ranks: the numbers of processes to test.
         as_one: whether two processes must end with the weights of one, up to rounding.
         harmed: patterns of files that are damaged between two starts.
     """
@@ -131,7 +131,7 @@ ESTIMATE_WORDS = (
 TDPO_WORDS = ("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET)
 KEPT_WORDS = (
     *("recipes/ti_dpo_distributed", "--config", "tiny/ti_dpo", "run_val_every_n_steps=null", "epochs=2"),
-    # A larger eps: Adam would make a step of what rounding leaves of a gradient near 0.
+    # A larger eps, because Adam would turn the rounding error of a gradient near 0 into a full step.
     *("dataset.max_rows=32", "optimizer.eps=1e-4", *KEPT),
 )
 EXPORTS = "epoch_*/*"
@@ -184,8 +184,8 @@ class Chaos:
     """Runs jobs in a folder and disturbs them.
 
     Args:
-        folder: where everything happens.
-        seed: of the kills.
+        folder: working folder.
+        seed: seed of the kills.
     """
 
     def __init__(self, folder: Path, seed: int) -> None:
@@ -203,7 +203,7 @@ class Chaos:
         return [str(TUNE), "run", *launch, *job.words, *saving, *batch, f"output_dir={output}"]
 
     def start(self, words: list[str], limit: int | None = None) -> subprocess.Popen[bytes]:
-        """Start a command in a session of its own, perhaps with a limit on the size of its files."""
+        """Start a command in a new session, optionally with a limit on the size of its files."""
         hard = resource.getrlimit(resource.RLIMIT_FSIZE)[1]
 
         def before() -> None:
@@ -229,7 +229,7 @@ class Chaos:
             raise SystemExit(f"{' '.join(words)} failed:\n{self.log.read_text()[-4000:]}")
 
     def repeat(self, words: list[str], output: str) -> None:
-        """The command of a finished run once more: it must fail and leave every byte as it was."""
+        """Repeat the command of a finished run: it must fail without changing a byte."""
         before = content(self.folder / output)
         if self.start([*words, "resume_from_checkpoint=false"]).wait(600) == 0:
             raise SystemExit(f"{' '.join(words)}: a finished run was begun again in its folder")
@@ -237,7 +237,7 @@ class Chaos:
             raise SystemExit(f"{' '.join(words)}: the second start changed the finished run in {output}")
 
     def disturb(self, words: list[str], output: str, seconds: float) -> bool:
-        """One start that may not end well; True when the job ended before its kill came."""
+        """One start that is killed; True if the job ended before the kill."""
         kind = self.random.choice(KILLS)
         process = self.start(words, limit=self.random.choice([2_000, 60_000]) if kind == "full" else None)
         self._wait_for_a_sign_of_life(process, output)
@@ -277,7 +277,7 @@ class Chaos:
 
     @staticmethod
     def _family(pid: int) -> list[int]:
-        """A process and all below it, itself first; torchrun's workers have sessions of their own."""
+        """A process and its descendants, itself first. torchrun's workers have separate sessions."""
         parents: dict[int, int] = {}
         for stat in Path("/proc").glob("[0-9]*/stat"):
             try:
@@ -296,7 +296,7 @@ class Chaos:
                 os.kill(pid, signal.SIGKILL)
 
     def harm(self, job: Job, output: Path) -> Path | None:
-        """Flip a bit of a file that is there, cut it, or remove it; None where there is none yet."""
+        """Flip a bit of an existing file, truncate it, or remove it; None if there is no file yet."""
         files = sorted(f for pattern in job.harmed for f in output.glob(pattern) if f.is_file())
         if not files:
             return None
@@ -316,7 +316,7 @@ class Chaos:
         return file
 
     def go_on_over(self, words: list[str], harmed: Path) -> Path | None:
-        """Let a job go on over a damaged file; the folder that it refused, removed as its error says."""
+        """Resume a job with a damaged file. Returns the folder that the job refused, which is then removed as its error says."""
         said = self.log.stat().st_size
         code = self.start(words).wait(600)
         errors = [
@@ -335,7 +335,7 @@ class Chaos:
         return harmed.parent
 
     def damage(self, name: str, ranks: int, times: int) -> None:
-        """A job that is killed once, finds damage, and goes on; compares its end with an undisturbed one."""
+        """Kill a job once, damage a file, resume it, and compare the result with an undisturbed job."""
         job, whole = JOBS[name], f"whole_{name}_{ranks}"
         self.finish(self.words(job, ranks, whole))
         print(f"{name}, {ranks} process(es)", flush=True)
@@ -351,7 +351,7 @@ class Chaos:
             else:
                 removed = self.go_on_over(words, harmed)
             found = job.result(self.folder / output)
-            # The last weights are always there; those of an earlier epoch that had to be removed are not made again.
+            # The last weights always exist; those of an earlier epoch that had to be removed are not written again.
             gone = removed if removed is not None and not removed.is_dir() else None
             kept = {
                 key: value
@@ -377,7 +377,7 @@ class Chaos:
         print("  one process ends with the same weights, up to 1e-5", flush=True)
 
     def trial(self, name: str, ranks: int, kills: int) -> None:
-        """A job undisturbed, then the same job with kills; compares the ends."""
+        """Run a job undisturbed and then with kills, and compare the results."""
         job = JOBS[name]
         whole, killed = f"whole_{name}_{ranks}", f"killed_{name}_{ranks}"
         began = time.monotonic()
@@ -408,7 +408,7 @@ class Chaos:
 
 
 def _epoch(key: str) -> int:
-    """The epoch that a result's name says; 0 where it says none."""
+    """The epoch in a result's name; 0 if it names none."""
     found = re.search(r"epoch_(\d+)/", key)
     return int(found[1]) if found else 0
 

@@ -1,8 +1,8 @@
-"""The whole way on a real model: a contrastive pair, token weights, TIS-DPO; DPO and TDPO2 beside it; one table.
+"""The whole pipeline on a real model: a contrastive pair, token weights and TIS-DPO, compared with DPO and TDPO2 in a table.
 
-Run by ``make demo``. Every stage is the command that a user would type; a stage whose result is there already is not
-repeated (remove ``outputs/demo`` to start anew). ``python scripts/demo.py --ti`` adds TI-DPO, as its paper writes it and as
-its authors' code runs it: about ten minutes more for each.
+``make demo`` runs it. Every stage is the command that a user would type. A stage with an existing result is not repeated (remove
+``outputs/demo`` to start again). ``python scripts/demo.py --ti`` adds TI-DPO in the forms of its paper and of its authors' code,
+which takes about ten minutes more for each.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import Any
 
 OUTPUT = Path("outputs/demo")
 BIN = Path(sys.executable).parent
-# One pass over the first 192 pairs in 24 steps, at a rate that makes up for the few steps; the same for every method.
+# One pass over the first 192 pairs in 24 steps, with a high rate because the steps are few; the same for every method.
 TRAINING = [
     "dataset.max_rows=192",
     "max_steps_per_epoch=24",
@@ -28,12 +28,12 @@ TRAINING = [
 ]
 SAMPLES = "sampling.num_samples=8"
 TRAINED = "checkpointer.checkpoint_files=[model-00001-of-00001.safetensors]"
-# Keep freed memory instead of handing it back to the kernel after each large temporary (glibc reads these at start).
+# Keep freed memory instead of returning it to the kernel after each large temporary tensor (glibc reads these at start).
 MALLOC = {"MALLOC_MMAP_THRESHOLD_": "4294967296", "MALLOC_TRIM_THRESHOLD_": "17179869184"}
 
 
 def call(*command: str | Path) -> None:
-    """Run a command and show it; stop the demo when it fails."""
+    """Print a command and run it; stop the demo if it fails."""
     print("\n$ " + " ".join(str(part) for part in command), flush=True)
     subprocess.run([str(part) for part in command], check=True, env={**os.environ, **MALLOC})
 
@@ -44,7 +44,7 @@ def tune(recipe: str, config: str, *overrides: str) -> None:
 
 
 def evaluate(name: str, *overrides: str) -> dict[str, Any]:
-    """Held-out numbers and samples of one model."""
+    """Evaluate a model on held-out pairs and by samples."""
     folder = OUTPUT / name
     if not (folder / "evaluation.json").is_file():
         tune("evaluate_distributed", "evaluate", f"output_dir={folder}", SAMPLES, *overrides)
@@ -53,7 +53,7 @@ def evaluate(name: str, *overrides: str) -> dict[str, Any]:
 
 
 def evaluate_trained(name: str, weights: Path) -> dict[str, Any]:
-    """The same of a trained model, its samples paired with the starting model's."""
+    """Evaluate a trained model, with its samples paired with the starting model's."""
     start = OUTPUT / "start" / "samples.jsonl"
     folder = f"checkpointer.checkpoint_dir={weights}"
     return evaluate(f"{name}_evaluation", folder, TRAINED, f"sampling.compare_to={start}")

@@ -1,9 +1,9 @@
-"""Feed rows of every layout, good and spoilt, to the row reader and count what it makes of them.
+"""Feed valid and broken rows of every layout to the row reader, and count the outcomes.
 
     python scripts/fuzz_rows.py --minutes 5 --seed 0
 
-Every row has to become pairs, be left out as a tie, or be named as a fault. An exception that is none of the package's own is a
-bug: the script prints it with the file and the settings that raised it, and ends with exit code 1.
+Every row must become pairs, be left out as a tie, or be reported as a fault. Any exception from outside this package is a
+bug. The script then prints it with the file and the settings that raised it, and ends with exit code 1.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ CALL = {
     "tool_calls": [{"function": {"name": "add", "arguments": {"a": 2, "b": None}}}],
 }
 TOOLS = [{"type": "function", "function": {"name": "add", "parameters": {"a": "int"}}}]
-# Good rows; presets are tried on all of them.
+# Valid rows; presets are tried on all of them.
 ROWS: list[dict[str, Any]] = [
     {"prompt": "2+2?", "chosen": " 4", "rejected": " 5", "complete": True},
     {"prompt": "2+2?", "chosen": " 4", "rejected": " 5", "label": "tie", "margin": 0},
@@ -210,7 +210,7 @@ def places(value: Any, path: tuple[Any, ...] = ()) -> list[tuple[Any, ...]]:
 
 
 def spoilt(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:
-    """A row with one thing changed, taken away or put in."""
+    """A row with one change, removal or insertion."""
     row = copy.deepcopy(row)
     *head, last = draw.choice([place for place in places(row) if place] or [("prompt",)])
     holder: Any = row
@@ -233,7 +233,7 @@ def spoilt(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:
 
 
 def file_of_rows(draw: random.Random, good: dict[str, Any]) -> list[dict[str, Any]]:
-    """Rows like a good one, most of them spoilt."""
+    """Variants of a valid row, most of them broken."""
     rows = []
     for _ in range(draw.choice((1, 5, 20, 60))):
         row = draw.choice(ROWS) if draw.random() < 0.05 else good
@@ -273,7 +273,7 @@ def settings(draw: random.Random) -> dict[str, Any]:
 
 
 def fitting(draw: random.Random, row: dict[str, Any]) -> dict[str, Any]:
-    """Settings that read a good row, as far as the columns tell."""
+    """Settings that should read a valid row, judged by its columns."""
     if {"first", "second"} <= set(row):
         chosen: dict[str, Any] = {
             "format": "labelled",
@@ -316,7 +316,7 @@ def main() -> int:
 
 
 def one_file(path: Path, tokenizer: Any, seed: int) -> dict[str, int]:
-    """What became of one file."""
+    """The outcome of one file."""
     draw = random.Random(seed)
     good = draw.choice(ROWS)
     rows = file_of_rows(draw, good)

@@ -1,7 +1,7 @@
-"""Sample preference pairs from a model and score them: how ``data/sentiment`` was made, for any model and reward.
+"""Make preference pairs from samples of a model and their rewards, as ``data/sentiment`` was made, for any model and reward.
 
-Of each group of samples of one opening, the best and the worst become chosen and rejected, if their rewards differ
-enough. Needs the prepared model and vaderSentiment (``pip install "tokenpref[smollm2]"``) unless told otherwise.
+In each group of samples of one opening, the best and the worst become chosen and rejected if their rewards differ
+enough. By default this needs the prepared model and vaderSentiment (``pip install "tokenpref[smollm2]"``).
 
 python scripts/make_sentiment_pairs.py --openings my_openings.txt --output pairs.jsonl
 """
@@ -39,8 +39,8 @@ class Sample:
 
     Args:
         text: without the end-of-text token.
-        reward: what the scorer gave.
-        ended: whether the model ended it; False when the limit cut it.
+        reward: the reward of the text.
+        ended: whether the model ended it; False if it reached the limit.
     """
 
     text: str
@@ -49,10 +49,10 @@ class Sample:
 
 
 def named(path: str, option: str) -> Any:
-    """What a dotted path names; modules of the current directory count.
+    """The object at a dotted path, also in modules of the current directory.
 
     Raises:
-        ConfigError: if there is nothing.
+        ConfigError: if there is no such object.
     """
     try:
         return find_component(path)
@@ -118,7 +118,7 @@ def sample_groups(
     seed: int,
     world: World,
 ) -> list[list[Sample]]:
-    """``samples`` scored continuations of each opening; the noise depends on (seed, opening, number) alone.
+    """``samples`` scored continuations of each opening. The noise depends on seed, opening and number only.
 
     Raises:
         DataError: if an opening has no token.
@@ -160,20 +160,20 @@ def pairs_of(
     reward: Reward,
     drop: frozenset[str] = frozenset(),
 ) -> list[dict[str, Any]]:
-    """Rows from the best and the worst of each whole group of samples of one opening.
+    """Rows from the best and the worst sample of each complete group of samples of one opening.
 
     Args:
         opening: the prompt.
         samples: its samples.
         group: samples that compete for one pair.
         min_gap: smallest difference in reward, above 0.
-        reward: marks the words that count, if it can.
+        reward: marks the words that count, if it has ``valence``.
         drop: lower-case words that no pair may contain.
 
     Returns:
         Rows with the fields of ``data/sentiment``: texts, rewards and, from a reward that has them, valences; and
-        ``chosen_complete``, ``rejected_complete``, by which ``append_eos: auto`` knows the answers that have an end.
-        Of equal samples the first one counts. A pair with an empty answer is left out.
+        ``chosen_complete``, ``rejected_complete``, which tell ``append_eos: auto`` the answers with an end.
+        Among equal samples the first one is taken. A pair with an empty answer is left out.
     """
     rows = []
     for start in range(0, len(samples) - group + 1, group):
@@ -200,7 +200,7 @@ def pairs_of(
 
 
 def lines_of(path: Path, option: str) -> list[str]:
-    """Lines of a file that hold something.
+    """The non-empty lines of a file.
 
     Raises:
         DataError: if there is no such file or it is empty.

@@ -1,4 +1,4 @@
-"""Make ``data/tiny``: a random model of 31 k parameters, its tokenizer, and invented pairs. Same bytes every time.
+"""Make ``data/tiny``: a random model with 31 k parameters, its tokenizer, and invented pairs. The bytes are always the same.
 
 python scripts/make_tiny.py [--output data/tiny]
 """
@@ -59,7 +59,7 @@ OPENINGS = [
 
 
 def pairs(count: int, rng: random.Random) -> list[dict[str, str]]:
-    """Pairs of a good and a bad ending to the same opening, no two alike."""
+    """Distinct pairs of a good and a bad ending to the same opening."""
     every = [
         {"prompt": f"{subject} {verb}", "chosen": f" {good}", "rejected": f" {bad}"}
         for subject in SUBJECTS

@@ -1,4 +1,4 @@
-"""Our steps and TRL's on the same pairs, by turns, on the CPU; and the head alone beside others.
+"""Compares our training steps with TRL's on the same pairs on the CPU, and the head alone with other implementations.
 
-``python -m benchmarks.cpu`` from the repository's root; :mod:`benchmarks.cpu.work` says what the work is.
+Run ``python -m benchmarks.cpu`` in the repository's root. :mod:`benchmarks.cpu.work` defines the work.
 """

@@ -4,8 +4,8 @@ Runs in either environment (it needs torch, transformers and tokenizers, and not
 
     python -m benchmarks.cpu.work FOLDER '{"lengths": "fixed"}'
 
-A folder holds ``task.json``, ``model/`` and ``pairs.jsonl`` (texts and token ids, one pair a line). Tokens of a step are all
-that are not padding, the prompt counted in both answers: what every side is credited with, however few it computes.
+A folder holds ``task.json``, ``model/`` and ``pairs.jsonl`` (texts and token ids, one pair a line). The tokens of a step are all
+tokens that are not padding, with the prompt counted in both answers. Every side is credited with them, even if it computes fewer.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ __all__ = [
 ]
 
 PAIRED_MODES = ("ref", "precompute")
-"""Modes of DPO that both sides run: a reference model beside the policy, and its log-probabilities made beforehand."""
+"""Modes of DPO that both sides run: with a reference model in memory, and with precomputed log-probabilities."""
 
 COMPARED_WITH = {"tdpo2-ref": "ref", "tdpo2-cached": "precompute"}
 """Modes of ours alone, and the mode of our DPO that each is compared with."""
@@ -41,7 +41,7 @@ TOLERANCE = 1e-4
 """How far the losses of a step may differ between the sides."""
 
 MALLOC: dict[str, dict[str, str]] = {
-    # Freed memory stays with the process: without this, each large temporary is paid for in page faults.
+    # The process keeps freed memory. Without this, each large temporary tensor costs page faults.
     "keep": {
         "MALLOC_MMAP_THRESHOLD_": "4294967296",
         "MALLOC_TRIM_THRESHOLD_": "17179869184",
@@ -101,12 +101,12 @@ SHAPES = {
     "smollm2-135m": Shape(49_152, 576, 30, 9, 3, 1536, tied=True),
     "tiny": Shape(96, 16, 2, 2, 2, 32),
 }
-"""Models by name; ``smollm2-135m`` has that model's sizes and random weights (times do not depend on what they are)."""
+"""Models by name. ``smollm2-135m`` has that model's sizes and random weights, which do not affect the time."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """What is trained on.
+    """The task of a training.
 
     Args:
         shape: name of the model's shape.

@@ -1,4 +1,4 @@
-"""Planted rewards: preference pairs whose per-token truth is known, on a model small enough for minutes.
+"""Planted rewards: preference pairs with a known reward per token, and a model small enough to train in minutes.
 
-``python -m benchmarks.planted`` from the repository's root; :mod:`benchmarks.planted.task` says what is planted.
+Run ``python -m benchmarks.planted`` in the repository's root. :mod:`benchmarks.planted.task` defines the reward.
 """
