@@ -13,7 +13,12 @@ from tokenpref.training.saving.run_folder import RunFolder
 
 # One run, written in two ways: the second names what the first leaves at its default.
 SHORT = {"seed": 3, "loss": {"_component_": "tokenpref.losses.DPOLoss", "beta": 0.2}}
-FULL = {**SHORT, "padding_free": True, "loss": {**SHORT["loss"], "label_smoothing": 0.0}}
+FULL = {
+    **SHORT,
+    "padding_free": True,
+    "head_memory_mb": 128,
+    "loss": {**SHORT["loss"], "label_smoothing": 0.0},
+}
 
 
 def folder_of(path, config):
@@ -87,10 +92,15 @@ def test_a_run_of_an_earlier_version_is_known_by_the_config_of_then(tmp_path):
         folder_of(tmp_path, SHORT).check()
 
 
-def test_a_run_of_an_earlier_version_is_known_by_the_config_that_its_logger_wrote(tmp_path):
+@pytest.mark.parametrize(
+    ("file", "held"),
+    [("torchtune_config.yaml", FULL), ("pair.yaml", {"method": "dpo", "config": FULL})],
+    ids=["logged", "pair"],
+)
+def test_a_run_of_an_earlier_version_is_known_by_the_config_in_its_folder(tmp_path, file, held):
     finish(folder_of(tmp_path, FULL))
     as_earlier_versions_recorded(tmp_path, FULL)
-    OmegaConf.save(OmegaConf.create(FULL), tmp_path / "mine/torchtune_config.yaml")
+    OmegaConf.save(OmegaConf.create(held), tmp_path / "mine" / file)
     folder_of(tmp_path, SHORT).check()
     assert folder_of(tmp_path, SHORT).finished() == tmp_path / "mine/epoch_0"
     with pytest.raises(ConfigError, match="holds another run"):

@@ -44,7 +44,6 @@ log = logging.getLogger("tokenpref")
 RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 LOCK_FILE = ".lock"
-LOGGED_CONFIG = "torchtune_config.yaml"
 CHECKPOINTS = "checkpoints"
 # Keys that change how a run is carried out or watched, not what it computes.
 INCIDENTAL = frozenset(
@@ -53,9 +52,13 @@ INCIDENTAL = frozenset(
         "enable_async_checkpointing", "best", "dry_run",
         "log_every_n_steps", "log_peak_memory_stats", "metric_logger", "profiler", "run_val_every_n_steps",
         "batch_size_val", "epochs", "max_steps_per_epoch", "dataset_val", "loss_val", "log_stats_val", "sampling",
-        "reference_cache_dir",
+        "reference_cache_dir", "head_memory_mb",
     }
 )  # fmt: skip
+# Earlier versions counted these too, and every other key that the file named.
+COUNTED_BEFORE = frozenset({"head_memory_mb"})
+# Files that hold the config of a folder's run, with the key that it has there: a metric logger's of torchtune, and a pair's.
+HOLD_CONFIG = (("torchtune_config.yaml", None), ("pair.yaml", "config"))
 
 
 def config_fingerprint(
@@ -71,12 +74,16 @@ def config_fingerprint(
         schema: dataclass of the recipe's keys, which knows their defaults.
         importable: see :func:`~tokenpref.training.config.defaults.without_defaults`.
     """
-    return _fingerprint_as_written(without_defaults(schema, config, importable))
+    return _sha256_without(without_defaults(schema, config, importable), INCIDENTAL)
 
 
 def _fingerprint_as_written(config: Mapping[str, Any]) -> str:
-    """The fingerprint of earlier versions, which counted every key that the file named."""
-    kept = {key: value for key, value in config.items() if key not in INCIDENTAL}
+    """The fingerprint of earlier versions, which counted defaults where the file named them."""
+    return _sha256_without(config, INCIDENTAL - COUNTED_BEFORE)
+
+
+def _sha256_without(config: Mapping[str, Any], left_out: frozenset[str]) -> str:
+    kept = {key: value for key, value in config.items() if key not in left_out}
     return hashlib.sha256(json.dumps(kept, sort_keys=True, default=str).encode()).hexdigest()
 
 
@@ -191,8 +198,9 @@ class RunFolder:
         mend = "set another output_dir, or remove that folder"
         if owner["defaults_count"]:
             mend += (
-                ". An earlier version of tokenpref wrote it and compared every key. To go on with that run, start it with the "
-                "config file of then"
+                ". An earlier version of tokenpref wrote it and compared every key that the config named. To go on with that "
+                f"run, start it with the config file of then, or remove {self.path / RUN_FILE} if you know that the settings are "
+                "the same"
             )
         raise ConfigError(
             f"output_dir: {self.path} holds another run ({owner['recipe']}, id {owner['id']}) with another config; {mend}"
@@ -213,16 +221,18 @@ class RunFolder:
         )
 
     def _configs_of_then(self) -> Iterator[Mapping[str, Any]]:
-        """What the folder holds of its run's config: as torchtune's loggers write it, and in the newest checkpoint."""
-        file = self.path / LOGGED_CONFIG
-        try:
-            check_yaml(file)
-            logged = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
-        except (OSError, ValueError, OmegaConfBaseException) as error:
-            log.debug(f"{file} cannot be read ({error})")
-        else:
-            if isinstance(logged, Mapping):
-                yield logged  # type: ignore[misc]  # a config's keys are text
+        """What the folder holds of its run's config: in files of its loggers, in a pair, and in the newest checkpoint."""
+        for name, key in HOLD_CONFIG:
+            file = self.path / name
+            try:
+                check_yaml(file)
+                held: Any = OmegaConf.to_container(OmegaConf.load(file), resolve=True)
+            except (OSError, ValueError, OmegaConfBaseException) as error:
+                log.debug(f"{file} cannot be read ({error})")
+                continue
+            config = held.get(key) if key is not None and isinstance(held, Mapping) else held
+            if isinstance(config, Mapping):
+                yield config
         newest, _ = self.checkpoints.newest()
         recorded = read_progress(newest)["facts"].get("config") if newest is not None else None
         if isinstance(recorded, Mapping):
