@@ -101,7 +101,7 @@ def test_a_harmed_store_ends_with_the_same_scores_or_with_an_error_that_names_th
             continue
         assert found == expected, file
         if file.suffix == ".parquet" and harm is not remove:
-            assert f"{file.name} " in caplog.text and "that shard is made anew" in caplog.text
+            assert f"{file.name} " in caplog.text and "that shard is computed again" in caplog.text
             made_anew += 1
     assert refused and made_anew > 10
     assert all(name == "job.json" and name in error for name, error in refused), refused
@@ -116,7 +116,7 @@ def test_a_damaged_shard_is_named_and_made_anew_alone(tmp_path, caplog):
     writer = StoreWriter(tmp_path, kind="log_ratio", job={"data": "d"}, shards=3)
     with caplog.at_level(logging.WARNING, logger="tokenpref"):
         assert writer.missing() == [1]
-    assert f"{shard} is not what was written (its checksum differs); that shard is made anew" in caplog.text
+    assert f"{shard} is not what was written (its checksum differs); that shard is computed again" in caplog.text
     with pytest.raises(DataError, match="shard-00001.parquet .*cannot be sealed"):
         writer.finish()
     writer.write(1, [stored(2), stored(3)])

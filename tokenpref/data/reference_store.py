@@ -47,7 +47,7 @@ VALUES, HEAD = "values", "head"
 _SHARDS, _FEWEST_PAIRS, _MOST_PAIRS = 64, 8, 64
 _OPEN_SHARDS = 64
 _NAMES_OF_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}
-_AGAIN = "remove it and start again: what is missing is made anew"
+_AGAIN = "remove it and start again: missing files are computed again"
 
 
 @dataclass(frozen=True)
@@ -228,7 +228,7 @@ class ReferenceWriter:
         """Remove files that are not as they were written, before an unfinished store goes on; every byte is read."""
         for file in self.layout.found().values():
             if digest_of(file) != _digest_in(file.name):
-                log.warning(f"{file} is not what was written (its checksum differs); it is made anew")
+                log.warning(f"{file} is not what was written (its checksum differs); it is computed again")
                 file.unlink()
 
     def write(self, shard: int, answers: Sequence[Tensor]) -> dict[str, int]:

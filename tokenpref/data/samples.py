@@ -48,7 +48,7 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
         reward = record["reward"]
         if not isinstance(reward, (int, float)) or isinstance(reward, bool) or not math.isfinite(reward):
             raise DataError(
-                f"{where}: reward is {reward!r}, expected a finite number; evaluate that model anew"
+                f"{where}: reward is {reward!r}, expected a finite number; evaluate that model again"
             )
         records.append(record)
     return records

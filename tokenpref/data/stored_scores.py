@@ -67,7 +67,7 @@ class StoredScores:
             if (len(row.chosen), len(row.rejected)) != lengths:
                 raise DataError(
                     f"{self.store.path}: {dataset.locate(index)} has {lengths[0]} and {lengths[1]} answer tokens and "
-                    f"{len(row.chosen)} and {len(row.rejected)} scores; the store is damaged, make it anew"
+                    f"{len(row.chosen)} and {len(row.rejected)} scores; the store is damaged, estimate the weights again"
                 )
             scores.append((row.chosen, row.rejected))
         if missing:
@@ -84,7 +84,7 @@ class StoredScores:
                 what = "chat template" if name == "template" else "tokenizer"
                 raise DataError(
                     f"{self.store.path}: the scores were made with another {what} ({str(stored)[:12]}, here {own[:12]}), "
-                    f"first seen at {dataset.locate(0)}; train with that one, or estimate the weights anew"
+                    f"first seen at {dataset.locate(0)}; train with that one, or estimate the weights again"
                 )
 
     def _missing(self, dataset: PreferenceDataset, missing: list[int]) -> str:
@@ -104,7 +104,7 @@ class StoredScores:
             message += f": row {dataset[first].row} has other tokens there, so the data changed. Use the data of the store"
         else:
             message += f": it was made from {stored.get('rows')} rows of {stored.get('source')}"
-        return message + ", or estimate the weights of this data anew."
+        return message + ", or estimate the weights of this data again."
 
 
 def provenance(dataset: PreferenceDataset) -> dict[str, Any]:

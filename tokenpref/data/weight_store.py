@@ -40,7 +40,7 @@ log = logging.getLogger("tokenpref")
 FORMAT = "tokenpref-weights/1"
 METADATA, JOB, WRITTEN = "metadata.json", "job.json", "shards.jsonl"
 CHECKSUM = "checksum"
-_AGAIN = "make the store anew"
+_AGAIN = "estimate the weights again"
 # Of a column in a shard: a gigabyte of scores.
 _MOST_VALUES = 1 << 28
 _MOST_BYTES = 1 << 30
@@ -174,9 +174,9 @@ class StoreWriter:
         if not file.is_file():
             return {}
         try:
-            record = _read_record(file, "it is written anew")
+            record = _read_record(file, "it is written again")
             if harm := _harm_of(record):
-                raise DataError(f"{file} {harm}; it is written anew")
+                raise DataError(f"{file} {harm}; it is written again")
         except DataError as error:
             log.warning(str(error))
             return {}
@@ -189,7 +189,7 @@ class StoreWriter:
         faults = {shard: self._fault_of(shard) for shard in range(self._record["shards"])}
         for shard, fault in faults.items():
             if fault is not None and (self.path / shard_name(shard)).is_file():
-                log.warning(f"{fault}; that shard is made anew")
+                log.warning(f"{fault}; that shard is computed again")
         return [shard for shard, fault in faults.items() if fault is not None]
 
     def _fault_of(self, shard: int) -> str | None:
@@ -262,7 +262,7 @@ def _written_seals(file: Path) -> dict[str, _Seal]:
         try:
             found = json.loads(line)
         except ValueError:
-            continue  # its shard is made anew
+            continue  # its shard is computed again
         seal = _Seal.read(found)
         if seal is not None:
             seals[str(found.get("shard"))] = seal
@@ -306,14 +306,14 @@ class WeightStore:
         if metadata.get("format") != FORMAT or metadata.get("kind") not in SCORE_KINDS:
             raise DataError(
                 f"{folder / METADATA}: format {metadata.get('format')!r} of kind {metadata.get('kind')!r} is not known "
-                f"here ({FORMAT}, {', '.join(SCORE_KINDS)}); make the store anew"
+                f"here ({FORMAT}, {', '.join(SCORE_KINDS)}); estimate the weights again"
             )
         files = _shards(folder, metadata)
         _check_seals(folder, metadata.get("files", {}), files)
         if harm := _harm_of(metadata):
             log.warning(
-                f"{folder / METADATA} {harm}. The scores are whole, but what it says of their origin may be wrong; make the "
-                "store anew if in doubt"
+                f"{folder / METADATA} {harm}. The scores are whole, but what it says of their origin may be wrong; estimate the "
+                "weights again if in doubt"
             )
         # Read directly: datasets' own reader would first copy every shard into its cache.
         table = pyarrow.concat_tables([_read_shard(file) for file in files])
@@ -368,7 +368,7 @@ class WeightStore:
             if len(flat) != 2 * len(record[side]):
                 raise DataError(
                     f"{self.path}: row {record['row']} has {len(record[side])} {side} scores and {len(flat) / 2:g} spans; the "
-                    "store is damaged, make it anew"
+                    "store is damaged, estimate the weights again"
                 )
             record[f"{side}_spans"] = list(zip(flat[::2], flat[1::2], strict=True))
         return StoredRow(**record)
@@ -383,13 +383,13 @@ def _shards(folder: Path, metadata: dict[str, Any]) -> list[Path]:
     count = metadata.get("shards")
     if not isinstance(count, int) or isinstance(count, bool) or count < 1:
         raise DataError(
-            f"{folder / METADATA}: shards is {count!r}, expected a whole number of at least 1; make the store anew"
+            f"{folder / METADATA}: shards is {count!r}, expected a whole number of at least 1; estimate the weights again"
         )
     files: list[Path] = []
     for number in range(count):  # one by one: the number may be absurd
         files.append(folder / shard_name(number))
         if not files[-1].is_file():
-            raise DataError(f"{folder}: {files[-1].name} is missing; make the store anew")
+            raise DataError(f"{folder}: {files[-1].name} is missing; estimate the weights again")
     return files
 
 
@@ -400,10 +400,12 @@ def _check_seals(folder: Path, seals: Any, files: Sequence[Path]) -> None:
         DataError: for the first shard that is not as it was written.
     """
     if not isinstance(seals, dict) or not all(isinstance(seal, dict) for seal in seals.values()):
-        raise DataError(f"{folder / METADATA}: files is no mapping of shards to sizes; make the store anew")
+        raise DataError(
+            f"{folder / METADATA}: files is no mapping of shards to sizes; estimate the weights again"
+        )
     if strange := sorted(seals.keys() - {file.name for file in files}):
         raise DataError(
-            f"{folder / METADATA}: files names {strange[0]!r}, which is no shard of it; make the store anew"
+            f"{folder / METADATA}: files names {strange[0]!r}, which is no shard of it; estimate the weights again"
         )
     for file in files if seals else ():
         seal = _Seal.read(seals.get(file.name))

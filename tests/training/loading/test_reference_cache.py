@@ -270,7 +270,7 @@ def test_a_build_that_goes_on_makes_damaged_files_anew(tmp_path, kind, caplog):
         file.write_bytes(data[: draw.randrange(len(data))] if number % 3 == 2 else data)
         caplog.clear()
         cached(folder.parent, kind)
-        assert f"{file} is not what was written (its checksum differs); it is made anew" in caplog.text
+        assert f"{file} is not what was written (its checksum differs); it is computed again" in caplog.text
         assert {file.name: file.read_bytes() for file in folder.glob("*.safetensors")} == expected
 
 

@@ -374,5 +374,5 @@ def test_a_best_value_of_another_measure_counts_no_more(run, tmp_path, caplog):
     now = ("best.metric=rewards/accuracies", "best.goal=max", "resume_from_checkpoint=auto")
     with caplog.at_level("INFO", logger="tokenpref"):
         run("output_dir=mine", *held_out, *words, *now)
-    assert "the search for the best begins anew" in caplog.text
+    assert "the search for the best starts again" in caplog.text
     assert json.loads((tmp_path / "mine/best/best.json").read_text())["metric"] == "rewards/accuracies"

@@ -74,7 +74,7 @@ def test_another_evaluation_begins_anew(evaluate, caplog, change):
     evaluate(until=3)
     with caplog.at_level("INFO", logger="tokenpref"):
         assert evaluate(change)[0] == ("held-out pairs", 0)
-    assert "of other settings, weights or data than this job's; the job begins anew" in caplog.text
+    assert "of other settings, weights or data than this job's; the job starts again" in caplog.text
 
 
 @pytest.mark.parametrize("text", ["", "[1", "[]", '{"job": 3}', '{"job": "x", "portions": [1]}'])

@@ -231,7 +231,7 @@ class TrainConfig(ComputeConfig, ModelConfig):
     max_steps_per_epoch: int | None = integer(None)
     """Optimizer steps after which an epoch ends early. Null: the whole data."""
     shuffle: bool = flag(True)
-    """Shuffle the pairs anew in every epoch."""
+    """Shuffle the pairs in every epoch."""
     clip_grad_norm: float | None = number(None, high=1e30)
     """Largest norm of the gradient. Null: no clipping."""
     resume_from_checkpoint: bool | str = flag_or_text(False)

@@ -257,7 +257,7 @@ class Checkpoints:
                 f"lr_scheduler: {folder} was written {'without' if schedule is None else 'with'} one"
             )
         if fault := built.fault(former):
-            raise ConfigError(f"optimizer: {folder} was {fault}; set optimizer as it was, or start anew")
+            raise ConfigError(f"optimizer: {folder} was {fault}; set optimizer as it was, or start a new run")
         if scheduler is not None:
             _check_schedule(folder, schedule, scheduler)
         self.world.together(lambda: check_sharded(folder))

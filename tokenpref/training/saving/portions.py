@@ -65,11 +65,11 @@ class KeptPortions(Portions):
             record = json.loads(self._file.read_text(encoding="utf-8"))
             job, kept = record["job"], {str(k): list(v) for k, v in record["portions"].items()}
         except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            log.info(f"{self._file} is damaged ({type(error).__name__}: {error}); the job begins anew")
+            log.info(f"{self._file} is damaged ({type(error).__name__}: {error}); the job starts again")
             return {}
         if job != self._job:
             log.info(
-                f"{self._file} is of other settings, weights or data than this job's; the job begins anew"
+                f"{self._file} is of other settings, weights or data than this job's; the job starts again"
             )
             return {}
         done = ", ".join(f"{len(portions)} portions of {part}" for part, portions in kept.items())

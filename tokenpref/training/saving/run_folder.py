@@ -464,7 +464,7 @@ class RunFolder:
             fault = str(error)
         if fault is not None:
             raise ConfigError(
-                f"output_dir: {file} is damaged ({fault}); remove it and run again: the last epoch is done anew"
+                f"output_dir: {file} is damaged ({fault}); remove it and run again: the last epoch is then repeated"
             )
         # One that ended earlier goes on; earlier versions recorded no length.
         if any(record.get(key, value) != value for key, value in self._length.items()):

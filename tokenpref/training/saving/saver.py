@@ -177,7 +177,7 @@ class Saver:
             ) from error
         if progress.best is not None and not _same(then, now, *_DECIDES_BEST):
             self._say(
-                f"best: the value of before ({progress.best:g}) was another measure's; the search for the best begins anew"
+                f"best: the value of before ({progress.best:g}) was another measure's; the search for the best starts again"
             )
             progress.best = None
         return progress
@@ -206,7 +206,7 @@ class Saver:
             "reference": "restore the weights of ref_checkpointer (or checkpointer)",
         }
         faults = [
-            f"{key} is {now[key]!r} and was {then.get(key)!r} when {checkpoint} was written; {mend}, or start anew"
+            f"{key} is {now[key]!r} and was {then.get(key)!r} when {checkpoint} was written; {mend}, or start a new run"
             for key, mend in mends.items()
             if now[key] != then.get(key)
         ]
@@ -215,7 +215,7 @@ class Saver:
         if own != former and (not isinstance(former, int) or step >= min(own, former)):
             faults.append(
                 f"steps_per_epoch is {own} and was {former} when {checkpoint} was written, after step {step}; set "
-                "max_steps_per_epoch as it was, or start anew"
+                "max_steps_per_epoch as it was, or start a new run"
             )
         if faults:
             raise ConfigError([f"resume_from_checkpoint: {fault}" for fault in faults])
@@ -277,7 +277,7 @@ class Saver:
         raise TokenprefError(
             f"step {step}: the update made {name} not finite; these weights were not written, and what was written before stays. "
             f"Lower optimizer.lr or set clip_grad_norm, and go on from the last checkpoint of {self._folder.path} with "
-            "resume_from_checkpoint=auto, or start anew with another output_dir"
+            "resume_from_checkpoint=auto, or start a new run with another output_dir"
         )
 
     def after_validation(
