@@ -15,6 +15,7 @@ from tests.support import sweep
 from tokenpref.training import ContrastiveReference, WeightEstimation
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.fields import Component
+from tokenpref.training.loading import models
 
 ONE_IN = 37  # of the values, in the fast test
 MEMOISED = ("tokenpref.data.tokenizer_json", "tokenpref.data.preference_dataset")
@@ -141,10 +142,7 @@ CANNOT_TRAIN = [
 
 @pytest.mark.parametrize(("name", "key", "value", "words"), CANNOT_TRAIN)
 def test_what_cannot_train_is_refused_before_weights_are_read(name, key, value, words, ready, monkeypatch):
-    for module in ("run_setup", "evaluator"):
-        monkeypatch.setattr(
-            f"tokenpref.training.{module}.read_weights", lambda *_: pytest.fail("weights were read")
-        )
+    monkeypatch.setattr(models, "read_weights", lambda *_: pytest.fail("weights were read"))
     found = sweep.outcome(name, tuple(key.split(".")), value)
     assert found.startswith("refused: ")
     assert re.search(words, found), found

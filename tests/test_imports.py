@@ -112,6 +112,23 @@ def test_one_owner_for_each_library_behind_a_wall(library, owner):
     assert not others, f"only tokenpref/{owner} imports {library}, not {shown(others)}"
 
 
+def test_one_maker_of_models():
+    """Adapters and other kinds of models have one place to be added in."""
+    maker = "tokenpref.training.loading.models"
+    steps = ("read_weights", "place_decoder", "check_decoder", "choose_trainable")
+    own = ROOT / "tokenpref/training/loading/models.py"
+    others = [file for file in PACKAGE + RECIPES if file != own]
+    builders = [f for f in others if any(uses(f.read_text(), f"{maker}.{step}") for step in steps)]
+    assert not builders, (
+        f"ask ModelMaker of {maker} for models, instead of building them in {shown(builders)}"
+    )
+    readers = [f for f in others if re.search(r"\.load_checkpoint\(|load_full_state_dict\(", f.read_text())]
+    readers = [f for f in readers if part_of(f) != "distributed"]
+    assert not readers, (
+        f"ask ModelMaker of {maker} for models with weights, instead of reading in {shown(readers)}"
+    )
+
+
 @pytest.mark.parametrize("file", RECIPES, ids=shown(RECIPES))
 def test_recipes_are_thin(file):
     source = file.read_text()

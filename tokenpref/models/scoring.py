@@ -180,6 +180,10 @@ class ScoringModel:
         if padding_free:
             install_segments(model)
 
+    def trainable_parameters(self) -> list[nn.Parameter]:
+        """What an optimizer updates and clipping bounds: the parameters that require a gradient."""
+        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+
     @property
     def head_weight(self) -> Tensor:
         """``[V, D]``; whole only while the root's parameters are gathered."""

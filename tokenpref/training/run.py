@@ -24,8 +24,8 @@ from tokenpref.training.config.written import environment_unread, plain_without_
 from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.evaluation.validation import Validation, best_faults
 from tokenpref.training.loading.memory import size_text
-from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
-from tokenpref.training.loading.preflight import check_openings, meta_model, preflight
+from tokenpref.training.loading.models import ModelMaker, weights_digest
+from tokenpref.training.loading.preflight import check_openings, preflight
 from tokenpref.training.loading.reference_cache import cached_references, plan_caches
 from tokenpref.training.saving.checkpoints import Progress
 from tokenpref.training.saving.run_folder import RunFolder
@@ -101,26 +101,15 @@ class RunSetup:
         """The reference of this run: a second frozen copy of the model, or none where nothing asks for one."""
         if not self.needs_reference:
             return NoReference()
-        self._say(f"reference: a second model of {size_text(self._model_bytes)} a process beside the policy")
-        return FrozenReference(self._load_reference())
-
-    def _load_reference(self) -> ScoringModel:
-        config = self.config
-        reader = config.ref_checkpointer or config.checkpointer
-        weights = read_weights(reader.build(), reader.key, self.world)
-        return build_scorer(config, weights, self.world, model=config.model, key=reader.key)
-
-    @property
-    def _model_bytes(self) -> int:
-        """A process's share of the reference model."""
-        count = sum(p.numel() for p in meta_model(self.config.model, self.config.dtype).parameters())
-        return -(-count * self.config.compute(trainable=False).dtype.itemsize // self.world.size)
+        size = size_text(self.maker.reference_nbytes)
+        self._say(f"reference: a second model of {size} a process beside the policy")
+        return self.maker.reference()
 
     def _open_caches(self) -> None:
         """References of training and validation from their caches; what is missing of them is built first."""
 
         def load() -> ScoringModel:
-            scorer = self._load_reference()
+            scorer = self.maker.reference().scorer
             # Not before: weights that do not fit leave nothing behind. From here on the run's folder is this run's alone.
             self.folder.lock()
             return scorer
@@ -141,9 +130,9 @@ class RunSetup:
                 f"{cache.layout.answers.sequence_tokens:,} tokens {times[key]}"
                 for key, cache in self._caches.items()
             )
+            size = size_text(self.maker.reference_nbytes)
             self._say(
-                f"reference: cached, in the place of a second model of {size_text(self._model_bytes)} a process and a forward of "
-                f"{forwards}"
+                f"reference: cached, in the place of a second model of {size} a process and a forward of {forwards}"
             )
 
     def setup(self) -> None:
@@ -158,6 +147,7 @@ class RunSetup:
         # FSDP2 computes in another dtype than the weights', in a process on its own too.
         alone = config.compute_dtype is not None
         self.world = self._given_world or init_world(config.device, process_group=alone)
+        self.maker = ModelMaker(config, self.world)
         plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
         self.folder = RunFolder(
             Path(config.output_dir).absolute(), plain, self.recipe, self.world, schema=type(config)
@@ -216,11 +206,10 @@ class RunSetup:
             lambda: (
                 preflight(
                     config,
+                    self.maker,
                     self.dataset,
                     self.dataset_val,
                     self.folder.path,
-                    device=self.world.device,
-                    world_size=self.world.size,
                     reference=self.needs_reference and config.reference == "model",
                     rows_per_pair=3 if "anchor" in self.needs else 2,
                     caches=list(self._caches.values()),
@@ -229,7 +218,7 @@ class RunSetup:
                 else []
             )
         )
-        rows = meta_model(config.model, config.dtype).tok_embeddings.num_embeddings
+        rows = self.maker.vocabulary
         openings = config.sampling.prompts if config.sampling is not None else None
         padding = self.world.together(lambda: check_token_ids(self.tokenizer, rows, openings=openings))
         if padding is not None:
@@ -243,7 +232,7 @@ class RunSetup:
 
     def _check_contexts(self) -> None:
         """Check that what is sampled or put in front of answers fits the model's context."""
-        limit = meta_model(self.config.model, self.config.dtype).max_seq_len
+        limit = self.maker.context
         for source in self._sources.values():
             if hasattr(source, "check_context"):
                 source.check_context(limit)
@@ -278,19 +267,11 @@ class RunSetup:
         if config.reference == "cached":
             # Before the policy: the model that fills the caches is gone by then.
             self._open_caches()
-        self.checkpointer = config.checkpointer.build()
-        weights = read_weights(self.checkpointer, "checkpointer", self.world)
-        self.policy = build_scorer(
-            config,
-            weights,
-            self.world,
-            model=config.model,
-            trainable=True,
-        )
-        del weights
+        self.policy = self.maker.policy(trainable=True)
+        self.checkpointer = self.maker.checkpointer
         if config.reference == "model":
             self.reference = self.reference_val = self.build_reference()
-        self.optimizer = build_optimizer(config.optimizer, self.policy.model)
+        self.optimizer = build_optimizer(config.optimizer, self.policy.trainable_parameters())
         self.scheduler = build_scheduler(config.lr_scheduler, self.optimizer, self.total_steps)
 
     def _facts(self, config: dict[str, Any]) -> dict[str, Any]:

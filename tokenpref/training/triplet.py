@@ -9,7 +9,6 @@ from tokenpref.errors import ConfigError
 from tokenpref.models.token_ids import check_answer_ids
 from tokenpref.training.config.keys import TrainConfig, TripletConfig
 from tokenpref.training.credit.live import AnchorSource
-from tokenpref.training.loading.preflight import meta_model
 from tokenpref.training.step.pair_loss import BatchAnchors
 from tokenpref.training.weighted import WeightedTrainer
 
@@ -56,7 +55,7 @@ class TripletTrainer(WeightedTrainer):
             )
         source.bind(dataset)
         self.keep(dataset, "anchors", source)
-        rows = meta_model(self.config.model, self.config.dtype).tok_embeddings.num_embeddings
+        rows = self.maker.vocabulary
         if isinstance(source, ColumnAnchors):  # they are there already, others are made as the training goes
             found = source.answers(dataset.rows().tolist(), None)
             check_answer_ids(found, rows, key=f"anchors (column {source.column!r})")

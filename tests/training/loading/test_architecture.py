@@ -10,12 +10,14 @@ from support.published import FAMILIES
 
 from tokenpref._paths import data_root
 from tokenpref._registry import config_files
+from tokenpref.distributed import single_process_world
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.training import ContrastiveReference, Evaluator, PreferenceTrainer, WeightEstimation
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.fields import Component
+from tokenpref.training.config.keys import ScoringConfig
 from tokenpref.training.loading.architecture import check_architecture
-from tokenpref.training.loading.preflight import meta_model
+from tokenpref.training.loading.models import ModelMaker
 
 PUBLISHED = {
     "tokenpref.models.smollm2_135m": "smollm2",
@@ -185,6 +187,8 @@ def test_the_shipped_configs_name_the_model_of_their_checkpoint(name, tmp_path):
         parts["checkpointer"], kwargs=parts["checkpointer"].kwargs | {"checkpoint_dir": str(tmp_path)}
     )
     longest = config.get("dataset", {}).get("max_seq_len", 512)
-    assert (
-        check_architecture(reader, parts["model"], meta_model(parts["model"], "bf16"), longest=longest) == []
+    settings = ScoringConfig(
+        output_dir="unused", tokenizer=Component("tokenizer", "unused", {}), dtype="bf16"
     )
+    decoder = ModelMaker(settings, single_process_world(), model=parts["model"]).on_meta()
+    assert check_architecture(reader, parts["model"], decoder, longest=longest) == []

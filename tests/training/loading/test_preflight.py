@@ -8,13 +8,16 @@ import torch
 from support.commands import tune
 from support.saved import saved_bytes
 
+from tokenpref.distributed import single_process_world
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import TrainConfig
-from tokenpref.training.loading.preflight import bf16_fault, estimate_memory, meta_model
+from tokenpref.training.loading.models import ModelMaker
+from tokenpref.training.loading.preflight import bf16_fault, estimate_memory
 
+WORLD = single_process_world()
 Usage = namedtuple("Usage", "total used free")
 
 
@@ -25,11 +28,16 @@ def config(*overrides):
 def memory(*overrides, tokens=96, **kwargs):
     read = config(*overrides)
     kwargs = {"device": torch.device("cpu"), "world_size": 1, "reference": True, **kwargs}
-    return estimate_memory(read, meta_model(read.model, read.dtype), tokens=tokens, **kwargs)
+    return estimate_memory(read, ModelMaker(read, WORLD), tokens=tokens, **kwargs)
+
+
+def policy():
+    """The tiny policy on the meta device."""
+    return ModelMaker(config(), WORLD).on_meta()
 
 
 def parameters():
-    return sum(p.numel() for p in meta_model(config().model, "fp32").parameters())
+    return sum(p.numel() for p in policy().parameters())
 
 
 def test_shares_of_the_models_by_hand():
@@ -38,7 +46,7 @@ def test_shares_of_the_models_by_hand():
     assert found.optimizer == pytest.approx(
         8 * count, rel=1e-3
     )  # two moments, and a step count for each tensor
-    assert found.head == 4 * 96 * meta_model(config().model, "fp32").tok_embeddings.num_embeddings * 4
+    assert found.head == 4 * 96 * policy().tok_embeddings.num_embeddings * 4
     assert found.copy == 0 and found.total == sum(vars(found).values())
 
 
@@ -71,8 +79,8 @@ def test_activations_are_what_autograd_keeps(tmp_path, monkeypatch):
 
 def test_activation_checkpointing_keeps_less():
     whole, less = memory().activations, memory("enable_activation_checkpointing=true").activations
-    layers = len(meta_model(config().model, "fp32").layers)
-    inputs = layers * meta_model(config().model, "fp32").tok_embeddings.embedding_dim * 4 * 96
+    layers = len(policy().layers)
+    inputs = layers * policy().tok_embeddings.embedding_dim * 4 * 96
     assert less == pytest.approx(inputs + whole / layers, rel=1e-3) and less < whole
 
 

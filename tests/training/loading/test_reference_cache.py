@@ -27,6 +27,7 @@ from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTraine
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.loading import preflight
+from tokenpref.training.loading.models import ModelMaker
 from tokenpref.training.loading.reference_cache import ReferenceCache, cached_references, stored_kind
 from tokenpref.training.step.pair_loss import what_is_read
 from tokenpref.training.step.train_step import train_step
@@ -368,7 +369,7 @@ def test_a_run_and_its_validation_are_the_same(run, tmp_path, monkeypatch):
     assert len(folders) == 2 and all(name.startswith("hidden-") for name in folders)
     assert with_cache.reference.store.layout.path != with_cache.reference_val.store.layout.path
     # What is kept serves the next run, of any number of steps, and the one that goes on.
-    monkeypatch.setattr(PreferenceTrainer, "_load_reference", lambda self: never())
+    monkeypatch.setattr(ModelMaker, "reference", lambda self: never())
     run("output_dir=cached", "reference=cached", "resume_from_checkpoint=true", *words)
     run(
         "output_dir=other",

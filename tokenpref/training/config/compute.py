@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import torch
 
@@ -12,9 +12,6 @@ from tokenpref.distributed import World
 from tokenpref.models.activations import checkpointed_layers
 from tokenpref.models.float8 import FLOAT8_RECIPES, Float8, check_float8_device, float8_layers
 from tokenpref.training.config.fields import flag, integer, text
-
-if TYPE_CHECKING:
-    from tokenpref.training.config.keys import TrainConfig
 
 __all__ = ["DTYPES", "Compute", "ComputeConfig", "check_device", "check_model", "compute_faults"]
 
@@ -92,24 +89,28 @@ class ComputeConfig:
         )
 
 
-def compute_faults(config: TrainConfig) -> list[str]:
-    """Settings that do not go together."""
-    return [*_precision_faults(config), *_activation_faults(config), *_float8_faults(config)]
+def compute_faults(config: ComputeConfig, *, dtype: str, device: str) -> list[str]:
+    """Settings that do not go together, for weights in ``dtype`` on ``device``."""
+    return [
+        *_precision_faults(config, dtype),
+        *_activation_faults(config, device),
+        *_float8_faults(config, dtype, device),
+    ]
 
 
-def _on_cpu(config: TrainConfig) -> bool:
-    return isinstance(config.device, str) and config.device.partition(":")[0] == "cpu"
+def _on_cpu(device: str) -> bool:
+    return isinstance(device, str) and device.partition(":")[0] == "cpu"
 
 
-def _precision_faults(config: TrainConfig) -> list[str]:
-    if config.compute_dtype is None or config.dtype != config.compute_dtype:
+def _precision_faults(config: ComputeConfig, dtype: str) -> list[str]:
+    if config.compute_dtype is None or dtype != config.compute_dtype:
         return []
     return [
         f"compute_dtype: is {config.compute_dtype}, and dtype is too; set dtype=fp32 for float32 weights, or compute_dtype=null"
     ]
 
 
-def _activation_faults(config: TrainConfig) -> list[str]:
+def _activation_faults(config: ComputeConfig, device: str) -> list[str]:
     faults = []
     enabled, selective = config.enable_activation_checkpointing, config.ac_mode == "selective"
     if selective and not enabled:
@@ -122,9 +123,9 @@ def _activation_faults(config: TrainConfig) -> list[str]:
         faults.append(
             f"ac_option: is {config.ac_option}, which only ac_mode selective reads; set ac_mode=selective, or null"
         )
-    if config.enable_activation_offloading and _on_cpu(config):
+    if config.enable_activation_offloading and _on_cpu(device):
         faults.append(
-            f"enable_activation_offloading: takes activations from a GPU's memory, and device is {config.device}; set "
+            f"enable_activation_offloading: takes activations from a GPU's memory, and device is {device}; set "
             "device=cuda, or enable_activation_offloading=false"
         )
     if config.enable_activation_offloading and (selective or not enabled):
@@ -135,7 +136,7 @@ def _activation_faults(config: TrainConfig) -> list[str]:
     return faults
 
 
-def _float8_faults(config: TrainConfig) -> list[str]:
+def _float8_faults(config: ComputeConfig, dtype: str, device: str) -> list[str]:
     if not config.enable_fp8_training:
         given: dict[str, Any] = {"fp8_recipe_name": config.fp8_recipe_name, "fp8_emulate": config.fp8_emulate}
         return [
@@ -145,13 +146,13 @@ def _float8_faults(config: TrainConfig) -> list[str]:
         ]
     if config.fp8_emulate:
         return []
-    if _on_cpu(config):
+    if _on_cpu(device):
         return [
-            f"enable_fp8_training: float8 products need a GPU, and device is {config.device}; set device=cuda, or "
+            f"enable_fp8_training: float8 products need a GPU, and device is {device}; set device=cuda, or "
             "enable_fp8_training=false (or fp8_emulate=true, for tests: slow)"
         ]
     row_scales = config.fp8_recipe_name not in (None, "tensorwise")
-    if row_scales and config.dtype == "fp32" and config.compute_dtype is None:
+    if row_scales and dtype == "fp32" and config.compute_dtype is None:
         return [
             f"fp8_recipe_name: GPUs compute {config.fp8_recipe_name} in bfloat16 only, and dtype is fp32; set dtype=bf16, "
             "compute_dtype=bf16, or fp8_recipe_name=tensorwise"

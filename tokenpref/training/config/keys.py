@@ -257,7 +257,11 @@ class TrainConfig(ComputeConfig, ModelConfig):
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
-        faults = super().faults() + compute_faults(self) + self._cache_faults()
+        faults = (
+            super().faults()
+            + compute_faults(self, dtype=self.dtype, device=self.device)
+            + self._cache_faults()
+        )
         for part in (self.metric_logger, self.profiler, self.lr_scheduler):
             faults += component_faults(part)
         if self.clip_grad_norm is not None and self.clip_grad_norm < LEAST_GRADIENT_NORM:

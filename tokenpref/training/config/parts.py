@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from typing import Any
 
 from torch import nn
@@ -14,13 +15,13 @@ from tokenpref.training.config.fields import Component
 __all__ = ["build_logger", "build_optimizer", "build_profiler", "build_scheduler"]
 
 
-def build_optimizer(component: Component, model: nn.Module) -> Optimizer:
-    """The optimizer of a model's parameters.
+def build_optimizer(component: Component, parameters: Iterable[nn.Parameter]) -> Optimizer:
+    """The optimizer of a model's trainable parameters.
 
     Raises:
         ConfigError: if the component makes something else.
     """
-    return _of_kind(component, component.build(model.parameters()), "param_groups", "step", "zero_grad")
+    return _of_kind(component, component.build(parameters), "param_groups", "step", "zero_grad")
 
 
 def build_scheduler(component: Component | None, optimizer: Optimizer, steps: int) -> LRScheduler | None:

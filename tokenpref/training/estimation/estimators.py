@@ -25,8 +25,8 @@ from tokenpref.training.config.keys import ScoringConfig
 from tokenpref.training.config.sanity import component_faults, own_component_faults
 from tokenpref.training.credit.attribution import _AttributedWeights
 from tokenpref.training.credit.prompts import check_context, prompted_answers
-from tokenpref.training.estimation.pair_folder import ContrastivePair, PairSide, check_weights, read_pair
-from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
+from tokenpref.training.estimation.pair_folder import ContrastivePair, check_weights, read_pair
+from tokenpref.training.loading.models import ModelMaker, weights_digest
 from tokenpref.training.loading.preflight import check_scored
 from tokenpref.weights import contrastive_log_ratios
 from tokenpref.weights.attribution import (
@@ -81,6 +81,10 @@ class AttributionEstimator(_AttributedWeights):
                 raise ConfigError(f"{key}: missing; attribution runs the model that {key} names")
         return config.model, config.checkpointer
 
+    def _maker(self, config: EstimateConfig, world: World) -> ModelMaker:
+        model, checkpointer = self._needed(config)
+        return ModelMaker(config, world, model=model, checkpointer=checkpointer)
+
     def check(
         self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
     ) -> None:
@@ -89,23 +93,20 @@ class AttributionEstimator(_AttributedWeights):
         Raises:
             ConfigError: if the checkpoint's config.json describes another model, or a sequence or token id does not fit it.
         """
-        model, reader = self._needed(config)
-        check_scored(
-            model, config.dtype, {"checkpointer": reader}, tokenizer, world, data=(dataset, config.dataset)
-        )
+        _, reader = self._needed(config)
+        maker = self._maker(config, world)
+        check_scored(maker, {"checkpointer": reader}, tokenizer, data=(dataset, config.dataset))
 
     def setup(
         self, config: EstimateConfig, dataset: PreferenceDataset, tokenizer: Tokenizer, world: World
     ) -> None:
         """See :class:`tokenpref.training.estimation.estimators.Estimator`."""
-        model, checkpointer = self._needed(config)
         self._answers = [
             ((e.chosen_ids, e.chosen_start), (e.rejected_ids, e.rejected_start)) for e in dataset
         ]
         self._rows = dataset.rows().tolist()
         self._pad_id, self._world = tokenizer.pad_id, world
-        state = read_weights(checkpointer.build(), "checkpointer", world)
-        self._scorer = build_scorer(config, state, world, model=model)
+        self._scorer = self._maker(config, world).policy()
 
     def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
         """See :class:`tokenpref.training.estimation.estimators.Estimator`.
@@ -237,11 +238,9 @@ class ContrastiveEstimator:
             )
         sides = {"positive": self.pair.positive, "negative": self.pair.negative}
         check_scored(
-            self.pair.model,
-            config.dtype,
+            ModelMaker(config, world, model=self.pair.model),
             {f"pair's {name} side": side.checkpointer for name, side in sides.items()},
             tokenizer,
-            world,
             data=(dataset, config.dataset),
         )
 
@@ -259,17 +258,13 @@ class ContrastiveEstimator:
         self._dataset, self._pad_id, self._device = dataset, tokenizer.pad_id, world.device
         # Both sides before a weight of either is read.
         world.together(lambda: check_weights(self.pair) if world.is_main else None)
-        self._positive = self._scorer(config, self.pair.positive, "positive", world)
+        maker = ModelMaker(config, world, model=self.pair.model)
+        self._positive = maker.side(self.pair.positive.checkpointer, "pair's positive side")
         self._negative = (
             self._positive
             if self.pair.shares_weights
-            else self._scorer(config, self.pair.negative, "negative", world)
+            else maker.side(self.pair.negative.checkpointer, "pair's negative side")
         )
-
-    def _scorer(self, config: EstimateConfig, side: PairSide, name: str, world: World) -> ScoringModel:
-        key = f"pair's {name} side"
-        state = read_weights(side.checkpointer.build(), key, world)
-        return build_scorer(config, state, world, model=self.pair.model, key=key)
 
     def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
         """See :class:`Estimator`."""

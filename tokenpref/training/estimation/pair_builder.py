@@ -18,6 +18,7 @@ from tokenpref.training.config.fields import Component, component, read_config, 
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.config.written import plain_without_environment
 from tokenpref.training.estimation.pair_folder import METHODS, PAIR_FILE, SIDES, nested_components, write_pair
+from tokenpref.training.loading.models import ModelMaker
 from tokenpref.training.loading.preflight import check_scored
 from tokenpref.training.saving.export_check import check_exports, epochs_until
 from tokenpref.training.saving.run_folder import RunFolder
@@ -125,9 +126,8 @@ class ContrastiveReference:
         sides: dict[str, dict[str, Any]] = {}
         if config.method == "prompt":
             tokenizer = adapt_tokenizer(config.tokenizer.build())
-            check_scored(
-                config.model, config.dtype, {"checkpointer": config.checkpointer}, tokenizer, self.world
-            )
+            maker = ModelMaker(config, self.world)
+            check_scored(maker, {"checkpointer": config.checkpointer}, tokenizer)
             prompts = (config.positive_prompt, config.negative_prompt)
             sides = {s: {"checkpoint": None, "prompt": p} for s, p in zip(SIDES, prompts, strict=True)}
         else:

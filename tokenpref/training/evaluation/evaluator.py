@@ -16,14 +16,14 @@ from tokenpref._paths import resolve_path
 from tokenpref.data import PreferenceDataset, adapt_tokenizer
 from tokenpref.distributed import init_world
 from tokenpref.errors import DryRun
-from tokenpref.models.reference import KL_STATISTICS, FrozenReference
+from tokenpref.models.reference import KL_STATISTICS
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import EvaluateConfig
 from tokenpref.training.evaluation.intervals import mean_interval, wilson_interval
 from tokenpref.training.evaluation.measures import evaluate_pairs, paired_gain, sample_rewards
-from tokenpref.training.loading.models import build_scorer, read_weights, weights_digest
-from tokenpref.training.loading.preflight import check_openings, check_scored, meta_model
+from tokenpref.training.loading.models import ModelMaker, weights_digest
+from tokenpref.training.loading.preflight import check_openings, check_scored
 from tokenpref.training.saving.portions import KeptPortions
 from tokenpref.training.step.batches import check_pairs
 
@@ -80,24 +80,21 @@ class Evaluator:
             if self.world.is_main:
                 log.info(f"dataset: {dataset.report.summary()}")
         readers = {"checkpointer": config.checkpointer, "ref_checkpointer": config.ref_checkpointer}
+        self._maker = ModelMaker(config, self.world)
         check_scored(
-            config.model,
-            config.dtype,
+            self._maker,
             {key: reader for key, reader in readers.items() if reader is not None},
             self.tokenizer,
-            self.world,
             data=(dataset, config.dataset) if dataset is not None and config.dataset is not None else None,
             openings=config.sampling.prompts if config.sampling is not None else None,
         )
         if config.sampling is not None:
-            limit = meta_model(config.model, config.dtype).max_seq_len
-            check_openings(config.sampling, self.tokenizer, limit)
+            check_openings(config.sampling, self.tokenizer, self._maker.context)
         folder = Path(config.output_dir)
         if config.dry_run:
             raise DryRun(f"dry run: nothing stands against this evaluation, nothing was written to {folder}")
         self._portions = KeptPortions(folder / "evaluation.partial.json", self._job(dataset), self.world)
-        weights = read_weights(config.checkpointer.build(), "checkpointer", self.world)
-        self.policy = build_scorer(config, weights, self.world, model=config.model)
+        self.policy = self._maker.policy()
         results: dict[str, Any] = {}
         if dataset is not None:
             results |= self._evaluate(dataset)
@@ -133,12 +130,9 @@ class Evaluator:
         config = self.config
         assert config.loss is not None  # the config was refused otherwise
         loss = config.loss.build()
-        checkpointer, key = config.ref_checkpointer or config.checkpointer, "ref_checkpointer"
-        weights = read_weights(checkpointer.build(), key, self.world)
-        reference = FrozenReference(build_scorer(config, weights, self.world, model=config.model, key=key))
         metrics = evaluate_pairs(
             self.policy,
-            reference,
+            self._maker.reference(),
             loss,
             dataset,
             self.world,

@@ -1,9 +1,10 @@
-"""Models, data and micro-batches as a run needs them, built from its config."""
+"""The one maker of models: it builds decoders, reads their weights and places them on the run's devices."""
 
 from __future__ import annotations
 
 import hashlib
 import logging
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
@@ -20,18 +21,19 @@ from tokenpref.distributed import World, load_full_state_dict, shard
 from tokenpref.errors import ConfigError
 from tokenpref.models.activations import activation_offloading, checkpoint_layers, offload_layers
 from tokenpref.models.float8 import convert_to_float8
+from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.tied_head import check_unread_head, drop_tied_head, head_hint
 from tokenpref.training.config.compute import DTYPES, Compute
 from tokenpref.training.config.fields import Component
-from tokenpref.training.config.keys import ScoringConfig, TrainConfig
+from tokenpref.training.config.keys import ModelConfig, ScoringConfig
 
 __all__ = [
-    "DTYPES",
     "WEIGHT_SUFFIXES",
-    "build_scorer",
+    "ModelMaker",
     "check_decoder",
     "check_state_fits",
+    "choose_trainable",
     "place_decoder",
     "read_weights",
     "weights_digest",
@@ -93,68 +95,165 @@ def check_state_fits(state: dict[str, Tensor], model: TransformerDecoder, key: s
         )
 
 
-def build_scorer(
-    config: ScoringConfig,
-    state: dict[str, Tensor],
-    world: World,
-    *,
-    model: Component,
-    key: str = "checkpointer",
-    trainable: bool = False,
-) -> ScoringModel:
-    """Build a model on the meta device, shard it, and fill it with weights.
+class ModelMaker:
+    """Makes the policy, the reference and the sides of a contrastive pair. Nothing else builds a model or loads weights into it.
+
+    What a model is made of is decided here: the component that builds it, the checkpoint that fills it, which of its parameters
+    train, and how it computes. Models on the meta device answer what can be known without weights.
 
     Args:
-        config: how the model computes, and how it is sharded.
-        state: whole weights on the main process (see :func:`read_weights`).
+        config: how models compute and how they are sharded; a config with ``model`` and ``checkpointer`` names those too.
         world: the run's processes.
-        model: what to build.
-        key: config key of the checkpointer, for errors.
-        trainable: the policy; False freezes the parameters and sets evaluation mode.
-
-    Returns:
-        The model with its head installed.
+        model: builds the decoder; None: the config's ``model``.
+        checkpointer: reads the policy's weights; None: the config's ``checkpointer``, if it has one.
 
     Raises:
-        ConfigError: if the weights do not fit the model, the model has no plain linear head, or float8 or activation
-            checkpointing do not fit it.
+        ValueError: if neither the config nor the arguments name a model.
     """
-    compute = config.compute(trainable=trainable)
-    with set_default_dtype(compute.dtype), torch.device("meta"):
-        decoder: TransformerDecoder = model.build()
-    check_decoder(decoder, model)
 
-    def check() -> None:
-        if world.is_main:
-            dropped = drop_tied_head(state, decoder, key)
-            # The reference of a training reads the policy's files once more, and need not say it again.
-            again = not trainable and isinstance(config, TrainConfig) and config.ref_checkpointer is None
-            if dropped is not None and not again:
-                log.info(dropped)
-            check_state_fits(state, decoder, key)
+    def __init__(
+        self,
+        config: ScoringConfig,
+        world: World,
+        *,
+        model: Component | None = None,
+        checkpointer: Component | None = None,
+    ) -> None:
+        self.config, self.world = config, world
+        self._ref_checkpointer: Component | None = None
+        if isinstance(config, ModelConfig):
+            model, checkpointer = model or config.model, checkpointer or config.checkpointer
+            self._ref_checkpointer = config.ref_checkpointer
+        if model is None:
+            raise ValueError("no model: the config has none, so name one with model=")
+        self.model: Component = model
+        self._checkpointer = checkpointer
+        self._said: set[str] = set()
 
-    world.together(check)
-    place_decoder(
-        decoder,
-        compute,
-        world,
-        trainable=trainable,
-        compiled=config.compile,
-        reshard_after_forward=config.fsdp_reshard_after_forward,
-        key=key,
-    )
-    load_full_state_dict(decoder, state, world)
-    validate_no_params_on_meta_device(decoder)
-    try:
-        return ScoringModel(
+    @cached_property
+    def checkpointer(self) -> Any:
+        """The checkpointer that reads the policy's weights and later writes trained ones.
+
+        Raises:
+            ValueError: if there is none.
+        """
+        if self._checkpointer is None:
+            raise ValueError("no checkpointer: the config has none, so name one with checkpointer=")
+        return self._checkpointer.build()
+
+    def policy(self, *, trainable: bool = False) -> ScoringModel:
+        """The model with the checkpointer's weights.
+
+        Args:
+            trainable: whether it will be trained; False freezes the parameters and sets evaluation mode.
+
+        Raises:
+            ConfigError: see :meth:`side`.
+        """
+        return self._filled(self.checkpointer, "checkpointer", trainable=trainable)
+
+    def reference(self) -> FrozenReference:
+        """The frozen model that the policy is compared with: the weights of ``ref_checkpointer``, or else the policy's.
+
+        Raises:
+            ConfigError: see :meth:`side`.
+        """
+        reader = self._ref_checkpointer or self._checkpointer
+        if reader is None:
+            raise ValueError("no checkpointer: the config has none, so name one with checkpointer=")
+        return FrozenReference(self.side(reader, reader.key))
+
+    def side(self, checkpointer: Component, key: str) -> ScoringModel:
+        """The model, frozen, with another checkpointer's weights, such as a side of a contrastive pair.
+
+        Args:
+            checkpointer: reads the weights.
+            key: what the weights are called in errors and in the log.
+
+        Raises:
+            ConfigError: if the weights do not fit the model, the model has no plain linear head, or float8 or activation
+                checkpointing do not fit it.
+        """
+        return self._filled(checkpointer.build(), key, trainable=False)
+
+    def on_meta(self, dtype: torch.dtype | None = None) -> TransformerDecoder:
+        """The policy without memory for its numbers, built anew by each call; ``requires_grad`` tells which parameters train.
+
+        Args:
+            dtype: of the weights; None: the config's ``dtype``.
+
+        Raises:
+            ConfigError: if the component does not build a decoder.
+        """
+        with set_default_dtype(dtype or DTYPES[self.config.dtype]), torch.device("meta"):
+            decoder: TransformerDecoder = self.model.build()
+        check_decoder(decoder, self.model)
+        return choose_trainable(decoder, True)
+
+    @cached_property
+    def _policy_on_meta(self) -> TransformerDecoder:
+        return self.on_meta()
+
+    @property
+    def context(self) -> int:
+        """The longest sequence that the model takes, in tokens."""
+        return int(self._policy_on_meta.max_seq_len)
+
+    @property
+    def vocabulary(self) -> int:
+        """How many token ids the model embeds."""
+        return int(self._policy_on_meta.tok_embeddings.num_embeddings)
+
+    @property
+    def reference_nbytes(self) -> int:
+        """A process's share of the reference's weights, in bytes."""
+        count = sum(parameter.numel() for parameter in self._policy_on_meta.parameters())
+        return -(-count * self.config.compute(trainable=False).dtype.itemsize // self.world.size)
+
+    def _filled(self, checkpointer: Any, key: str, *, trainable: bool) -> ScoringModel:
+        """Read weights, build the model on the meta device, shard it, and fill it."""
+        config, world = self.config, self.world
+        state = read_weights(checkpointer, key, world)
+        compute = config.compute(trainable=trainable)
+        decoder = self.on_meta(compute.dtype)
+        world.together(lambda: self._check_state(state, decoder, key))
+        place_decoder(
             decoder,
-            head_memory_mb=config.head_memory_mb,
-            padding_free=config.padding_free,
-            # On GPUs nobody has measured it.
-            compiled=config.compile and world.device.type == "cpu",
+            compute,
+            world,
+            trainable=trainable,
+            compiled=config.compile,
+            reshard_after_forward=config.fsdp_reshard_after_forward,
+            key=key,
         )
-    except TypeError as error:
-        raise ConfigError(f"model ({model.path}): {error}") from error
+        load_full_state_dict(decoder, state, world)
+        validate_no_params_on_meta_device(decoder)
+        try:
+            return ScoringModel(
+                decoder,
+                head_memory_mb=config.head_memory_mb,
+                padding_free=config.padding_free,
+                # On GPUs nobody has measured it.
+                compiled=config.compile and world.device.type == "cpu",
+            )
+        except TypeError as error:
+            raise ConfigError(f"model ({self.model.path}): {error}") from error
+
+    def _check_state(self, state: dict[str, Tensor], decoder: TransformerDecoder, key: str) -> None:
+        if not self.world.is_main:
+            return
+        dropped = drop_tied_head(state, decoder, key)
+        # A reference may read the policy's files once more, and need not say it again.
+        if dropped is not None and dropped not in self._said:
+            self._said.add(dropped)
+            log.info(dropped)
+        check_state_fits(state, decoder, key)
+
+
+def choose_trainable(decoder: TransformerDecoder, trainable: bool) -> TransformerDecoder:
+    """Mark the parameters that train (in place): all of a policy's, and none of a model that is only run."""
+    decoder.requires_grad_(trainable)
+    return decoder
 
 
 def place_decoder(
@@ -194,7 +293,7 @@ def place_decoder(
         checkpoint_layers(decoder, compute.checkpoint_every)
     if compute.offload:
         offload_layers(decoder, activation_offloading())
-    decoder.requires_grad_(trainable)
+    choose_trainable(decoder, trainable)
     shard(
         decoder,
         world,

@@ -14,10 +14,9 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tokenpref._memory import free_memory
 from tokenpref._paths import resolve_path
-from tokenpref._torchtune import TransformerDecoder, set_default_dtype
+from tokenpref._torchtune import TransformerDecoder
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.data.samples import read_openings
-from tokenpref.distributed import World
 from tokenpref.errors import ConfigError
 from tokenpref.models.cpu import install_on_cpu
 from tokenpref.models.scoring import ScoringModel
@@ -29,7 +28,7 @@ from tokenpref.training.config.keys import SamplingConfig, TrainConfig
 from tokenpref.training.config.parts import build_optimizer
 from tokenpref.training.loading.architecture import check_architecture
 from tokenpref.training.loading.memory import size_text as _size
-from tokenpref.training.loading.models import check_decoder
+from tokenpref.training.loading.models import ModelMaker
 from tokenpref.training.loading.reference_cache import ReferenceCache, cache_folder
 from tokenpref.training.step.batches import check_data_fits, check_tokens_per_batch
 
@@ -40,7 +39,6 @@ __all__ = [
     "check_scored",
     "disk_fault",
     "estimate_memory",
-    "meta_model",
     "preflight",
 ]
 
@@ -91,12 +89,11 @@ class MemoryEstimate:
 
 def preflight(
     config: TrainConfig,
+    maker: ModelMaker,
     dataset: PreferenceDataset,
     dataset_val: PreferenceDataset | None,
     folder: Path,
     *,
-    device: torch.device,
-    world_size: int,
     reference: bool,
     rows_per_pair: int,
     caches: Sequence[ReferenceCache] = (),
@@ -105,11 +102,10 @@ def preflight(
 
     Args:
         config: the run's config.
+        maker: of its models.
         dataset: its pairs.
         dataset_val: its held-out pairs, if any.
         folder: its output folder; it need not exist.
-        device: where this process computes.
-        world_size: number of processes.
         reference: whether a second model is loaded.
         rows_per_pair: sequences of a pair: 2, or 3 with anchors.
         caches: what is kept of a reference in the place of a second model.
@@ -121,7 +117,7 @@ def preflight(
         ConfigError: if the model is not the one that the checkpoint's config.json describes, if float8, activation checkpointing
             or the data do not fit it, or if the disk has no room for the run's first checkpoint and weights.
     """
-    model = meta_model(config.model, config.dtype)
+    model, world_size, device = maker.on_meta(), maker.world.size, maker.world.device
     check_model(config.compute(trainable=True), model)
     longest = max(int(data.lengths().max()) for data in (dataset, dataset_val) if data is not None)
     notes = [
@@ -137,7 +133,7 @@ def preflight(
     tokens = 2 * config.batch_size * int(dataset.lengths().max())
     memory = estimate_memory(
         config,
-        model,
+        maker,
         tokens=min(tokens, config.tokens_per_batch or tokens) * rows_per_pair // 2,
         device=device,
         world_size=world_size,
@@ -169,11 +165,9 @@ def preflight(
 
 
 def check_scored(
-    model: Component,
-    dtype: str,
+    maker: ModelMaker,
     readers: Mapping[str, Component],
     tokenizer: Tokenizer,
-    world: World,
     *,
     data: tuple[PreferenceDataset, Component] | None = None,
     openings: str | None = None,
@@ -181,11 +175,9 @@ def check_scored(
     """Check a model that is only run, not trained, before any of its weights is read.
 
     Args:
-        model: makes the decoder.
-        dtype: ``fp32`` or ``bf16``.
+        maker: of the model.
         readers: checkpointers of the weights that it is run with, by what they are called in messages.
         tokenizer: its ``pad_id`` is changed if the model does not embed it.
-        world: the run's processes.
         data: what it is run on, and the component that made it.
         openings: text file of prompts that are sampled from, if any.
 
@@ -193,7 +185,7 @@ def check_scored(
         ConfigError: if the model is not the one that a checkpoint's config.json describes, or the data or a token id does not
             fit it.
     """
-    decoder = meta_model(model, dtype)
+    decoder, world = maker.on_meta(), maker.world
     longest = int(data[0].lengths().max()) if data is not None else None
 
     def check() -> list[str]:
@@ -201,14 +193,13 @@ def check_scored(
         return [
             note
             for key, reader in (readers.items() if world.is_main else ())
-            for note in check_architecture(reader, model, decoder, key=key, longest=longest)
+            for note in check_architecture(reader, maker.model, decoder, key=key, longest=longest)
         ]
 
     lines = world.together(check)
     if data is not None:
         check_data_fits(*data, decoder)
-    rows = decoder.tok_embeddings.num_embeddings
-    padding = world.together(lambda: check_token_ids(tokenizer, rows, openings=openings))
+    padding = world.together(lambda: check_token_ids(tokenizer, maker.vocabulary, openings=openings))
     for line in [*lines, *([padding] if padding else [])] if world.is_main else []:
         log.info(line)
 
@@ -252,17 +243,9 @@ def check_openings(sampling: SamplingConfig, tokenizer: Tokenizer, limit: int) -
         )
 
 
-def meta_model(model: Component, dtype: str) -> TransformerDecoder:
-    """A model without memory for its numbers."""
-    with set_default_dtype(DTYPES[dtype]), torch.device("meta"):
-        decoder: TransformerDecoder = model.build()
-    check_decoder(decoder, model)
-    return decoder
-
-
 def estimate_memory(
     config: TrainConfig,
-    model: TransformerDecoder,
+    maker: ModelMaker,
     *,
     tokens: int,
     device: torch.device,
@@ -279,7 +262,7 @@ def estimate_memory(
 
     Args:
         config: the run's config.
-        model: the policy on the meta device.
+        maker: of its models.
         tokens: tokens of the largest micro-batch, padding included.
         device: where the process computes.
         world_size: number of processes.
@@ -287,12 +270,11 @@ def estimate_memory(
         caches: what is kept of a reference in its place; of one model, whose head is held once.
     """
     policy, beside = (config.compute(trainable=trainable) for trainable in (True, False))
+    model, vocabulary = maker.on_meta(policy.kept_dtype), maker.vocabulary
     count = sum(p.numel() for p in model.parameters())
+    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
     share = -(-count * policy.dtype.itemsize // world_size)
-    optimizer = int(_optimizer_bytes_per_parameter(config) * count / world_size)
-    if policy.compute_dtype is not None:
-        model = meta_model(config.model, str(config.compute_dtype))
-    vocabulary = model.tok_embeddings.num_embeddings
+    optimizer = int(_optimizer_bytes_per_parameter(config) * trained / world_size)
     head_of_cache = max((c.head_nbytes(model, beside.kept_dtype.itemsize) for c in caches), default=0)
     # At most: a reference without a KL is scored by itself.
     of_one = logit_budget(
@@ -303,7 +285,7 @@ def estimate_memory(
     budget = of_one * (2 if reference or head_of_cache else 1)
     return MemoryEstimate(
         weights=share,
-        gradients=share,
+        gradients=-(-trained * policy.dtype.itemsize // world_size),
         optimizer=optimizer,
         reference=-(-count * beside.dtype.itemsize // world_size) if reference else head_of_cache,
         activations=int(_activation_bytes_per_token(model, policy, device) * tokens),
@@ -328,7 +310,7 @@ def _activation_bytes_per_token(model: TransformerDecoder, compute: Compute, dev
 def _optimizer_bytes_per_parameter(config: TrainConfig) -> float:
     probe = nn.Parameter(torch.zeros(_PROBE // 256, 256, dtype=DTYPES[config.dtype]))
     with torch.random.fork_rng(devices=[]):  # stochastic rounding draws from the run's generator
-        optimizer = build_optimizer(config.optimizer, nn.ParameterList([probe]))
+        optimizer = build_optimizer(config.optimizer, [probe])
         probe.grad = torch.zeros_like(probe)
         optimizer.step()
     state = optimizer.state[probe].values()
@@ -359,7 +341,7 @@ def _saved_bytes_per_token(model: TransformerDecoder, device: torch.device) -> f
         return tensor
 
     rows, length = 64, 2
-    model.requires_grad_(True).train()
+    model.train()
     scorer = ScoringModel(model)
     if device.type == "cpu":
         install_on_cpu(model)

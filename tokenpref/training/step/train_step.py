@@ -91,12 +91,13 @@ def train_step(
         )
         sums.add(loss_metrics(output), batch.real)
         losses.append(output.losses[batch.real])
-    grads = [p.grad for p in policy.model.parameters() if p.grad is not None]
+    trained = policy.trainable_parameters()
+    grads = [p.grad for p in trained if p.grad is not None]
     norm = nn.utils.get_total_norm(grads)
     norm_value = float(norm.full_tensor() if hasattr(norm, "full_tensor") else norm)
     _stop_unless_finite(torch.cat(losses), norm_value, micro_batches, world, step)
     if clip_grad_norm is not None:
-        nn.utils.clip_grads_with_norm_(policy.model.parameters(), clip_grad_norm, norm)
+        nn.utils.clip_grads_with_norm_(trained, clip_grad_norm, norm)
     optimizer.step()
     refresh_float8_scales(policy.model)
     optimizer.zero_grad(set_to_none=True)
