@@ -353,7 +353,7 @@ CONFIGS = [
         prepare=config(f"seed: {'9' * 5000}\n")),
     Bad("fp16", "tdpo", "dtype: expected one of fp32, bf16, found 'fp16'.*use bf16 or fp32", ("dtype=fp16",)),
     Bad("no such precision", "tdpo", "compute_dtype: expected one of bf16, found 'fp8'", ("compute_dtype=fp8",)),
-    Bad("bfloat16 over bfloat16", "tdpo", "compute_dtype: is bf16, and dtype is too; set dtype=fp32",
+    Bad("bfloat16 over bfloat16", "tdpo", "compute_dtype: is bf16, and so is dtype; set dtype=fp32",
         ("compute_dtype=bf16", "dtype=bf16")),
     Bad("selective without checkpointing", "tdpo", "ac_mode: is selective, but enable_activation_checkpointing is false",
         ("ac_mode=selective", "ac_option=2")),

@@ -108,7 +108,7 @@ CANNOT_TRAIN = [
     ("tdpo", "optimizer.eps", 1e300, "optimizer.eps: expected a number from 0 to 1,"),
     ("tdpo", "optimizer.betas", [0.9, 1.0], "optimizer.betas: expected a number from 0 to below 1, found 1.0"),
     ("tdpo", "optimizer.betas", [0.9, -1], "optimizer.betas: expected a number from 0 to below 1, found -1"),
-    ("tdpo", "optimizer.maximize", True, "optimizer.maximize: true climbs the loss"),
+    ("tdpo", "optimizer.maximize", True, "optimizer.maximize: true would maximise the loss"),
     ("tdpo", "optimizer.foreach", True, "optimizer .*fused.*foreach"),
     ("tdpo", "lr_scheduler.num_warmup_steps", -1, "num_warmup_steps: expected a whole number from 0"),
     ("tdpo", "lr_scheduler.num_warmup_steps", float("inf"), "num_warmup_steps must be a whole number, got inf"),

@@ -116,7 +116,9 @@ def test_a_damaged_shard_is_named_and_made_anew_alone(tmp_path, caplog):
     writer = StoreWriter(tmp_path, kind="log_ratio", job={"data": "d"}, shards=3)
     with caplog.at_level(logging.WARNING, logger="tokenpref"):
         assert writer.missing() == [1]
-    assert f"{shard} is not what was written (its checksum differs); that shard is computed again" in caplog.text
+    assert (
+        f"{shard} is not what was written (its checksum differs); that shard is computed again" in caplog.text
+    )
     with pytest.raises(DataError, match="shard-00001.parquet .*cannot be sealed"):
         writer.finish()
     writer.write(1, [stored(2), stored(3)])

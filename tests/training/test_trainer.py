@@ -317,7 +317,7 @@ def test_going_back_moves_later_checkpoints_aside(run, tmp_path, caplog):
         run(
             *back, setup_only=True
         )  # stopped at once: the end that was left behind is not the newest any more
-    assert "step_4 is later than step_2, where this run goes on; moved to step_4.former1" in caplog.text
+    assert "step_4 is later than step_2, from which this run resumes; moved to step_4.former1" in caplog.text
     assert sorted(p.name for p in (tmp_path / "mine/checkpoints").glob("step_*")) == [
         "step_2",
         "step_4.former1",

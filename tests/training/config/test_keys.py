@@ -180,7 +180,7 @@ def test_components_are_named_before_they_are_imported(caplog, tmp_path, monkeyp
     with caplog.at_level("INFO", logger="tokenpref"):
         cfg = load_config(["--config", "tiny/tdpo", "loss=seen_first.DPOLoss"], announce=True)
     assert caplog.messages[:2] == [
-        "loss: importing seen_first.DPOLoss, in the place of tokenpref.losses.TokenDPOLoss",
+        "loss: importing seen_first.DPOLoss instead of tokenpref.losses.TokenDPOLoss",
         "the file runs",
     ]
     cfg.loss._component_ = "seen_next.DPOLoss"

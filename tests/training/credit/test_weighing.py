@@ -161,4 +161,4 @@ def test_negative_weights_of_a_transform_are_said():
         "weight_transform", "tokenpref.weights.transforms.threshold", {"lower": -1.0, "upper": 1.0}
     )
     weights = TokenWeights(pairs(2), Source(), weighing(transform=thresholds))
-    assert "% are negative: the push on these tokens is turned round" in weights.summary
+    assert "% are negative, which reverses the gradient of these tokens" in weights.summary

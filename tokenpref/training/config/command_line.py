@@ -1,4 +1,4 @@
-"""How a recipe starts from the command line: its config found and merged, its errors printed in one line."""
+"""Finds the config that a command line names, and merges the overrides into it."""
 
 from __future__ import annotations
 
@@ -26,11 +26,11 @@ _DOTTED_PATH = re.compile(r"[A-Za-z_]\w*(\.[A-Za-z_]\w*)+")
 
 
 def load_config(arguments: list[str], *, announce: bool = False) -> DictConfig:
-    """The config that a recipe's command line means.
+    """The config of a recipe's command line.
 
-    On top of torchtune's own rules: a config that comes with the package is found from any directory
-    (``configs/tiny/tdpo.yaml``); ``key=null`` removes a component as ``~key`` does; a component replaced on the command
-    line drops the arguments that the config gave to the old one and the new one does not take, and says so.
+    The rules are torchtune's, with three additions. A config of this package is found from any directory
+    (``configs/tiny/tdpo.yaml``). ``key=null`` removes a component, like ``~key``. A component that is replaced on the command
+    line loses the old one's arguments that the new one does not accept, and the log says so.
 
     Args:
         arguments: ``--config NAME``, ``key=value`` (``component=path`` is short for ``component._component_=path``) and
@@ -56,13 +56,13 @@ def load_config(arguments: list[str], *, announce: bool = False) -> DictConfig:
         key, separator, value = override.partition("=")
         if not separator or not key or key.startswith("-"):
             raise ConfigError(f"{override!r}: an override is written key=value (or ~key to remove one)")
-        if value == "???":  # OmegaConf's mark for a value that is missing would leave the config's own
+        if value == "???":  # OmegaConf's mark for a missing value would keep the config's value
             raise ConfigError(f"{override!r}: ??? is no value; give one")
         try:
             node = OmegaConf.select(config, key)
         except OmegaConfBaseException as error:
             raise ConfigError(f"{override!r}: {key!r} is no key ({_first_line(error)})") from error
-        # A component that the file leaves at its default is meant where the command line also sets arguments of it.
+        # Arguments on the command line refer to the default component if the file names none.
         short = (isinstance(node, DictConfig) and COMPONENT in node) or (
             node is None and _DOTTED_PATH.fullmatch(value) and any(o.startswith(f"{key}.") for o in overrides)
         )
@@ -110,7 +110,7 @@ def _remove(config: DictConfig, key: str) -> None:
 
 
 def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: bool) -> list[str]:
-    """Arguments of components that the command line replaces and whose replacement does not take them."""
+    """Arguments of replaced components that the replacement does not accept."""
     # Unresolved: interpolations may point to keys that only the command line sets.
     nodes = OmegaConf.to_container(config, resolve=False)
     dropped = []
@@ -118,12 +118,12 @@ def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: b
         path = str(given.get(f"{key}.{COMPONENT}", node[COMPONENT]))
         if path == node[COMPONENT]:
             continue
-        if announce:  # before it is done: to import a component is to run its file
-            log.info(f"{key}: importing {path}, in the place of {node[COMPONENT]}")
+        if announce:  # logged before the import, because importing a component executes its file
+            log.info(f"{key}: importing {path} instead of {node[COMPONENT]}")
         try:
             component = find_component(path)
         except ValueError:
-            continue  # reading the config reports it together with its other faults
+            continue  # reported when the config is read, together with its other faults
         for name in node:
             argument = f"{key}.{name!s}"
             if name != COMPONENT and argument not in given and not accepts(component, str(name)):
@@ -136,7 +136,7 @@ def _dropped_arguments(config: DictConfig, given: dict[str, str], *, announce: b
 
 
 def _components(nodes: Any, prefix: str = "") -> Iterator[tuple[str, dict[Any, Any]]]:
-    """All mappings with a component, with their dotted keys; those inside come before the one around them."""
+    """All mappings with a component, with their dotted keys; inner ones come first."""
     for key, node in nodes.items() if isinstance(nodes, dict) else ():
         if isinstance(node, dict):
             yield from _components(node, f"{prefix}{key!s}.")

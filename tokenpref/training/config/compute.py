@@ -1,4 +1,4 @@
-"""How models compute: precision, float8, and what the layers keep for the backward. The keys are torchtune's and torchtitan's."""
+"""How models compute: precision, float8 and kept activations. The keys are those of torchtune and torchtitan."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ class Compute:
     """How one model computes.
 
     Args:
-        dtype: of the weights.
-        compute_dtype: what FSDP2 gathers the weights in and the layers compute in; None: ``dtype``.
-        float8: how linear layers multiply in float8; None: they do not.
-        checkpoint_every: every n-th layer keeps its input alone for the backward; None: no layer does.
-        offload: what the layers keep goes to the CPU's memory.
+        dtype: dtype of the weights.
+        compute_dtype: dtype in which FSDP2 gathers the weights and the layers compute; None for ``dtype``.
+        float8: how linear layers multiply in float8; None for no float8.
+        checkpoint_every: every n-th layer keeps only its input for the backward pass; None for no layer.
+        offload: move what the layers keep to the CPU's memory.
     """
 
     dtype: torch.dtype
@@ -68,8 +68,8 @@ class ComputeConfig:
         """How the policy (``trainable``) or a model beside it computes.
 
         Both must give the same numbers for the same weights, so that a loss starts at log 2 and rounding cancels in
-        log ratios: float8 holds for both. Weights that never change are kept in what they are computed in, unless float8 is made
-        of the policy's own weights (tensorwise, by FSDP2's gathering): rounding them to bfloat16 first would give other numbers.
+        log ratios. Float8 therefore applies to both. Frozen weights are stored in the dtype of the computation, except if FSDP2
+        gathers the policy's weights in float8 (tensorwise). Rounding them to bfloat16 first would give other numbers.
         """
         own = DTYPES[dtype]
         compute_dtype = None if self.compute_dtype is None else DTYPES[self.compute_dtype]
@@ -90,7 +90,7 @@ class ComputeConfig:
 
 
 def compute_faults(config: ComputeConfig, *, dtype: str, device: str) -> list[str]:
-    """Settings that do not go together, for weights in ``dtype`` on ``device``."""
+    """Settings that contradict each other, for weights in ``dtype`` on ``device``."""
     return [
         *_precision_faults(config, dtype),
         *_activation_faults(config, device),
@@ -106,7 +106,7 @@ def _precision_faults(config: ComputeConfig, dtype: str) -> list[str]:
     if config.compute_dtype is None or dtype != config.compute_dtype:
         return []
     return [
-        f"compute_dtype: is {config.compute_dtype}, and dtype is too; set dtype=fp32 for float32 weights, or compute_dtype=null"
+        f"compute_dtype: is {config.compute_dtype}, and so is dtype; set dtype=fp32 for float32 weights, or compute_dtype=null"
     ]
 
 
@@ -161,7 +161,7 @@ def _float8_faults(config: ComputeConfig, dtype: str, device: str) -> list[str]:
 
 
 def check_device(compute: Compute, world: World) -> None:
-    """Check that this process's device can do it.
+    """Check that the device of this process supports the settings.
 
     Raises:
         ConfigError: naming the key.
@@ -171,7 +171,7 @@ def check_device(compute: Compute, world: World) -> None:
 
 
 def check_model(compute: Compute, model: TransformerDecoder) -> None:
-    """Check that it fits the model, which is left as it is.
+    """Check that the settings fit the model, without changing the model.
 
     Raises:
         ConfigError: naming the key.

@@ -1,4 +1,4 @@
-"""Faults of a config that need more than one key to be seen."""
+"""Faults of a config that concern more than one key."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ __all__ = ["checkpoint_faults", "loss_faults", "transform_faults"]
 
 
 def checkpoint_faults(checkpointer: Component | None, model: Component | None) -> list[str]:
-    """Missing folder or files of a checkpointer, with the command that prepares the model when it has one."""
+    """Missing folders or files of a checkpointer, with the command that prepares the model if there is one."""
     if checkpointer is None or "checkpoint_dir" not in checkpointer.kwargs:
         return []
     given, files = (checkpointer.kwargs.get(name) for name in ("checkpoint_dir", "checkpoint_files"))
@@ -45,7 +45,7 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
 
 
 def transform_faults(transform: Component | None) -> list[str]:
-    """A transform that refuses its settings, found by trying it on three tokens."""
+    """The faults of a transform's settings, found by applying it to three tokens."""
     if transform is None:
         return []
     ratios = torch.tensor([[0.0, 30.0, -30.0]])
@@ -69,7 +69,7 @@ def transform_faults(transform: Component | None) -> list[str]:
 
 
 def loss_faults(loss: Component | None, provides: frozenset[str], recipe: str) -> list[str]:
-    """A loss that refuses its settings, or that needs a statistic which the recipe does not provide."""
+    """The faults of a loss's settings, and statistics that it needs but the recipe does not provide."""
     if loss is None:
         return []
     try:

@@ -1,6 +1,6 @@
-"""Settings of components with which nothing can be trained, found before anything of the run is built.
+"""Finds settings of components that cannot work, before anything of the run is built.
 
-Bounds are far beyond what anybody trains with: they catch a slip of the keyboard, not a bold choice.
+The bounds are far outside useful values. They catch typing errors, not unusual choices.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from tokenpref.training.config.written import is_path_key
 __all__ = ["component_faults", "folder_faults", "optimizer_faults", "own_component_faults"]
 
 _OURS = ("tokenpref.", "torch.", "torchtune.", "torchao.")
-# Name of an optimizer's argument: least, most, and whether the most itself is allowed.
+# By an optimizer's argument: lower bound, upper bound, and whether the upper bound itself is allowed.
 OPTIMIZER_BOUNDS: Mapping[str, tuple[float, float, bool]] = {
     "lr": (0.0, 1000.0, True),
     "weight_decay": (0.0, 1000.0, True),
@@ -36,7 +36,7 @@ _MOST_STEPS = 2**31 - 1
 LEAST_STEPS: Mapping[str, int] = {
     "wait_steps": 0, "warmup_steps": 0, "active_steps": 1, "num_cycles": 0, "num_warmup_steps": 0,
 }  # fmt: skip
-# What a recipe asks of what a key's component makes.
+# The attributes that a recipe needs of a component's result, by key.
 METHODS: Mapping[str, tuple[str, ...]] = {
     "checkpointer": ("load_checkpoint", "save_checkpoint"),
     "ref_checkpointer": ("load_checkpoint",),
@@ -48,7 +48,7 @@ METHODS: Mapping[str, tuple[str, ...]] = {
 
 
 def component_faults(component: Component | None) -> list[str]:
-    """What is wrong with a checkpointer, scheduler, logger or profiler, as far as its class and its arguments show."""
+    """Faults of a checkpointer, scheduler, logger or profiler that its class and arguments show."""
     if component is None:
         return []
     faults = _nested_faults(component) or _missing_methods(component)
@@ -74,7 +74,7 @@ def _resume_faults(component: Component) -> list[str]:
 
 
 def _nested_faults(component: Component) -> list[str]:
-    """Components among its arguments that cannot be built, or make something that the argument does not take."""
+    """Components among the arguments that cannot be built, or whose result does not fit the argument."""
     if not any(isinstance(value, Component) for value in component.kwargs.values()):
         return []
     return own_component_faults(component, build=component.arguments)
@@ -83,7 +83,7 @@ def _nested_faults(component: Component) -> list[str]:
 def _missing_methods(component: Component) -> list[str]:
     target = component.target()
     if not component.path.startswith(_OURS) or not isinstance(target, type):
-        return []  # what a function makes, or somebody else's class, is looked at when it is there
+        return []  # results of functions and of other packages' classes are checked when they exist
     missing = [name for name in METHODS.get(component.key, ()) if not hasattr(target, name)]
     if not missing:
         return []
@@ -97,7 +97,7 @@ def _step_faults(component: Component, names: Iterable[str]) -> list[str]:
     for name in names:
         value = component.kwargs.get(name)
         if not isinstance(value, int) or isinstance(value, bool):
-            continue  # a whole number or null, as the annotation says
+            continue  # a whole number or null, by the annotation
         if not LEAST_STEPS[name] <= value <= _MOST_STEPS:
             faults.append(
                 f"{component.key}.{name}: expected a whole number from {LEAST_STEPS[name]} to {_MOST_STEPS}, found {value}"
@@ -106,7 +106,7 @@ def _step_faults(component: Component, names: Iterable[str]) -> list[str]:
 
 
 def folder_faults(key: str, path: object) -> list[str]:
-    """A folder that cannot be made: it or one above it is a file, or its name is empty."""
+    """The fault of a folder that cannot be created: it or a parent is a file, or its name is empty."""
     if not isinstance(path, str):
         return []
     if not path.strip():
@@ -131,7 +131,7 @@ def _log_file_faults(component: Component) -> list[str]:
 
 
 def _model_type_faults(component: Component) -> list[str]:
-    """torchtune's checkpointers know their models by name."""
+    """The fault of an unknown model name in a torchtune checkpointer."""
     name, known = component.kwargs.get("model_type"), ModelType.__members__
     if not component.path.startswith("torchtune.") or not isinstance(name, str) or name in known:
         return []
@@ -142,11 +142,11 @@ def _model_type_faults(component: Component) -> list[str]:
 
 
 def own_component_faults(component: Component | None, build: Any = None) -> list[str]:
-    """What a component of this package says when it is built: without files those are cheap to build, others may not be."""
+    """Errors from building a component of this package, which is cheap if it opens no files."""
     if component is None or (build is None and not component.path.startswith("tokenpref.")):
         return []
     if build is None and any(map(is_path_key, component.kwargs)):
-        return []  # it opens a store or a pair, which may be made before the run is
+        return []  # it opens a store or a pair, which may not exist yet
     try:
         (build or component.callable)()
     except DataError as error:
@@ -162,7 +162,7 @@ def own_component_faults(component: Component | None, build: Any = None) -> list
 def optimizer_faults(
     optimizer: Component | None, scheduler: Component | None, dtype: torch.dtype
 ) -> list[str]:
-    """Rates and decays that are out of bounds or make weights that are not finite, and schedules that do so with the rate."""
+    """Rates and decays that are out of bounds or give weights that are not finite, and schedules that give such rates."""
     if optimizer is None:
         return []
     faults = [
@@ -175,7 +175,7 @@ def optimizer_faults(
             if isinstance(value, float) and not abs(value) <= _MOST_STEPS
         ]
     if optimizer.kwargs.get("maximize"):
-        faults.append(f"{optimizer.key}.maximize: true climbs the loss that is to fall; set false")
+        faults.append(f"{optimizer.key}.maximize: true would maximise the loss; set false")
     if faults or _missing_methods(optimizer):
         return faults + _missing_methods(optimizer)
     probe = nn.Parameter(torch.full((64, 64), 0.02, dtype=dtype))
@@ -205,9 +205,9 @@ def _bound_faults(optimizer: Component, name: str, value: Any) -> list[str]:
 
 
 def _probe(optimizer: Component, built: Any, probe: nn.Parameter) -> list[str]:
-    """Take a step on weights of a usual size."""
+    """Try one step on weights of a usual size."""
     if not hasattr(built, "step"):
-        return []  # refused where the run builds it
+        return []  # reported when the run builds it
     probe.grad = torch.full_like(probe, 1e-3)
     try:
         built.step()
@@ -221,7 +221,7 @@ def _probe(optimizer: Component, built: Any, probe: nn.Parameter) -> list[str]:
 
 
 def _schedule_faults(scheduler: Component | None, optimizer: Any) -> list[str]:
-    """Look at the rates of a schedule of ours, torch's or torchtune's over a run of many steps."""
+    """Check the rates of a schedule of this package, torch or torchtune over a run of many steps."""
     if scheduler is None or not scheduler.path.startswith(_OURS):
         return []
     warmup = scheduler.kwargs.get("num_warmup_steps", 0)

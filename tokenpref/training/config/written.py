@@ -1,4 +1,4 @@
-"""A config as it was written: what records keep of it, and the one place where its paths are resolved."""
+"""The config as it was written, for records, and the one place where its paths are resolved."""
 
 from __future__ import annotations
 
@@ -22,25 +22,25 @@ _PATH_NAMES = frozenset(
     }
 )  # fmt: skip
 _PATH_ENDINGS = ("_dir", "_file", "_files", "_folder", "_path")
-# What Linux's and macOS's file systems take.
+# The limits of file systems on Linux and macOS.
 _LONGEST_NAME, _LONGEST_PATH = 255, 4096
 
 
 def is_path_key(name: str) -> bool:
-    """Whether the last part of a key says that its value is a path, or several."""
+    """Whether the last part of a key names a path, or several."""
     return name in _PATH_NAMES or name.endswith(_PATH_ENDINGS)
 
 
 def resolved_paths(value: Any, key: str, *, is_path: bool | None = None) -> Any:
     """A config's value with its paths as they are opened: ``~`` and ``~user`` in path keys, ``package://`` in all.
 
-    What names no home directory stays as written: relative paths count from the current directory, environment variables
+    Other paths are not changed: relative paths count from the current directory, and environment variables
     other than ``${oc.env:NAME}`` are text.
 
     Args:
         value: plain data of the config.
-        key: where it stands.
-        is_path: whether ``key`` is a path key; None: what its name says.
+        key: the key of the value.
+        is_path: whether ``key`` is a path key; None to decide by its name.
 
     Raises:
         ConfigError: for a user that does not exist, a ``package://`` path that leaves the package, and a path that no
@@ -55,7 +55,7 @@ def resolved_paths(value: Any, key: str, *, is_path: bool | None = None) -> Any:
     if not isinstance(value, str):
         return value
     if key.endswith(".chat_template"):
-        is_path = value.endswith(".jinja")  # otherwise it is the template's own text
+        is_path = value.endswith(".jinja")  # otherwise it is the text of a template
     if value.startswith(PACKAGE_SCHEME):
         try:
             value = str(resolve_path(value))
@@ -84,9 +84,9 @@ def _resolved_path(text: str, key: str) -> str:
 
 
 def plain_without_environment(cfg: DictConfig) -> dict[str, Any]:
-    """A config as plain data for files that people share: resolved, but for what comes from the environment.
+    """A config as plain data for files that people share, resolved except for values from the environment.
 
-    A value that reads ``${oc.env:NAME}``, itself or through another key, stays as it was written.
+    A value that uses ``${oc.env:NAME}``, directly or through another key, stays as it was written.
 
     Raises:
         OmegaConfBaseException: for an interpolation that cannot be resolved.
@@ -113,7 +113,7 @@ def _plain_entry(node: Any, key: Any, written: Any, reads: list[str]) -> Any:
 
 @contextmanager
 def _environment_watched() -> Iterator[list[str]]:
-    """The names of the environment's variables that are read inside the context."""
+    """Collects the names of environment variables that are read inside the context."""
     reads: list[str] = []
 
     def env(*parts: Any) -> Any:
@@ -126,7 +126,7 @@ def _environment_watched() -> Iterator[list[str]]:
 
 @contextmanager
 def environment_unread() -> Iterator[None]:
-    """``${oc.env:NAME}`` stands for its own text inside the context, for libraries that resolve a config and send it away."""
+    """Let ``${oc.env:NAME}`` resolve to its own text, for libraries that resolve a config and send it elsewhere."""
 
     def env(*parts: Any) -> str:
         return f"${{oc.env:{','.join('null' if part is None else str(part) for part in parts)}}}"

@@ -21,7 +21,7 @@ STARTS = ("prompt", "chosen_prefix")
 
 
 class AnchorSampler:
-    """Answers that the policy itself gives, sampled before a step.
+    """Answers that are sampled from the policy before a step.
 
     The noise of an answer depends on (seed, row, step) alone, so neither the batch nor the number of ranks changes it. The
     defaults of the sampling are those of TI-DPO's released code.
@@ -31,13 +31,13 @@ class AnchorSampler:
         temperature: divides the logits; 0 takes the likeliest token.
         top_k: sample among the k likeliest tokens only; None for all.
         top_p: sample among the fewest likeliest tokens that hold this much probability; None for all.
-        start: "prompt" samples a whole answer (the released code); "chosen_prefix" goes on after the beginning of the chosen
-            answer (the paper's starting point), which then is the anchor's beginning too.
+        start: "prompt" samples a whole answer (the released code); "chosen_prefix" continues the beginning of the chosen
+            answer (the paper's starting point), which is then also the beginning of the anchor.
         prefix_share: with "chosen_prefix": how much of the chosen answer's tokens (its EOS apart), in (0, 1].
         refresh: "every_step", "every_n_steps" or "once"; see :class:`tokenpref.training.credit.live.Refresh`.
         every_n_steps: for "every_n_steps".
-        batch_size: answers sampled side by side.
-        seed: of the noise.
+        batch_size: number of answers sampled at a time.
+        seed: seed of the noise.
 
     Raises:
         ConfigError: for a value out of its range.
@@ -122,7 +122,7 @@ class AnchorSampler:
         return [(ids + new, start) for (ids, start), new in zip(beginnings, found, strict=True)]
 
     def _beginning(self, row: int) -> Answer:
-        """What is continued, and where the answer begins in it."""
+        """The token ids to continue, and the index of the answer's first token."""
         index = self._places[row]
         if self._start == "prompt":
             prompt = self._dataset.prompt_ids(index)

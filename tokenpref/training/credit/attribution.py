@@ -27,7 +27,7 @@ __all__ = ["Attribution"]
 
 
 class _AttributedWeights:
-    """From a model and its answers to weights; what the two classes below share."""
+    """Computes weights from a model and its answers; shared by live attribution and the estimator."""
 
     kind = "weight"
 
@@ -55,7 +55,7 @@ class _AttributedWeights:
             )
 
     def settings(self) -> dict[str, Any]:
-        """Everything that changes the weights beside the model, as plain data."""
+        """Everything except the model that changes the weights, as plain data."""
         return {
             "target": _described(self.target),
             "norm": self.norm,
@@ -84,10 +84,10 @@ class _AttributedWeights:
 
 
 class Attribution(_AttributedWeights):
-    """Weights from attribution on the model as it is (TI-DPO, arXiv 2505.19653, Eq. 5 to 8), for ``token_weights``.
+    """Weights from attribution on the current model (TI-DPO, arXiv 2505.19653, Eq. 5 to 8), for ``token_weights``.
 
-    Costs about half a DPO step: one more forward of both answers and a backward without parameter gradients, before
-    the step's own graph exists.
+    It costs about half a DPO step: another forward pass of both answers, and a backward pass without parameter gradients, before
+    the step builds its own graph.
 
     Args:
         target: what is differentiated: MaxLogit (default), AnswerLogp or PreferenceMargin of
@@ -140,7 +140,7 @@ class Attribution(_AttributedWeights):
 
     def _make(self, batch: PairBatch, models: LiveModels, places: list[int]) -> list[list[Tensor]]:
         scorer = models.policy if self._model == "policy" else models.frozen("token_weights.model")
-        # All rows of the batch, the same on every rank: which of them count is each rank's own affair.
+        # All rows of the batch, so that every rank runs the same forwards; each rank then uses the rows that it needs.
         weights, bad = self.weights(scorer, batch.tokens, batch.labels, batch.sides)
         pairs = len(batch.rows)
         _stop_if_any({batch.rows[row % pairs] for row in bad} - {-1}, models)

@@ -33,10 +33,10 @@ def token_importances(
     norm: str = "l1",
     sides: tuple[str, ...] = SIDES,
 ) -> Tensor:
-    """Gradient of a target at every token's input embedding, as one number a token.
+    """The gradient of a target at every token's input embedding, as one number per token.
 
-    One forward and the part of a backward that leads to the embeddings, in evaluation mode. Parameters' ``.grad``, the
-    modules' modes and the random number generators are left as they were.
+    This runs one forward pass and the part of a backward pass that leads to the embeddings, in evaluation mode. Parameters'
+    ``.grad``, the modules' modes and the random number generators are not changed.
 
     Args:
         scorer: the model, sharded or not, frozen or not.
@@ -63,7 +63,7 @@ def token_importances(
     rows = torch.arange(labels.shape[0], device=labels.device)
 
     def job(hidden: Tensor, weight: Tensor) -> Tensor:
-        # Detached: a custom backward would work out the head's gradient too, which nobody wants here.
+        # Detached, because a custom backward would also compute the head's gradient, which is not needed.
         weight = weight.detach()
 
         def logps() -> Tensor:
@@ -105,7 +105,7 @@ def _evaluating(model: nn.Module) -> Iterator[None]:
 
 @contextmanager
 def _hooked_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
-    """The embeddings of each forward inside the context, cut from what made them, as leaves that want a gradient."""
+    """The embeddings of each forward inside the context, detached, as leaves that require a gradient."""
     embeddings = getattr(model, "tok_embeddings", None)
     if not isinstance(embeddings, nn.Module):
         raise ConfigError(

@@ -1,4 +1,4 @@
-"""What works along the training: sources of weights and anchors that look at the models, and how often they look anew."""
+"""Sources of weights and anchors that use the current models, and how often they refresh their results."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class LiveModels:
 
     Args:
         policy: the model in training.
-        reference: what it is compared with.
+        reference: the reference of the run.
         world: the run's processes.
         pad_id: padding token.
         eos_id: token that ends an answer.
@@ -65,7 +65,7 @@ class LiveModels:
 
 
 class LiveScores(Protocol):
-    """Scores of tokens made from the models as they are. Named in configs (``token_weights``) by dotted path.
+    """Scores of tokens from the current models. Configs name it (``token_weights``) by its dotted path.
 
     One that calls :meth:`LiveModels.frozen` says so with an attribute ``asks_reference`` that is true: a run that has no such
     model is then refused before anything is built.
@@ -77,7 +77,7 @@ class LiveScores(Protocol):
     """Its time is logged as ``time/<timed_as>``."""
 
     def bind(self, dataset: PreferenceDataset) -> None:
-        """Take the data whose batches will come."""
+        """Receive the data set of the batches that follow."""
         ...
 
     def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
@@ -86,10 +86,10 @@ class LiveScores(Protocol):
 
 
 class AnchorSource(Protocol):
-    """Third answers. Named in configs (``anchors``) by dotted path."""
+    """Third answers. Configs name it (``anchors``) by its dotted path."""
 
     def bind(self, dataset: PreferenceDataset) -> None:
-        """Take the data whose rows will be asked for."""
+        """Receive the data set of the rows that follow."""
         ...
 
     def answers(self, rows: Sequence[int], models: LiveModels) -> list[Answer | None]:
@@ -98,11 +98,11 @@ class AnchorSource(Protocol):
 
 
 class Refresh:
-    """How long a row's result counts.
+    """How long the result of a row is used.
 
     Args:
-        refresh: "every_step"; "every_n_steps": a row that comes again is looked at anew once its result is n steps old;
-            "once": the first time that the row comes.
+        refresh: "every_step"; "every_n_steps": the result of a row is computed again when it is n steps old;
+            "once": it is computed when the row first occurs.
         every_n_steps: n, with "every_n_steps" only.
 
     Raises:
@@ -132,7 +132,7 @@ class Refresh:
         return self.refresh != "every_step"
 
     def is_stale(self, made_at: int, step: int) -> bool:
-        """Whether a result of an earlier step has to be made anew."""
+        """Whether a result of an earlier step must be computed again."""
         return self.refresh == "every_step" or (self._steps is not None and step - made_at >= self._steps)
 
 
@@ -155,19 +155,19 @@ class _Kept:
 
 
 class RowCache(Generic[T]):
-    """Results by row of the data, made anew as :class:`Refresh` says, and the same on every rank.
+    """Results by row of the data, refreshed as :class:`Refresh` says, and the same on every rank.
 
-    In the next epoch a row may come to another rank, so what a rank makes is handed to all ranks at once. A result therefore
-    depends on the row and on the step at which it was made, and not on the number of ranks or on a restart in between.
+    In the next epoch another rank may process a row, so every result is sent to all ranks at once. A result therefore depends on
+    the row and on the step at which it was computed, and not on the number of ranks or on a restart in between.
 
     What this costs, for results of n numbers a row: every rank keeps all rows in main memory, 4 n bytes and about 1 KB for
     each (with 500-token answers about 5 KB a pair, 0.5 GB for 100,000 pairs). A micro-batch costs one all-reduce of a number and,
-    where any rank makes a result, one all-gather of the new results. With ``refresh: every_step`` nothing is kept or handed on.
+    where any rank makes a result, one all-gather of the new results. With ``refresh: every_step`` nothing is kept or sent.
 
     Args:
         refresh: when.
-        pack: a result as one-dimensional tensors of one dtype, always as many.
-        unpack: the way back; the tensors that it gets lie in main memory.
+        pack: converts a result to a fixed number of one-dimensional tensors of one dtype.
+        unpack: the inverse of ``pack``; it gets tensors in main memory.
     """
 
     def __init__(
@@ -178,15 +178,15 @@ class RowCache(Generic[T]):
         self._rank, self._ranks = 0, 1
 
     def state_dict(self) -> dict[str, Tensor]:
-        """This rank's share of what is kept, in tensors that can be joined over ranks."""
+        """This rank's share of the kept results, in tensors that can be concatenated over ranks."""
         rows = list(self._kept)[self._rank :: self._ranks]
         return _joined({row: self._kept[row] for row in rows})
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what any ranks kept; of a row that several had, the newest."""
+        """Restore the results of all ranks. If several ranks have a row, the newest result counts."""
         for row, kept in _separated(state):
             if row not in self._kept or self._kept[row].step < kept.step:
-                self._unpack(kept.parts())  # what cannot be unpacked is not taken
+                self._unpack(kept.parts())  # raises before anything is restored
                 self._kept[row] = kept
 
     def get(
@@ -201,7 +201,7 @@ class RowCache(Generic[T]):
                 perhaps with no place at all, so that its forwards meet those of other ranks.
         """
         places = [place for place, row in enumerate(rows) if row >= 0 and self._is_missing(row, models.step)]
-        if not self._refresh.keeps:  # all ranks agree without asking
+        if not self._refresh.keeps:  # all ranks decide the same without communication
             found = dict(zip(places, make(places), strict=True))
             return [found.get(place) for place in range(len(rows))]
         if models.world.any(bool(places)):
@@ -215,7 +215,7 @@ class RowCache(Generic[T]):
         return row not in self._kept or self._refresh.is_stale(self._kept[row].step, step)
 
     def _share(self, made: Mapping[int, _Kept], models: LiveModels) -> None:
-        """Hand what this rank has made to all ranks, and take what they have made."""
+        """Exchange new results with all ranks."""
         self._rank, self._ranks = models.world.rank, models.world.size
         for state in models.world.gather_objects(_joined(made)):
             self._kept.update(_separated(state))
@@ -238,7 +238,7 @@ def _joined(kept: Mapping[int, _Kept]) -> dict[str, Tensor]:
 
 
 def _separated(state: Mapping[str, Tensor]) -> Iterator[tuple[int, _Kept]]:
-    """The way back, each result in memory of its own."""
+    """The inverse of :func:`_joined`, with a copy of each result."""
     if not state:
         return
     lengths = state["lengths"].tolist()

@@ -17,9 +17,9 @@ __all__ = ["OnlinePrompts", "check_context", "prompted_answers"]
 
 
 class OnlinePrompts:
-    """log pi+ - log pi- of one model, the reference, under two prompts that stand before the data's own.
+    """log pi+ - log pi- of one model, the reference, under two prompts in front of the data's own prompts.
 
-    Costs two forwards a step instead of a pass over the data beforehand.
+    It costs two forward passes per step instead of a pass over the data beforehand.
 
     Args:
         positive_prompt: makes the model prefer good answers; used exactly as written.
@@ -80,7 +80,7 @@ class OnlinePrompts:
 
 
 def prompted_answers(dataset: PreferenceDataset, index: int, prompt: str | None) -> list[Answer]:
-    """Both answers of a pair (chosen, rejected) as they stand in training, or after a side's prompt."""
+    """Both answers of a pair (chosen, rejected) as in training, or after a side's prompt."""
     example = dataset[index]
     if prompt is None:
         return [(example.chosen_ids, example.chosen_start), (example.rejected_ids, example.rejected_start)]

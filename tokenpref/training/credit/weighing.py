@@ -1,4 +1,4 @@
-"""From scores of tokens to the weights of a micro-batch: transform, normalisation, EOS."""
+"""Makes the weights of a micro-batch from scores of tokens: transform, normalisation, EOS."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ class Weighing:
 
     Args:
         kind: what the scores are; see :data:`tokenpref.weights.SCORE_KINDS`.
-        transform: a function of :mod:`tokenpref.weights.transforms`; None for kind "weight" alone.
+        transform: a function of :mod:`tokenpref.weights.transforms`; None only for kind "weight".
         normalize: "none", or "answer": each answer's weights average one.
-        eos_weight: weight of an EOS that has no score.
-        use_eos_score: False takes ``eos_weight`` for every EOS.
+        eos_weight: weight of an EOS without a score.
+        use_eos_score: False gives ``eos_weight`` to every EOS.
 
     Raises:
         ConfigError: if the kind needs a transform and has none, or the other way round.
@@ -64,10 +64,10 @@ class Weighing:
             scores: a vector for each answer, nan for a token without score.
             ends: whether each answer's last token is an EOS.
             side: "chosen" or "rejected".
-            keys: a number that names each row (for transforms that draw).
+            keys: a number that identifies each row, for random transforms.
 
         Returns:
-            For each answer its weights and which of them a bound has cut.
+            For each answer its weights, and which of them were clipped at a bound.
 
         Raises:
             ConfigError: if the transform refuses its settings.
@@ -128,7 +128,7 @@ class TokenWeights:
         )
         if bool((every < 0).any()):
             share = 100 * float((every < 0).double().mean())
-            self.summary += f"; {share:.1f} % are negative: the push on these tokens is turned round"
+            self.summary += f"; {share:.1f} % are negative, which reverses the gradient of these tokens"
 
     @staticmethod
     def _check(
@@ -159,7 +159,7 @@ class TokenWeights:
                 )
 
     def __call__(self, batch: PairBatch) -> TransformedWeights:
-        """Weights ``[2B, T]`` of a micro-batch, and which of them a bound has cut; 0 outside the answers."""
+        """Weights ``[2B, T]`` of a micro-batch, 0 outside the answers, and which of them were clipped at a bound."""
         answers: list[tuple[Tensor, Tensor]] = []
         for side in batch.sides:
             weighed = self._sides[SIDES.index(side)]
@@ -170,7 +170,7 @@ class TokenWeights:
 
 
 def in_columns(answers: Sequence[tuple[Tensor, Tensor]], batch: PairBatch) -> TransformedWeights:
-    """Vectors over answers put into the columns ``[2B, T]`` of their tokens.
+    """Put vectors over answers into the columns ``[2B, T]`` of their tokens.
 
     Args:
         answers: weights and clipped marks of the 2B answers of a batch, in its order.

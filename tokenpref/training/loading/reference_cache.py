@@ -1,7 +1,7 @@
-"""The reference's work done once: every answer of a data set scored before the training, by any number of processes.
+"""Caches of the reference: every answer of a data set is scored once before training, by any number of processes.
 
-A :class:`ReferenceCache` is one data set's; :func:`cached_references` opens several, and first builds what is missing of them
-with one model, which is gone when it returns.
+A :class:`ReferenceCache` belongs to one data set. :func:`cached_references` opens several, after building missing parts
+with one model, which is freed before it returns.
 """
 
 from __future__ import annotations
@@ -39,7 +39,7 @@ _WORDS = {"logps": "log-probabilities", "hidden": "hidden states"}
 
 
 def stored_kind(needs: frozenset[str]) -> str | None:
-    """What to keep of a reference for some statistics: ``logps``, ``hidden`` for a KL, or None."""
+    """What to store of a reference for some statistics: ``logps``, or ``hidden`` for a KL, or None."""
     if needs & KL_STATISTICS:
         return "hidden"
     return "logps" if "ref" in needs else None
@@ -54,7 +54,7 @@ def cache_folder(config: TrainConfig) -> Path:
 def plan_caches(
     config: TrainConfig, data: Mapping[str, tuple[PreferenceDataset, frozenset[str]]], world: World
 ) -> dict[str, ReferenceCache]:
-    """What a run keeps of its reference, by the data set's key; nothing without ``reference: cached``.
+    """The caches of a run, by the data set's key; empty without ``reference: cached``.
 
     Args:
         config: of the run.
@@ -79,7 +79,7 @@ def plan_caches(
 
 
 def _job(config: TrainConfig, dataset: PreferenceDataset) -> dict[str, Any]:
-    """Everything that would change what the reference says; not what changes it by rounding only (batches, compilation)."""
+    """Everything that changes the reference's results, except what changes them by rounding only (batches, compilation)."""
     reader = config.ref_checkpointer or config.checkpointer
     folders = ("checkpoint_dir", "output_dir")
     compute = config.compute(trainable=False)
@@ -96,14 +96,14 @@ def _job(config: TrainConfig, dataset: PreferenceDataset) -> dict[str, Any]:
 
 @dataclass(frozen=True)
 class ReferenceCache:
-    """What a reference says of one data set, there already or to be made. Build it with :meth:`plan`.
+    """The results of a reference on one data set, complete or to be computed. Build it with :meth:`plan`.
 
     Args:
-        key: what the data set is called in messages.
+        key: the data set's key, for messages.
         examples: its pairs.
-        layout: where the cache lies.
-        complete: whether all of it is there.
-        missing: shards that are not.
+        layout: the files of the cache.
+        complete: whether the cache is complete.
+        missing: the missing shards.
     """
 
     key: str
@@ -123,7 +123,7 @@ class ReferenceCache:
         job: Callable[[], Mapping[str, Any]],
         world: World,
     ) -> ReferenceCache:
-        """Look at what is there; nothing is written.
+        """Look at the existing files, without writing anything.
 
         Args:
             key: what the data set is called in messages.
@@ -138,7 +138,7 @@ class ReferenceCache:
         """
         answers = StoredAnswers.of(examples)
 
-        # The main process alone looks: files may appear meanwhile, and other nodes need not have the model's.
+        # Only the main process looks, because files may appear meanwhile, and other nodes may not have the model's files.
         def look() -> tuple[Mapping[str, Any], bool, tuple[int, ...]] | None:
             if not world.is_main:
                 return None
@@ -153,7 +153,7 @@ class ReferenceCache:
         return cls(key, examples, StoreLayout(folder, kind, described, answers), complete, missing)
 
     def nbytes(self, model: TransformerDecoder, element: int) -> int:
-        """About what the whole cache takes on the disk.
+        """The approximate size of the whole cache on disk.
 
         Args:
             model: the reference; the meta device will do.
@@ -165,7 +165,7 @@ class ReferenceCache:
         return tokens * model.tok_embeddings.embedding_dim * element + self.head_nbytes(model, element)
 
     def head_nbytes(self, model: TransformerDecoder, element: int) -> int:
-        """What a process holds of it in memory: the LM head for hidden states, nothing for log-probabilities."""
+        """Bytes in the memory of a process: the LM head for hidden states, nothing for log-probabilities."""
         held = self.layout.kind == "hidden"
         return (
             model.tok_embeddings.num_embeddings * model.tok_embeddings.embedding_dim * element if held else 0
@@ -194,12 +194,12 @@ def cached_references(
 ) -> list[CachedReference]:
     """Open caches, after building what is missing of them. Every process must call it.
 
-    A build that is killed goes on with the next call, shard by shard, also with another number of processes.
+    A killed build continues with the next call, shard by shard, also with another number of processes.
 
     Args:
         caches: of a run's data sets.
-        load: makes the reference; called if something is missing, and what it made is freed before this returns.
-        world: the run's processes, over which the shards are dealt.
+        load: makes the reference. It is called if something is missing, and the model is freed before this returns.
+        world: the run's processes, which share the shards.
         batch_size: pairs per process and forward.
         pad_id: padding token.
 
@@ -214,7 +214,7 @@ def cached_references(
     if any(not cache.complete for cache in caches):
         scorer = load()
         for cache in caches:
-            # Two data sets may be the same one.
+            # Two data sets may be the same.
             if not cache.complete and cache.layout.path not in built:
                 start = time.perf_counter()
                 _build(cache, scorer, world, batch_size=batch_size, pad_id=pad_id)
@@ -273,7 +273,7 @@ def _score_shards(
     batch_size: int,
     pad_id: int,
 ) -> dict[str, int]:
-    """Write this process's share of the missing shards; names and sizes of its files."""
+    """Write this process's share of the missing shards. Returns the names and sizes of its files."""
     layout, files = cache.layout, dict[str, int]()
     # The same for every shard: a sharded model needs the same number of forwards on every rank.
     forwards = -(-layout.shard_pairs // batch_size)
@@ -306,7 +306,7 @@ def _part(pairs: range, number: int, of: int) -> list[int]:
 def _score(
     scorer: ScoringModel, examples: Sequence[PairExample], kind: str, pad_id: int, world: World
 ) -> list[Tensor]:
-    """What the reference says of some pairs: chosen and rejected answer in turn, in main memory."""
+    """The reference's results for some pairs: chosen and rejected answers in turn, in main memory."""
     batch = collate_pairs(examples, pad_id, filler=True).to(world.device)
     mask = batch.labels[:, 1:] != IGNORE_INDEX
     if kind == "hidden":

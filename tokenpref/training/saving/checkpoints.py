@@ -1,4 +1,4 @@
-"""Resumable checkpoints: written aside, sealed with a manifest, named last; only a sealed and unharmed one is ever read."""
+"""Checkpoints: written under a temporary name, sealed with a manifest, renamed last, and read only if sealed and intact."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ log = logging.getLogger("tokenpref")
 
 @dataclass
 class Progress:
-    """Where a run stands: enough, with the weights and the optimizer, to continue it.
+    """The progress of a run: together with weights and optimizer state, enough to resume it.
 
     Args:
         step: optimizer steps done.
@@ -84,7 +84,7 @@ class Checkpoints:
     """The checkpoints of a run's folder.
 
     Args:
-        path: where they lie; it need not exist.
+        path: folder of the checkpoints; it need not exist.
         world: the run's processes.
     """
 
@@ -95,7 +95,7 @@ class Checkpoints:
         self._writer: _BackgroundWriter | None = None
 
     def newest(self) -> tuple[Path | None, list[str]]:
-        """The newest checkpoint that is sealed and unharmed, and what is wrong with newer ones. On the main process."""
+        """The newest intact checkpoint, and the faults of newer ones. On the main process."""
         faults: list[str] = []
         for folder in reversed(self.named()):
             fault = fault_of(folder)
@@ -105,7 +105,7 @@ class Checkpoints:
         return None, faults
 
     def named(self) -> list[Path]:
-        """All checkpoints that were once whole, the oldest first."""
+        """All checkpoints that were once complete, the oldest first."""
         found = [
             p for p in self.path.glob("step_*") if p.is_dir() and p.name.removeprefix("step_").isdecimal()
         ]
@@ -124,7 +124,7 @@ class Checkpoints:
         keep_last: int,
         background: bool = False,
     ) -> None:
-        """Write a checkpoint. Until it is whole, sealed and synced to the disk, the one before it stays the newest.
+        """Write a checkpoint. Until it is complete, sealed and synced to the disk, the previous one stays the newest.
 
         Args:
             model: the policy.
@@ -135,11 +135,11 @@ class Checkpoints:
             facts: plain data of the run, compared when it continues.
             built: the optimizer's settings as the config made them.
             keep_last: checkpoints to keep.
-            background: copy everything and write it while the training goes on; a save that was begun so before is waited
-                for. What fails then is raised by the next call, or by :meth:`settle`.
+            background: copy everything and write it while training continues, after waiting for an earlier background save. A
+                failure is raised by the next call, or by :meth:`settle`.
         """
         self.settle()
-        # Named now: what is written later must not look at a run that has gone on.
+        # Named now, because the background write must not depend on the run's later state.
         name = f"step_{progress.step}"
         partial = self.path / f"{name}.partial"
         self._on_main(lambda: self._emptied(partial))
@@ -173,7 +173,7 @@ class Checkpoints:
 
     @property
     def saving(self) -> bool:
-        """Whether a save in the background goes on in this process."""
+        """Whether a background save is running in this process."""
         return self._pending is not None and not self._pending.done()
 
     def settle(self) -> None:
@@ -187,7 +187,7 @@ class Checkpoints:
             self.world.together(pending.result)
 
     def close(self) -> None:
-        """Let a save in the background end, without the other processes; what failed there is said in the log."""
+        """Wait for a background save without the other processes. A failure is logged."""
         pending, self._pending = self._pending, None
         if pending is not None:
             wait_for([pending])
@@ -197,7 +197,7 @@ class Checkpoints:
             self._writer.close()
 
     def _publish(self, partial: Path, name: str, keep_last: int, written: Mapping[str, Written]) -> None:
-        """Seal a folder, give it its name, point to it, and drop the oldest."""
+        """Seal a folder, rename it, update ``latest``, and remove the oldest checkpoints."""
         seal(partial, written)
         final = self.path / name
         shutil.rmtree(final, ignore_errors=True)
@@ -205,20 +205,20 @@ class Checkpoints:
         sync(self.path)
         (self.path / f"{LATEST}.tmp").write_text(name + "\n", encoding="utf-8")
         os.replace(self.path / f"{LATEST}.tmp", self.path / LATEST)
-        # A later one is damaged, or the run would have gone on from it; it must not push out a good one.
+        # A later one is damaged, or the run would have resumed from it. It must not displace a good one.
         former = [folder for folder in self.named() if step_of(folder) < step_of(final)]
         for old in former[: max(0, len(former) + 1 - keep_last)]:
             shutil.rmtree(old)
 
     def _emptied(self, partial: Path) -> None:
-        """An empty folder to write to, without what earlier saves left that did not end: it would fill a full disk for good."""
+        """An empty folder to write to, after removing unfinished saves, which would keep filling the disk."""
         with writing(f"{partial}: the checkpoint"):
             for unfinished in self.path.glob("step_*.partial"):
                 shutil.rmtree(unfinished)
             partial.mkdir(parents=True)
 
     def _on_main(self, action: Callable[[], None]) -> None:
-        """Run on the main process; what fails there (a full disk) fails everywhere."""
+        """Run on the main process. A failure there (a full disk) is raised on all processes."""
         self.world.together(lambda: action() if self.world.is_main else None)
         self.world.barrier()
 
@@ -234,10 +234,10 @@ class Checkpoints:
     ) -> tuple[Progress, dict[str, Tensor]]:
         """Continue from a checkpoint: fills model, optimizer, scheduler and random number generators.
 
-        Settings of the optimizer and the schedule that the config changed since are this run's; all else is the checkpoint's.
+        Changed settings of the optimizer and the schedule come from this run; everything else comes from the checkpoint.
 
         Args:
-            folder: a checkpoint that is sealed and unharmed.
+            folder: an intact checkpoint.
             model: the policy.
             optimizer: a fresh optimizer.
             scheduler: a fresh schedule, if any.
@@ -282,7 +282,7 @@ class Checkpoints:
 
 
 class _BackgroundWriter:
-    """One thread that writes copies of the state, with collectives of its own.
+    """A thread that writes copies of the state, with its own process group.
 
     Args:
         world: the run's processes; each makes a writer at the same time.
@@ -297,7 +297,7 @@ class _BackgroundWriter:
     def submit(
         self, folder: Path, state: dict[str, Any], then: Callable[[Mapping[str, Written]], None] | None
     ) -> Future[None]:
-        """Copy the state, and write it to the folder in the background; ``then`` comes after, on the same thread."""
+        """Copy the state and write it to the folder in the background. ``then`` runs afterwards on the same thread."""
         write_copy = self._save.take(folder, state)
 
         def write() -> None:
@@ -313,12 +313,12 @@ class _BackgroundWriter:
 
 
 def _step_back() -> None:
-    """Let the training's threads have the processor first, where threads have a niceness of their own."""
+    """Give the training's threads priority, where threads have their own niceness."""
     if sys.platform == "linux":
         os.setpriority(os.PRIO_PROCESS, threading.get_native_id(), _BACKGROUND_NICENESS)
 
 
-# What progress.json holds beside counts.
+# The entries of progress.json that are not counts.
 _RECORDED: dict[str, tuple[tuple[type, ...], str]] = {
     "best": ((int, float, type(None)), "a number or null"),
     "scheduler": ((dict, type(None)), "a mapping or null"),
@@ -328,7 +328,7 @@ _RECORDED: dict[str, tuple[tuple[type, ...], str]] = {
 
 
 def read_progress(folder: Path) -> dict[str, Any]:
-    """What a checkpoint says about itself.
+    """The description of a checkpoint in its files.
 
     Raises:
         ConfigError: if that cannot be what a run wrote.
@@ -392,7 +392,7 @@ def seal(folder: Path, written: Mapping[str, Written] | None = None) -> None:
 
 
 def fault_of(folder: Path, *, others: bool = False) -> str | None:
-    """Why a folder must not be read as a checkpoint; None if it is sealed and every byte is as it was written.
+    """The reason why a folder must not be read as a checkpoint; None if it is sealed and every byte is intact.
 
     Args:
         folder: what was sealed.

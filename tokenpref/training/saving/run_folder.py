@@ -1,4 +1,4 @@
-"""The output folder of a run: whose it is, whether someone is writing to it, and from where it goes on."""
+"""The output folder of a run: its owner, its lock, and the checkpoint to resume from."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
-# Keys that change how a run is carried out or watched, not what it computes.
+# Keys that change how a run is executed or observed, not what it computes.
 INCIDENTAL = frozenset(
     {
         "resume_from_checkpoint", "checkpoint_every_n_steps", "checkpoint_every_minutes", "keep_last",
@@ -94,11 +94,11 @@ class RunFolder:
         path: the folder; it need not exist.
         config: the run's config as plain data.
         recipe: name of the recipe, for the record.
-        world: the run's processes; the main one alone touches the folder.
+        world: the run's processes; only the main process uses the folder.
         schema: dataclass of the recipe's keys, for their defaults.
 
     Attributes:
-        tokenizer: what the exported folders describe, once it is known.
+        tokenizer: the tokenizer that exported folders describe, once it is known.
     """
 
     def __init__(
@@ -128,8 +128,8 @@ class RunFolder:
     def start(self, resume: bool | str) -> Path | None:
         """The checkpoint to continue from; the same on every rank. Writes nothing.
 
-        What a run left here is never replaced unasked: a folder that holds checkpoints or weights is refused unless the run goes
-        on from one of these checkpoints. Going back to one that is not the newest moves the later ones aside.
+        Results in the folder are never replaced by accident. A folder with checkpoints or weights is refused unless the run
+        resumes from one of these checkpoints. Resuming from one that is not the newest renames the later ones.
 
         Args:
             resume: False: none, a run from the beginning. "auto": the newest one in this folder that is sealed and
@@ -161,10 +161,10 @@ class RunFolder:
         return found
 
     def check(self, *made: str) -> None:
-        """Refuse a folder that is another run's, for a run that keeps what it finds of its own.
+        """Refuse a folder of another run, for a run that keeps its own earlier results.
 
         Args:
-            made: names of what the run makes in its folder; where no run has left its mark, these must not be there.
+            made: names of the run's results. In a folder without the record of a run, these must not exist.
 
         Raises:
             ConfigError: on every rank.
@@ -185,7 +185,7 @@ class RunFolder:
         self.world.together(check)
 
     def held(self) -> list[str]:
-        """What lies here that a run takes time to make: its end, checkpoints and weights, by name."""
+        """The names of valuable results in the folder: a finished run, checkpoints and weights."""
         names = [FINISHED_FILE] if (self.path / FINISHED_FILE).exists() else []
         names += [f"{CHECKPOINTS}/{folder.name}" for folder in self.checkpoints.named()]
         weights = [*self.path.glob("epoch_*"), self.path / BEST, self.path / f"{BEST}.former"]
@@ -207,7 +207,7 @@ class RunFolder:
         )
 
     def _is_mine(self, owner: Mapping[str, Any]) -> bool:
-        """Whether the run that owns the folder computes what this one does."""
+        """Whether the run that owns the folder computes the same as this one."""
         if not owner["defaults_count"]:
             return bool(owner["config"] == self._fingerprint)
         if owner["config"] == _fingerprint_as_written(self._config):
@@ -239,9 +239,9 @@ class RunFolder:
             yield recorded
 
     def _refuse_to_replace(self, resume: bool | str) -> None:
-        """A run from the beginning, or from another folder's checkpoint, needs a folder without results."""
+        """Check that a run from the beginning, or from another folder's checkpoint, has a folder without results."""
         held = self.held()
-        # A run that was killed before its first checkpoint and is asked to go on begins again, and writes the same weights.
+        # A run that was killed before its first checkpoint starts again when it is resumed, and writes the same weights.
         begun = [name for name in held if not name.startswith((FINISHED_FILE, CHECKPOINTS))]
         if not held or (resume == "auto" and held == begun and self._owner() is not None):
             return
@@ -255,14 +255,16 @@ class RunFolder:
         )
 
     def _move_aside(self, found: Path) -> None:
-        """Going back to an earlier checkpoint of this folder by its path: later ones are of a run that is left behind."""
+        """Rename checkpoints that are later than the one to resume from."""
         for later in self.checkpoints.named():
             if step_of(later) > step_of(found) and fault_of(later) is None:
                 aside = move_aside(later)
-                log.info(f"{later} is later than {found.name}, where this run goes on; moved to {aside.name}")
+                log.info(
+                    f"{later} is later than {found.name}, from which this run resumes; moved to {aside.name}"
+                )
 
     def _say_what_comes_again(self, found: Path) -> None:
-        """Say so where a finished run has no checkpoint of its end, as earlier versions left them."""
+        """Log that a finished run of an earlier version has no checkpoint of its end."""
         try:
             end = json.loads((self.path / FINISHED_FILE).read_text(encoding="utf-8"))
         except FileNotFoundError:
@@ -295,7 +297,7 @@ class RunFolder:
         return found
 
     def _given(self, path: Path) -> Path:
-        """The checkpoint that a path means."""
+        """The checkpoint of a path."""
         found, faults = Checkpoints(path / CHECKPOINTS, self.world).newest()
         if found is not None:
             return found
@@ -315,7 +317,7 @@ class RunFolder:
         )
 
     def lock(self) -> None:
-        """Keep other runs out of the folder for as long as this process lives.
+        """Lock the folder against other runs while this process lives.
 
         Raises:
             ConfigError: if another process has it.
@@ -333,7 +335,7 @@ class RunFolder:
         self.world.together(lock)
 
     def unlock(self) -> None:
-        """End what still writes here and let other runs in again; a process that dies does so too."""
+        """Finish background writes and unlock the folder. A process that dies also releases its lock."""
         self.checkpoints.close()
         if self._lock is not None:
             os.close(self._lock)
@@ -353,7 +355,7 @@ class RunFolder:
 
     @contextmanager
     def removed_on_failure(self) -> Iterator[None]:
-        """Leave no empty folder behind for a run that never was (torchtune's checkpointers make it when they are built)."""
+        """Remove an empty folder if the run fails to start (torchtune's checkpointers create it when they are built)."""
         fresh = not self.path.exists()
         try:
             yield
@@ -363,7 +365,7 @@ class RunFolder:
             raise
 
     def export(self, checkpointer: Any, model: TransformerDecoder, epoch: int) -> None:
-        """Write a model in its checkpointer's format to ``epoch_N``, with a manifest as last file."""
+        """Write a model in its checkpointer's format to ``epoch_N``, with a manifest as the last file."""
         state = full_state_dict(model, self.world)
 
         def write() -> None:
@@ -374,7 +376,7 @@ class RunFolder:
                 (folder / MANIFEST).unlink(missing_ok=True)
                 forget_tied_head(checkpointer, state)
                 checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
-                if folder.is_dir():  # a checkpointer of the user's own may write elsewhere
+                if folder.is_dir():  # a user's checkpointer may write elsewhere
                     describe_export(folder, state, self.tokenizer)
                     seal(folder)
 
@@ -384,13 +386,13 @@ class RunFolder:
     def export_best(
         self, checkpointer: Any, model: TransformerDecoder, *, epochs: int, record: dict[str, Any]
     ) -> None:
-        """Write a model to ``best`` in the place of the one before it, which stays until this one is whole and sealed.
+        """Write a model to ``best``. The previous one is kept until the new one is complete.
 
         Args:
-            checkpointer: writes it.
+            checkpointer: writes the model.
             model: the model.
-            epochs: epochs of the run; a number that no other export of the run has.
-            record: why it is the best, for ``best.json``.
+            epochs: epochs of the run, a number that no other export of the run has.
+            record: the reason why it is the best, for ``best.json``.
         """
         self.export(checkpointer, model, epochs)
 
@@ -412,7 +414,7 @@ class RunFolder:
         self.world.barrier()
 
     def note_divergence(self, record: dict[str, Any]) -> Path:
-        """Keep what is known of a step whose loss or gradient is not finite, in ``diverged.json``."""
+        """Write the record of a step whose loss or gradient is not finite to ``diverged.json``."""
         file = self.path / "diverged.json"
         if self.world.is_main:
             write_json(file, record)
@@ -438,7 +440,7 @@ class RunFolder:
         self.world.barrier()
 
     def finished(self, *, compare: bool = True) -> Path | None:
-        """Folder of the last weights if this very run (same config and length) is complete; the same on every rank.
+        """The folder of the last weights if this run (same config and length) is complete; the same on every rank.
 
         Args:
             compare: whether the exported weights are compared with their manifests.
@@ -446,7 +448,7 @@ class RunFolder:
         Raises:
             ConfigError: on every rank, if what the run left is damaged.
         """
-        # The main process alone looks: files may appear while another process does.
+        # Only the main process looks, because files may appear while other processes look.
         weights = self.world.together(lambda: self._finished(compare) if self.world.is_main else None)
         return self.world.broadcast_object(weights)
 
@@ -475,10 +477,10 @@ class RunFolder:
         return weights
 
     def claim(self, *, resume: bool) -> None:
-        """Make the folder this run's; from here on the run in it is not finished. Nothing is removed.
+        """Record this run as the folder's owner, and as unfinished. Nothing is removed.
 
         Args:
-            resume: whether the run goes on, under the id that it has.
+            resume: whether the run resumes, and so keeps its id.
 
         Raises:
             ConfigError: on every rank, if another run wrote here since :meth:`start` looked, or writes here now.
@@ -515,8 +517,8 @@ class RunFolder:
         return None if owner is None else str(owner["id"])
 
     def claim_once(self) -> None:
-        """Make the folder this run's unless it is already; nothing in it is removed."""
-        # Decided by the main process alone: its file may appear while another process looks.
+        """Record this run as the folder's owner unless it already is. Nothing is removed."""
+        # Only the main process decides, because its file may appear while another process looks.
         if self.world.broadcast_object(self._owner() is None if self.world.is_main else None):
             self.claim(resume=False)
 

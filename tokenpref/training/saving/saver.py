@@ -1,4 +1,4 @@
-"""When a run writes what: resumable checkpoints, weights at an epoch's end; and how it finds its place again."""
+"""Writes checkpoints and weights when they are due, and restores the state of a run."""
 
 from __future__ import annotations
 
@@ -27,29 +27,29 @@ __all__ = ["RowState", "Saver", "TrainState"]
 
 log = logging.getLogger("tokenpref")
 
-# Keys whose results by row depend on nothing of their component but these: when, not what, is computed.
+# Settings of a component that decide when results by row are computed, and not their values.
 _WHEN = frozenset({"refresh", "every_n_steps"})
-_DEFAULT = object()  # in comparisons of configs: a key that one of them leaves out
+_DEFAULT = object()  # in comparisons of configs: a key that one of them lacks
 _KEY_OF_SOURCE = {"weights": "token_weights", "anchors": "anchors"}
-# What is compared by best.metric: another one makes the value of before worth nothing.
+# Keys that define best.metric. If they change, the earlier value cannot be compared.
 _DECIDES_BEST = ("best", "dataset_val", "loss_val", "sampling")
 
 
 class RowState(Protocol):
-    """A source of weights or anchors that keeps results by row: it is saved and restored if it has these two methods."""
+    """A source of weights or anchors that keeps results by row. It is saved and restored by these two methods."""
 
     def state_dict(self) -> dict[str, Tensor]:
-        """What this rank keeps; tensors of a name are joined over ranks along their first dimension."""
+        """The results of this rank. Tensors of one name are concatenated over ranks along their first dimension."""
         ...
 
     def load_state_dict(self, state: Mapping[str, Tensor]) -> None:
-        """Take what all ranks kept."""
+        """Restore the results of all ranks."""
         ...
 
 
 @dataclass
 class TrainState:
-    """Everything that changes as a run goes, its place apart.
+    """Everything that changes during a run, except its progress.
 
     Args:
         model: the policy.
@@ -71,7 +71,7 @@ class TrainState:
         self.built = Hyperparameters.of(self.optimizer)
 
     def rows(self) -> dict[str, Tensor]:
-        """What the sources keep by row, on this rank."""
+        """The results by row that the sources of this rank keep."""
         return {
             f"{name}.{key}": value
             for name, source in self.sources.items()
@@ -80,7 +80,7 @@ class TrainState:
         }
 
     def load_rows(self, state: Mapping[str, Tensor]) -> None:
-        """Hand saved state back to the sources."""
+        """Give saved state back to the sources."""
         for name, source in self.sources.items():
             own = {k.removeprefix(f"{name}."): v for k, v in state.items() if k.startswith(f"{name}.")}
             if own and hasattr(source, "load_state_dict"):
@@ -95,8 +95,8 @@ class Saver:
         folder: its folder.
         world: its processes.
         facts: what has to be the same when the run continues: ``pairs_per_step``, ``steps_per_epoch``, ``data`` (fingerprint),
-            ``reference`` (digest), ``seed``, ``shuffle``; and ``config``, whose differences are only said. The run's id
-            joins them in what is written.
+            ``reference`` (digest), ``seed``, ``shuffle``; and ``config``, whose differences are only logged. The run's id
+            is written with them.
     """
 
     def __init__(
@@ -113,7 +113,7 @@ class Saver:
             total_steps: steps of the whole run.
 
         Returns:
-            What the checkpoint says about itself.
+            The checkpoint's description of itself.
 
         Raises:
             ConfigError: if the run would see other pairs, or another reference, than the one that wrote it, or ends before it.
@@ -130,11 +130,11 @@ class Saver:
         return record
 
     def restore(self, checkpoint: Path, state: TrainState, total_steps: int) -> Progress:
-        """Continue from a checkpoint: weights, optimizer state and the place come from it, settings from the config.
+        """Continue from a checkpoint: weights, optimizer state and progress come from it, settings from the config.
 
         Args:
             checkpoint: the checkpoint's folder.
-            state: fresh; it is filled.
+            state: new state, which is filled.
             total_steps: steps of the whole run.
 
         Returns:
@@ -183,7 +183,7 @@ class Saver:
         return progress
 
     def _drop(self, rows: dict[str, Tensor], source: str, key: str) -> dict[str, Tensor]:
-        """Leave out what the checkpoint keeps of a source that has other settings now."""
+        """Drop the results of a source whose settings have changed."""
         of_source = (f"{source}.", f"{source}_val_")  # of training and of validation data
         kept = {name: tensor for name, tensor in rows.items() if not name.startswith(of_source)}
         if len(kept) < len(rows):
@@ -210,7 +210,7 @@ class Saver:
             for key, mend in mends.items()
             if now[key] != then.get(key)
         ]
-        # Within the first epoch of both, where it ends does not matter.
+        # Within the first epoch of both runs, the end of the epoch does not matter.
         own, former = int(now["steps_per_epoch"]), then.get("steps_per_epoch")
         if own != former and (not isinstance(former, int) or step >= min(own, former)):
             faults.append(
@@ -230,15 +230,15 @@ class Saver:
             state: what is saved.
             checkpointer: writes the policy's weights.
             total_steps: steps of the whole run.
-            stopping: whether the run stops here, at somebody's wish.
+            stopping: whether the run was asked to stop here.
         """
         steps_per_epoch, step = int(self._facts["steps_per_epoch"]), progress.step
         epoch_done, last = step % steps_per_epoch == 0, step == total_steps
-        # Asked first: in a run with minutes between checkpoints every process has to take part in the answer.
+        # Asked first, because every process must take part if the interval between checkpoints is in minutes.
         due = self._is_due(step, epoch_done) or stopping or last
         if epoch_done or due:
             self._refuse_not_finite(state.model, step)
-        # Weights first: a run that is killed in between goes on from an earlier checkpoint and writes them again.
+        # Weights first: a run that is killed in between resumes from an earlier checkpoint and writes them again.
         if epoch_done or last:
             self._folder.export(checkpointer, state.model, (step - 1) // steps_per_epoch)
         if due:
@@ -256,7 +256,7 @@ class Saver:
             self._saved_at = time.monotonic()
 
     def export_again(self, state: TrainState, checkpointer: Any, total_steps: int) -> None:
-        """Write the last epoch's weights if somebody removed them, for a run that goes on from its end."""
+        """Write the last epoch's weights again if they were removed, for a run that resumes from its end."""
         epoch = (total_steps - 1) // int(self._facts["steps_per_epoch"])
         there = self._world.is_main and (self._folder.path / f"epoch_{epoch}").is_dir()
         if not self._world.broadcast_object(there):
@@ -264,7 +264,7 @@ class Saver:
             self._folder.export(checkpointer, state.model, epoch)
 
     def _refuse_not_finite(self, model: TransformerDecoder, step: int) -> None:
-        """Let no weight that is not finite reach the disk.
+        """Refuse to write weights that are not finite.
 
         Raises:
             TokenprefError: on every process, naming the first such tensor.
@@ -272,7 +272,7 @@ class Saver:
         name = first_not_finite(model, self._world)
         if name is None:
             return
-        # A save in the background is of an earlier step, whose weights were finite.
+        # A background save has the weights of an earlier step, which were finite.
         self._folder.checkpoints.settle()
         raise TokenprefError(
             f"step {step}: the update made {name} not finite; these weights were not written, and what was written before stays. "
@@ -283,11 +283,11 @@ class Saver:
     def after_validation(
         self, metrics: Mapping[str, float], progress: Progress, state: TrainState, checkpointer: Any
     ) -> None:
-        """Keep the weights if no validation before was better. Every process passes the same metrics.
+        """Keep the weights if no earlier validation was better. Every process passes the same metrics.
 
         Args:
-            metrics: what the validation found.
-            progress: where the run stands; takes the best value.
+            metrics: the metrics of the validation.
+            progress: progress of the run, which records the best value.
             state: what is saved.
             checkpointer: writes the policy's weights.
 
@@ -332,7 +332,7 @@ def _without(node: Any, keys: frozenset[str]) -> Any:
 
 
 def _differences(then: Any, now: Any, key: str = "") -> Iterator[str]:
-    """Dotted keys whose settings differ between two configs as plain data; how this start was asked for is no setting."""
+    """Dotted keys whose settings differ between two configs as plain data. How this start was requested is not a setting."""
     if isinstance(then, Mapping) and isinstance(now, Mapping):
         for name in sorted({*map(str, then), *map(str, now)}):
             if key or name not in ("resume_from_checkpoint", "dry_run"):
@@ -352,7 +352,7 @@ def _shown(config: Any, key: str) -> str:
 
 
 def _effect(line: str) -> str:
-    """What a changed setting does to the run that goes on."""
+    """The effect of a changed setting on a resumed run."""
     if line.startswith("checkpointer.") and not line.startswith("checkpointer.output_dir"):
         return "the policy's weights come from the checkpoint"
     return "the new value is used"
