@@ -15,19 +15,19 @@ __all__ = ["TIE", "Choice", "Labels", "as_number", "labels_from", "said_tie"]
 TIE = LeftOut("tie")
 _KEYS = ("column", "first", "second", "tie")
 _SIGNS = ("negative", "positive")
-# How votes name a tie in text.
+# Texts of votes for a tie.
 _TIES = frozenset({"tie", "tie (bothbad)", "bothbad", "both_bad", "both bad", "draw", "equal", "neither"})
 
 
 @dataclass(frozen=True)
 class Choice:
-    """One pair that a row gives: places of both answers, and how much better the chosen one is.
+    """One pair of a row: the places of both answers, and how much better the chosen one is.
 
     Attributes:
         chosen: path of the better answer.
         rejected: path of the worse answer.
-        values: what stands at these paths.
-        margin: in the data's own unit, where it says so.
+        values: the values at these paths.
+        margin: how much better the chosen answer is in the data's own unit, if the data says so.
     """
 
     chosen: str
@@ -38,13 +38,13 @@ class Choice:
 
 @dataclass(frozen=True)
 class Labels:
-    """Which values of a column say which answer is better.
+    """The values of a column that say which answer is better.
 
     Attributes:
-        column: where the label stands.
+        column: the column of the label.
         first: values that say that the first answer is better.
-        second: the same of the second answer.
-        tie: values that say that neither is.
+        second: values that say that the second answer is better.
+        tie: values that say that neither is better.
     """
 
     column: str
@@ -56,7 +56,7 @@ class Labels:
         """``first`` or ``second``, or a tie.
 
         Raises:
-            RowFault: if the label is none of the known values.
+            RowFault: if the label is not one of the known values.
         """
         for side, values in (("first", self.first), ("second", self.second), ("tie", self.tie)):
             if any(_matches(label, value) for value in values):
@@ -87,10 +87,10 @@ def labels_from(given: Mapping[str, Any], only_ties: bool = False) -> Labels:
 
     Args:
         given: column, first, second and tie.
-        only_ties: whether the data says which answer is chosen, so that the label only tells ties.
+        only_ties: whether the data already has a chosen answer, so that the label only marks ties.
 
     Raises:
-        ConfigError: if a key is unknown or missing, or a value says two things.
+        ConfigError: if a key is unknown or missing, or a value has two meanings.
     """
     unknown = [key for key in given if key not in _KEYS]
     if unknown:
@@ -122,7 +122,7 @@ def _values(given: Any, side: str) -> tuple[Any, ...]:
 
 
 def _matches(label: Any, value: Any) -> bool:
-    """Whether a label is this value; numbers may be kept as text, as CSV files do."""
+    """Whether a label has this value. Numbers may be stored as text, as in CSV files."""
     if isinstance(label, bool) or isinstance(value, bool):
         return label is value or (isinstance(label, str) and label.strip().lower() == str(value).lower())
     number = _number(label)
@@ -145,10 +145,10 @@ def _number(value: Any) -> float | int | None:
 
 
 def as_number(value: Any, column: str, what: str) -> float:
-    """A finite number, which may be kept as text.
+    """A finite number, which may be stored as text.
 
     Raises:
-        RowFault: if it is none.
+        RowFault: if the value is not a finite number.
     """
     if value is None:
         raise RowFault("no value", column, f"has no {what}; fill it in or remove the row")

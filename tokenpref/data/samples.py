@@ -1,4 +1,4 @@
-"""The text files of a sampling: openings that are continued, and samples that were drawn before."""
+"""The text files of sampling: openings to continue, and earlier samples."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ __all__ = ["read_openings", "read_samples"]
 
 
 def read_openings(file: Path) -> list[str]:
-    """The openings of a text file, one a line.
+    """The openings of a text file, one per line.
 
     Raises:
-        DataError: if it is no text, or holds none.
+        DataError: if the file is not text or has no openings.
     """
     openings = [line for line in read_text(file, DataError).splitlines() if line.strip()]
     if not openings:
@@ -29,10 +29,10 @@ def read_samples(file: Path) -> list[dict[str, Any]]:
     """The records of a ``samples.jsonl``: ``prompt``, ``sample``, ``reward`` and more.
 
     Raises:
-        DataError: naming the first line that is no such record.
+        DataError: naming the first line that is not such a record.
     """
     records: list[dict[str, Any]] = []
-    # Not splitlines: JSON writes some line separators of Unicode as they are.
+    # Not splitlines, because JSON may contain line separators of Unicode.
     for number, line in enumerate(read_text(file, DataError).removesuffix("\n").split("\n"), start=1):
         where = f"{file}, line {number}"
         try:

@@ -14,9 +14,9 @@ from tokenpref.errors import ConfigError
 __all__ = ["FLOAT8_RECIPES", "Float8", "check_float8_device", "convert_to_float8", "float8_layers"]
 
 FLOAT8_RECIPES = ("tensorwise", "rowwise", "rowwise_with_gw_hp")
-# Ada Lovelace; Hopper is 9.0. Before it no GPU multiplies float8.
+# Ada Lovelace; Hopper is 9.0. Earlier GPUs cannot multiply float8.
 _LEAST_CAPABILITY = (8, 9)
-# What the hardware's products ask of both dimensions of a weight.
+# The hardware requires both dimensions of a weight to be a multiple of this.
 _MULTIPLE = 16
 
 
@@ -25,8 +25,8 @@ class Float8:
     """How layers are computed in float8.
 
     Args:
-        recipe: torchao's name for which scales are taken: one for a tensor, or one for each row.
-        emulate: round to float8, then multiply in float32: the numbers without the speed, on any device.
+        recipe: torchao's name for the kind of scales: one for a tensor, or one for each row.
+        emulate: round to float8, then multiply in float32. This gives the same numbers without the speed, on any device.
     """
 
     recipe: str = "tensorwise"
@@ -34,7 +34,7 @@ class Float8:
 
 
 def check_float8_device(device: torch.device, float8: Float8) -> None:
-    """Check that a device multiplies float8.
+    """Check that a device can multiply float8.
 
     Raises:
         ConfigError: if it does not, with what was found.
@@ -56,11 +56,12 @@ def check_float8_device(device: torch.device, float8: Float8) -> None:
 def float8_layers(model: TransformerDecoder) -> list[str]:
     """Names of the layers that can be computed in float8.
 
-    The head stays as it is: token statistics take its weight, and logits need the precision. So does a layer with a dimension
-    that is no multiple of 16.
+    The head is left out, because token statistics use its weight and logits need the precision. Layers with a dimension that is
+    not a multiple of 16 are left out too.
 
     Raises:
-        ConfigError: if there is none, or the model has adapters: their small layers gain nothing, and torchao does not know them.
+        ConfigError: if there is none, or if the model has adapters, whose layers are too small to gain and which torchao does not
+            support.
     """
     if any(hasattr(module, "adapter_params") for module in model.modules()):
         raise ConfigError(
@@ -84,8 +85,8 @@ def convert_to_float8(model: TransformerDecoder, float8: Float8, *, sharded: boo
     """Let a model's linear layers multiply in float8 (in place); weights keep names and dtype.
 
     Args:
-        model: a decoder whose head is still its own, on the meta device or loaded; sharded and compiled afterwards.
-        float8: how.
+        model: a decoder on the meta device or loaded, which is sharded and compiled afterwards.
+        float8: the settings.
         sharded: whether FSDP2 will gather the weights: with one scale a tensor it then gathers them in float8.
 
     Returns:
@@ -99,7 +100,7 @@ def convert_to_float8(model: TransformerDecoder, float8: Float8, *, sharded: boo
         Float8LinearConfig.from_recipe_name(float8.recipe),
         emulate=float8.emulate,
         enable_fsdp_float8_all_gather=sharded and float8.recipe == "tensorwise",
-        # The gradient of a weight sums over tokens, and their number is no multiple of 16 in general.
+        # The gradient of a weight sums over tokens, and their number is not a multiple of 16 in general.
         pad_inner_dim=True,
     )
     chosen = frozenset(names)

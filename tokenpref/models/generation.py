@@ -15,7 +15,9 @@ from tokenpref.models.scoring import next_token_logits
 
 __all__ = ["sample", "sampling_probabilities"]
 
-_ENDED, _RUNNING, _NOT_FINITE = range(3)  # what a rank tells the others after a token; the largest counts
+_ENDED, _RUNNING, _NOT_FINITE = range(
+    3
+)  # what a rank reports to the others after a token; the largest value counts
 
 
 @torch.no_grad()
@@ -35,9 +37,9 @@ def sample(
 ) -> list[list[int]]:
     """Continue prompts with tokens sampled from the model.
 
-    A row's randomness is one uniform number a token from a generator of its own seed, turned into a token by the
-    inverse of the cumulative distribution: it depends on neither the other rows, the batch size, nor the number of
-    ranks. Every rank runs the same number of forwards, whatever its prompts and wherever they end.
+    For each token, a row draws one uniform number from a generator with the row's seed, and the inverse of the cumulative
+    distribution gives the token. The sample therefore does not depend on the other rows, the batch size, or the number of
+    ranks. Every rank runs the same number of forwards, independent of its prompts and their ends.
 
     Args:
         model: a torchtune decoder, sharded or not. Its modules' modes are restored and its caches are removed
@@ -90,10 +92,10 @@ def sampling_probabilities(
         top_k: keep the k likeliest tokens.
         top_p: of those, keep the fewest likeliest whose probabilities sum to at least this.
 
-    Of equally likely tokens those with the lower ids are kept, as argmax does; bfloat16 logits often tie.
+    Among equally likely tokens, those with the lower ids are kept, as in argmax; bfloat16 logits are often equal.
     """
     logits = logits.double()
-    # Shifted before the division: a temperature near 0 would make inf - inf out of two large logits.
+    # Subtracted before the division, because a temperature near 0 would give inf - inf for large logits.
     probabilities = torch.softmax((logits - logits.amax(-1, keepdim=True)) / temperature, dim=-1)
     if top_k is not None and top_k < logits.shape[-1]:
         smallest = probabilities.topk(top_k, dim=-1).values[:, -1:]
@@ -103,7 +105,7 @@ def sampling_probabilities(
     if top_p is not None and top_p < 1:
         ordered, order = probabilities.sort(dim=-1, descending=True, stable=True)
         ordered = ordered / ordered.sum(-1, keepdim=True)
-        # A token is kept when the likelier ones before it do not reach top_p yet: at least one always is.
+        # A token is kept if the likelier ones do not reach top_p. At least one token is always kept.
         ordered = torch.where(ordered.cumsum(-1) - ordered < top_p, ordered, 0)
         probabilities = torch.zeros_like(probabilities).scatter(-1, order, ordered)
     return probabilities / probabilities.sum(-1, keepdim=True)
@@ -118,7 +120,7 @@ def _sample_batch(
     pad_id: int,
     world: World,
 ) -> list[list[int]]:
-    # A rank that has run out of prompts continues a padding token, so that the others' forwards find it.
+    # A rank without further prompts continues a padding token, because all ranks must run the same forwards.
     padded = list(prompts) or [[pad_id]]
     rows, longest, steps = len(padded), max(map(len, padded)), uniforms.shape[1]
     device = world.device
@@ -153,7 +155,7 @@ def _sample_batch(
 
 
 def _goes_on(logits: Tensor, alive: Tensor, world: World, step: int) -> bool:
-    """Whether a row of any rank wants another token; the same on every rank, and so is the error."""
+    """Whether a row of any rank needs another token. The result and the error are the same on every rank."""
     finite = bool(logits.amax(-1).isfinite().all())
     state = world.max(_NOT_FINITE if not finite else _RUNNING if bool(alive.any()) else _ENDED)
     if state == _NOT_FINITE:
@@ -179,13 +181,13 @@ def _left_padded(padding: Tensor, length: int) -> tuple[Tensor, Tensor]:
     columns = torch.arange(length)
     real = columns >= padding[:, None]
     causal = columns[:, None] >= columns
-    # Padding sees itself: a row of the mask without any True would give nan, which spreads through the cache.
+    # Padding attends to itself: a row of the mask without any True would give nan, which spreads through the cache.
     mask = (causal & real[:, None, :]) | torch.eye(length, dtype=torch.bool)
     return mask, (columns - padding[:, None]).clamp(min=0)
 
 
 def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
-    """The token whose interval of the cumulative distribution holds the uniform number, ``[B]``."""
+    """The token whose interval of the cumulative distribution contains the uniform number, ``[B]``."""
     cumulative = probabilities.cumsum(-1)
     target = uniforms[:, None] * cumulative[:, -1:]
     return (
@@ -194,7 +196,7 @@ def _inverse_cdf(probabilities: Tensor, uniforms: Tensor) -> Tensor:
 
 
 def _uniforms(seeds: Sequence[int], count: int) -> Tensor:
-    """``[B, count]`` numbers in [0, 1), each row from its seed alone; one row, which nobody uses, without seeds."""
+    """``[B, count]`` numbers in [0, 1), each row from its seed only. Without seeds, one unused row."""
     return torch.stack(
         [
             torch.rand(count, dtype=torch.float64, generator=torch.Generator().manual_seed(seed))
@@ -218,7 +220,7 @@ def _check(
     batch_size: int,
 ) -> None:
     if len(seeds) != len(prompts):
-        raise ValueError(f"one seed a prompt: got {len(seeds)} seeds for {len(prompts)} prompts")
+        raise ValueError(f"each prompt needs one seed: got {len(seeds)} seeds for {len(prompts)} prompts")
     if any(len(prompt) == 0 for prompt in prompts):
         raise ValueError("a prompt is empty; give each at least one token, such as BOS")
     if max_new_tokens < 1 or batch_size < 1:
