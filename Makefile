@@ -42,14 +42,14 @@ test-slow: $(STAMP) ## tests that take minutes or need the prepared SmolLM2 mode
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)
 
 chaos: export OMP_NUM_THREADS ?= 1
-chaos: $(STAMP) ## kill tiny runs in every way, let them go on, compare the bits
+chaos: $(STAMP) ## kill tiny runs in many ways, resume them, compare the bits
 	$(BIN)/python scripts/chaos.py
 
 lint: $(STAMP) ## style, imports and docstrings; changes nothing
 	$(BIN)/ruff check .
 	$(BIN)/ruff format --check .
 
-format: $(STAMP) ## rewrite files as lint wants them
+format: $(STAMP) ## rewrite files so that lint passes
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
 
