@@ -165,18 +165,18 @@ def report(rows: list[list[str]], tokenizer: str) -> str:
     libraries = ", ".join(
         f"{name} {version(name)}" for name in ("tokenizers", "datasets", "pyarrow", "numpy")
     )
-    return f"""# Data sets: time and memory of a start
+    return f"""# Data sets: time and memory until the data is ready
 
-Made by `python -m benchmarks.data`. Python {platform.python_version()}, {libraries}.
+`python -m benchmarks.data` measured this page. Python {platform.python_version()}, {libraries}.
 {os.cpu_count()} cores of {platform.machine()}, a load average of {os.getloadavg()[0]:.1f} at the end. Tokenizer: `{tokenizer}`.
 
 {markdown(HEAD, rows)}
 
 - *Tokenizer alone*: `encode_batch` of the `tokenizers` library on all cores, on the first {BARE_ROWS:,} rows. It is the mean of
   one measurement before the first start and one after it. *With ids and spans*: `ids` and `offsets` of every text are read too.
-- *First start*: the file is read, tokenised and put into the cache. The ratios compare its pairs per second with both rates.
-- *Later start*: the same in a new process that finds the cache; all checksums are compared.
-- *Own memory*: growth of the process's memory that is no mapped file, after 2,000 pairs were read with their source rows.
+- *First start*: the file is read, tokenised and written to the cache. The ratios compare its pairs per second with both rates.
+- *Later start*: a new process opens the cache and verifies all checksums.
+- *Own memory*: growth of the process's memory without mapped files, after it has read 2,000 pairs with their source rows.
 - *Mapped*: pages of the cache that the process has touched. The kernel takes them back when memory is short, and all ranks of
   a machine share them.
 """
