@@ -19,7 +19,7 @@ SUPPORTED := import sys; sys.exit(not (3, 10) <= sys.version_info[:2] <= (3, 12)
 PYTHON ?= $(shell for python in python3 python3.12 python3.11 python3.10; do \
 	if "$$python" -c '$(SUPPORTED)' 2>/dev/null; then echo "$$python"; break; fi; done)
 
-.PHONY: help install demo bench test test-slow chaos lint type format clean
+.PHONY: help install demo bench test test-slow chaos lint type format docs clean
 
 help: ## show the verbs
 	@sed -nE 's/^([a-z-]+):.*## (.*)/  make \1\t\2/p' $(MAKEFILE_LIST) | expand -t 20
@@ -55,6 +55,9 @@ format: $(STAMP) ## rewrite files so that lint passes
 
 type: $(STAMP) ## static types
 	$(BIN)/mypy
+
+docs: $(STAMP) ## write docs/configs.md from the code
+	$(BIN)/python scripts/make_config_reference.py
 
 clean: ## remove .venv, builds and caches; prepared models and outputs stay
 	rm -rf $(VENV) build dist .mypy_cache .pytest_cache .ruff_cache

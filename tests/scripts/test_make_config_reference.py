@@ -29,7 +29,7 @@ def page(script):
 
 
 def test_the_page_is_up_to_date(page):
-    assert (ROOT / "docs/configs.md").read_text() == page, "run `python scripts/make_config_reference.py`"
+    assert (ROOT / "docs/configs.md").read_text() == page, "run `make docs`"
 
 
 def test_every_key_and_every_component_of_the_shipped_configs_is_listed(page):
