@@ -5,8 +5,8 @@ One process, or many under FSDP2, on CPU or GPU:
     tune run recipes/tdpo_distributed --config smollm2/135M_tdpo loss.beta=0.2
     tune run --nproc_per_node 8 recipes/tdpo_distributed --config llama3_2/1B_tdpo
 
-To make your own: ``tune cp recipes/tdpo_distributed my_tdpo.py``, override what should differ in the class below, and
-``tune run my_tdpo.py --config my.yaml``. A loss of your own needs no copy: ``loss._component_=my_loss.MyLoss``.
+To make your own: ``tune cp recipes/tdpo_distributed my_tdpo.py``, attach sources of statistics to the trainer below or derive
+from it, and ``tune run my_tdpo.py --config my.yaml``. A loss of your own needs no copy: ``loss._component_=my_loss.MyLoss``.
 """
 
 import sys
@@ -16,16 +16,10 @@ from omegaconf import DictConfig
 from tokenpref.training import PreferenceTrainer, recipe_main
 
 
-class TDPORecipe(PreferenceTrainer):
-    """Policy and frozen reference over preference pairs; the loss and its statistics come from the config."""
-
-    recipe = "recipes/tdpo_distributed"
-
-
 @recipe_main
 def main(cfg: DictConfig) -> None:
     """Set up, train, and leave the process group whatever happens."""
-    trainer = TDPORecipe(cfg)
+    trainer = PreferenceTrainer(cfg, recipe="recipes/tdpo_distributed")
     try:
         trainer.setup()
         trainer.train()

@@ -12,19 +12,13 @@ import sys
 
 from omegaconf import DictConfig
 
-from tokenpref.training import TripletTrainer, recipe_main
-
-
-class TIDPORecipe(TripletTrainer):
-    """Policy, frozen reference, token weights and anchors; loss and sources come from the config."""
-
-    recipe = "recipes/ti_dpo_distributed"
+from tokenpref.training import PreferenceTrainer, anchors, recipe_main, token_weights
 
 
 @recipe_main
 def main(cfg: DictConfig) -> None:
     """Set up, train, and leave the process group whatever happens."""
-    trainer = TIDPORecipe(cfg)
+    trainer = PreferenceTrainer(cfg, recipe="recipes/ti_dpo_distributed", sources=(token_weights, anchors))
     try:
         trainer.setup()
         trainer.train()

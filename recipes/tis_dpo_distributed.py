@@ -14,19 +14,13 @@ import sys
 
 from omegaconf import DictConfig
 
-from tokenpref.training import WeightedTrainer, recipe_main
-
-
-class TISDPORecipe(WeightedTrainer):
-    """Policy, frozen reference and token weights; the loss and the source of the weights come from the config."""
-
-    recipe = "recipes/tis_dpo_distributed"
+from tokenpref.training import PreferenceTrainer, recipe_main, token_weights
 
 
 @recipe_main
 def main(cfg: DictConfig) -> None:
     """Set up, train, and leave the process group whatever happens."""
-    trainer = TISDPORecipe(cfg)
+    trainer = PreferenceTrainer(cfg, recipe="recipes/tis_dpo_distributed", sources=(token_weights,))
     try:
         trainer.setup()
         trainer.train()

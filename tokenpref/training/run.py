@@ -3,30 +3,36 @@
 from __future__ import annotations
 
 import logging
+from collections.abc import Sequence
+from contextlib import ExitStack
+from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
-from typing import Any, ClassVar
+from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
+from torch import nn
+from torch.optim import Optimizer
+from torch.optim.lr_scheduler import LRScheduler
 
-from tokenpref.data import PreferenceDataset, adapt_tokenizer
+from tokenpref.data import PreferenceDataset, Tokenizer, adapt_tokenizer
 from tokenpref.distributed import World, init_world
-from tokenpref.errors import ConfigError, DryRun
-from tokenpref.models.reference import KL_STATISTICS, FrozenReference, NoReference, Reference
+from tokenpref.errors import DryRun
+from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_token_ids
 from tokenpref.training.config.compute import check_device
-from tokenpref.training.config.faults import loss_faults
-from tokenpref.training.config.fields import read_config
-from tokenpref.training.config.keys import TrainConfig, anchor_faults
+from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.config.parts import build_logger, build_optimizer, build_profiler, build_scheduler
 from tokenpref.training.config.written import environment_unread, plain_without_environment
 from tokenpref.training.credit.live import LiveModels
-from tokenpref.training.evaluation.validation import Validation, best_faults
+from tokenpref.training.credit.sources import Source, SourceContext
+from tokenpref.training.evaluation.validation import Validation
 from tokenpref.training.loading.memory import size_text
 from tokenpref.training.loading.models import ModelMaker, weights_digest
 from tokenpref.training.loading.preflight import check_openings, preflight
-from tokenpref.training.loading.reference_cache import cached_references, plan_caches
+from tokenpref.training.loading.reference_cache import ReferenceCache, cached_references, plan_caches
 from tokenpref.training.saving.checkpoints import Progress
 from tokenpref.training.saving.run_folder import RunFolder
 from tokenpref.training.saving.saver import Saver, TrainState
@@ -34,60 +40,69 @@ from tokenpref.training.step.batches import build_pairs, planned_steps
 from tokenpref.training.step.metrics import Stopwatch
 from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights, no_anchors, no_weights
 
-__all__ = ["RunSetup"]
+__all__ = ["Run", "set_up"]
 
 log = logging.getLogger("tokenpref")
 
 
-class RunSetup:
-    """Builds a run from its config, and takes it down.
+@dataclass(kw_only=True, eq=False)
+class Run:
+    """A training that is ready for its next step.
 
     Args:
-        cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
-        world: the processes of a run that this training is a part of; None: the trainer joins its own.
-
-    Raises:
-        ConfigError: with every fault of the config; no weight has been read and nothing written.
+        config: the run's config.
+        world: its processes.
+        folder: where it writes.
+        tokenizer: of its data.
+        dataset: its pairs.
+        loss: what is optimised.
+        needs: statistics that the loss and the log ask for.
+        weigh: token weights of a micro-batch.
+        anchor: third answers of a micro-batch.
+        validation: what is measured on held-out pairs and samples.
+        steps_per_epoch: optimizer steps of an epoch.
+        total_steps: optimizer steps of the whole run.
+        policy: the model in training.
+        reference: what it is compared with.
+        reference_val: what it is compared with on held-out pairs: the same model, but a cache is of one data set.
+        checkpointer: writes the policy's weights.
+        optimizer: of the policy.
+        scheduler: of the learning rate, if any.
+        state: everything that a checkpoint holds beside the progress.
+        saver: writes checkpoints and weights.
+        progress: where the run stands.
+        stopwatch: of the parts of a step.
+        profiler: torchtune's, if any.
+        logger: of metrics; None on all processes but the main one.
     """
 
-    recipe: ClassVar[str] = "recipes/tdpo_distributed"
-    schema: ClassVar[type[TrainConfig]] = TrainConfig
-    """The recipe's config."""
-    provides: ClassVar[frozenset[str]] = KL_STATISTICS | {"ref"}
-    """Statistics that the recipe can serve to a loss."""
+    config: TrainConfig
+    world: World
+    folder: RunFolder
+    tokenizer: Tokenizer
+    dataset: PreferenceDataset
+    loss: nn.Module
+    needs: frozenset[str]
+    weigh: BatchWeights
+    anchor: BatchAnchors
+    validation: Validation
+    steps_per_epoch: int
+    total_steps: int
+    policy: ScoringModel
     reference: Reference
     reference_val: Reference
-    """What held-out pairs are compared with: the same model, but a cache is of one data set."""
-
-    def __init__(self, cfg: DictConfig, world: World | None = None) -> None:
-        self._cfg = cfg
-        self.config = read_config(self.schema, cfg, self._loss_faults)
-        self.progress = Progress()
-        self.logger: Any = None
-        self._given_world = world
-        self.stopwatch = Stopwatch()
-        self._sources: dict[str, Any] = {}
-
-    def _loss_faults(self, config: TrainConfig) -> list[str]:
-        losses = (config.loss, config.loss_val)
-        faults = [fault for loss in losses for fault in loss_faults(loss, self.provides, self.recipe)]
-        return faults or anchor_faults(config) + best_faults(config)
-
-    def load_weights(self, dataset: PreferenceDataset) -> BatchWeights:
-        """Token weights of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
-        raise ConfigError(f"loss: {self.recipe} has no token weights; use recipes/tis_dpo_distributed")
-
-    def load_anchors(self, dataset: PreferenceDataset) -> BatchAnchors:
-        """Third answers of a data set's micro-batches, for a loss that needs them. Called before any model is built."""
-        raise ConfigError(f"loss: {self.recipe} has no anchors; use recipes/ti_dpo_distributed")
-
-    def keep(self, dataset: PreferenceDataset, name: str, source: Any) -> None:
-        """Save a source's results by row with the run; those of validation data for as long as these data are the same."""
-        own = dataset is self.dataset
-        self._sources[name if own else f"{name}_val_{dataset.fingerprint()[:16]}"] = source
+    checkpointer: Any
+    optimizer: Optimizer
+    scheduler: LRScheduler | None
+    state: TrainState
+    saver: Saver
+    progress: Progress
+    stopwatch: Stopwatch
+    profiler: Any
+    logger: Any
 
     def live(self) -> LiveModels:
-        """The models as they are, for weights and anchors that are made along the training."""
+        """The models as they are, for weights and anchors that are made as the training goes."""
         return LiveModels(
             policy=self.policy,
             reference=self.reference,
@@ -97,212 +112,262 @@ class RunSetup:
             step=self.progress.step,
         )
 
-    def build_reference(self) -> Reference:
-        """The reference of this run: a second frozen copy of the model, or none where nothing asks for one."""
-        if not self.needs_reference:
-            return NoReference()
-        size = size_text(self.maker.reference_nbytes)
-        self._say(f"reference: a second model of {size} a process beside the policy")
-        return self.maker.reference()
 
-    def _open_caches(self) -> None:
-        """References of training and validation from their caches; what is missing of them is built first."""
+def set_up(
+    cfg: DictConfig,
+    config: TrainConfig,
+    closing: ExitStack,
+    *,
+    recipe: str,
+    sources: Sequence[Source] = (),
+    world: World | None = None,
+) -> Run:
+    """Build data, models, optimizer and loggers, and continue from a checkpoint where the config says so.
 
-        def load() -> ScoringModel:
-            scorer = self.maker.reference().scorer
-            # Not before: weights that do not fit leave nothing behind. From here on the run's folder is this run's alone.
-            self.folder.lock()
-            return scorer
+    Args:
+        cfg: merged config, which is written with the run.
+        config: the same, read and checked.
+        closing: takes what has to be closed after the run, also where setting it up fails.
+        recipe: what the run's folder says that it was made by.
+        sources: what the recipe attaches: token weights, anchors.
+        world: the processes of a run that this training is a part of; None: the training joins its own.
 
-        opened = cached_references(
-            list(self._caches.values()),
-            load,
-            self.world,
-            batch_size=self.config.batch_size,
-            pad_id=self.tokenizer.pad_id,
-        )
-        found: dict[str, Reference] = dict(zip(self._caches, opened, strict=True))
-        self.reference = found.get("dataset", NoReference())
-        self.reference_val = found.get("dataset_val", NoReference())
-        if found:
-            times = {"dataset": "an epoch", "dataset_val": "a validation"}
-            forwards = " and ".join(
-                f"{cache.layout.answers.sequence_tokens:,} tokens {times[key]}"
-                for key, cache in self._caches.items()
-            )
-            size = size_text(self.maker.reference_nbytes)
-            self._say(
-                f"reference: cached, in the place of a second model of {size} a process and a forward of {forwards}"
-            )
-
-    def setup(self) -> None:
-        """Build data, models, optimizer and loggers, and continue from a checkpoint where the config says so.
-
-        Raises:
-            TokenprefError: for faulty data, weights or folders; what was written until then is removed.
-            DryRun: after the checks, with ``dry_run: true``.
-        """
-        config = self.config
-        torch.manual_seed(config.seed)
+    Raises:
+        TokenprefError: for faulty data, weights or folders; what was written until then is removed.
+        DryRun: after the checks, with ``dry_run: true``.
+    """
+    torch.manual_seed(config.seed)
+    if world is None:
         # FSDP2 computes in another dtype than the weights', in a process on its own too.
-        alone = config.compute_dtype is not None
-        self.world = self._given_world or init_world(config.device, process_group=alone)
-        self.maker = ModelMaker(config, self.world)
-        plain: dict[str, Any] = OmegaConf.to_container(self._cfg, resolve=True)  # type: ignore[assignment]
-        self.folder = RunFolder(
-            Path(config.output_dir).absolute(), plain, self.recipe, self.world, schema=type(config)
-        )
-        # Before the data, which may take minutes: what is there already decides whether there is a run at all.
-        start = self.folder.start(config.resume_from_checkpoint)
-        self.loss = config.loss.build()
-        self.needs = frozenset(self.loss.needs) | frozenset(config.log_stats)
-        self.tokenizer = adapt_tokenizer(config.tokenizer.build())
-        self.dataset = build_pairs(config.dataset, self.tokenizer, self.world)
-        self._weigh, self._anchor = self._beside(self.dataset, self.needs)
-        held_out = config.dataset_val
-        self.dataset_val = build_pairs(held_out, self.tokenizer, self.world) if held_out is not None else None
-        self.validation = self._build_validation()
-        self.folder.tokenizer = self.tokenizer
-        self.steps_per_epoch = planned_steps(config, len(self.dataset), self.world.size)
-        self.total_steps = config.epochs * self.steps_per_epoch
-        data = {"dataset": (self.dataset, self.needs)}
-        if self.dataset_val is not None and config.run_val_every_n_steps:
-            data["dataset_val"] = (self.dataset_val, self.validation.needs)
-        self._caches = plan_caches(config, data, self.world)
-        facts = self._facts(plain_without_environment(self._cfg))
-        self.saver = Saver(config, self.folder, self.world, facts)
-        if start is not None:
-            self.saver.check(start, self.total_steps)
-        self._preflight()
-        with self.folder.removed_on_failure():
-            self._setup_models()
-            self.state = TrainState(self.policy.model, self.optimizer, self.scheduler, self._sources)
-            if start is not None:
-                self.progress = self.saver.restore(start, self.state, self.total_steps)
-                self._say(f"continuing after step {self.progress.step} of {self.total_steps}")
-            # Before the folder is claimed: a setting that they refuse must not cost an earlier run its checkpoints.
-            self.profiler = build_profiler(config.profiler)
-            self.logger = self.world.together(
-                lambda: build_logger(config.metric_logger) if self.world.is_main else None
-            )
-        self.folder.claim(resume=start is not None)
-        if self.logger is not None:
-            shown = self._cfg.copy()
-            shown.output_dir = config.output_dir  # torchtune's loggers write the config to this folder
-            with environment_unread():
-                self.logger.log_config(shown)
+        world = init_world(config.device, process_group=config.compute_dtype is not None)
+        closing.callback(world.close)
+    maker = ModelMaker(config, world)
+    plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+    folder = RunFolder(Path(config.output_dir).absolute(), plain, recipe, world, schema=type(config))
+    closing.callback(folder.unlock)
+    # Before the data, which may take minutes: what is there already decides whether there is a run at all.
+    start = folder.start(config.resume_from_checkpoint)
+    loss = config.loss.build()
+    needs = frozenset(loss.needs) | frozenset(config.log_stats)
+    folder.tokenizer = tokenizer = adapt_tokenizer(config.tokenizer.build())
+    stopwatch = Stopwatch()
+    kept: dict[str, Any] = {}
 
-    def _preflight(self) -> None:
-        """Check the run as far as it goes without weights.
-
-        Raises:
-            DryRun: if the config asks for no more.
-        """
-        config = self.config
-        self.world.together(lambda: check_device(config.compute(trainable=True), self.world))
-        self.world.together(self._check_contexts)
-        # The main process alone looks: the same disk, and the same memory as far as the config can tell.
-        lines = self.world.together(
-            lambda: (
-                preflight(
-                    config,
-                    self.maker,
-                    self.dataset,
-                    self.dataset_val,
-                    self.folder.path,
-                    reference=self.needs_reference and config.reference == "model",
-                    rows_per_pair=3 if "anchor" in self.needs else 2,
-                    caches=list(self._caches.values()),
-                )
-                if self.world.is_main
-                else []
-            )
-        )
-        rows = self.maker.vocabulary
-        openings = config.sampling.prompts if config.sampling is not None else None
-        padding = self.world.together(lambda: check_token_ids(self.tokenizer, rows, openings=openings))
-        if padding is not None:
-            self._say(padding)
-        for line in lines:
-            log.info(line)
-        if config.dry_run:
-            raise DryRun(
-                f"dry run: nothing stands against this run, nothing was written to {self.folder.path}"
-            )
-
-    def _check_contexts(self) -> None:
-        """Check that what is sampled or put in front of answers fits the model's context."""
-        limit = self.maker.context
-        for source in self._sources.values():
-            if hasattr(source, "check_context"):
-                source.check_context(limit)
-        if self.config.sampling is not None:
-            check_openings(self.config.sampling, self.tokenizer, limit)
-
-    @property
-    def needs_reference(self) -> bool:
-        """Whether the loss, the log or the validation asks for a second model."""
-        return bool((self.needs | self.validation.needs) & FrozenReference.provides)
-
-    def _beside(
-        self, dataset: PreferenceDataset | None, needs: frozenset[str]
-    ) -> tuple[BatchWeights, BatchAnchors]:
+    def attached(data: PreferenceDataset | None, needs: frozenset[str]) -> tuple[BatchWeights, BatchAnchors]:
         """Weights and anchors of a data set's batches, as far as they are needed."""
-        weigh: BatchWeights = no_weights
-        anchor: BatchAnchors = no_anchors
-        if dataset is not None and "weights" in needs:
-            weigh = self.world.together(lambda: self.load_weights(dataset))
-        if dataset is not None and "anchor" in needs:
-            anchor = self.world.together(lambda: self.load_anchors(dataset))
-        return weigh, anchor
 
-    def _build_validation(self) -> Validation:
-        config = self.config
-        needs = frozenset((config.loss_val or config.loss).build().needs)
-        beside = self._beside(self.dataset_val if config.run_val_every_n_steps else None, needs)
-        return Validation(config, self.dataset_val, self.tokenizer, self.world, *beside)
+        def keep(name: str, source: Any) -> None:
+            # Those of validation data count for as long as these data are the same.
+            assert data is not None  # it was loaded for a source
+            kept[name if data is dataset else f"{name}_val_{data.fingerprint()[:16]}"] = source
 
-    def _setup_models(self) -> None:
-        config = self.config
-        if config.reference == "cached":
-            # Before the policy: the model that fills the caches is gone by then.
-            self._open_caches()
-        self.policy = self.maker.policy(trainable=True)
-        self.checkpointer = self.maker.checkpointer
-        if config.reference == "model":
-            self.reference = self.reference_val = self.build_reference()
-        self.optimizer = build_optimizer(config.optimizer, self.policy.trainable_parameters())
-        self.scheduler = build_scheduler(config.lr_scheduler, self.optimizer, self.total_steps)
-
-    def _facts(self, config: dict[str, Any]) -> dict[str, Any]:
-        """What a run that continues this one has to share; see :class:`tokenpref.training.saving.saver.Saver`."""
-        settings = self.config
-        reference = settings.ref_checkpointer or settings.checkpointer
-
-        def digest() -> str | None:
-            # The main process alone reads checkpoints; other nodes need not have the files.
-            there = self.world.is_main and "checkpoint_dir" in reference.kwargs
-            return weights_digest(reference) if there else None
-
-        return {
-            "pairs_per_step": settings.batch_size * settings.gradient_accumulation_steps * self.world.size,
-            "steps_per_epoch": self.steps_per_epoch,
-            "seed": settings.seed,
-            "shuffle": settings.shuffle,
-            "data": self.dataset.fingerprint(),
-            "reference": self.world.broadcast_object(self.world.together(digest)),
-            "config": config,
+        context = SourceContext(
+            config=config,
+            tokenizer=tokenizer,
+            stopwatch=stopwatch,
+            vocabulary=lambda: maker.vocabulary,
+            live=lambda: run.live(),
+            keep=keep,
+            say=partial(_say, world),
+        )
+        loaded = {
+            source.statistic: world.together(partial(source.load, context, data))
+            for source in sources
+            if data is not None and source.statistic in needs
         }
+        return loaded.get("weights", no_weights), loaded.get("anchor", no_anchors)
 
-    def _say(self, message: str) -> None:
-        if self.world.is_main:
-            log.info(message)
+    dataset = build_pairs(config.dataset, tokenizer, world)
+    weigh, anchor = attached(dataset, needs)
+    held_out = build_pairs(config.dataset_val, tokenizer, world) if config.dataset_val is not None else None
+    val_needs = frozenset((config.loss_val or config.loss).build().needs)
+    beside = attached(held_out if config.run_val_every_n_steps else None, val_needs)
+    validation = Validation(config, held_out, tokenizer, world, *beside)
+    steps_per_epoch = planned_steps(config, len(dataset), world.size)
+    total_steps = config.epochs * steps_per_epoch
+    data = {"dataset": (dataset, needs)}
+    if held_out is not None and config.run_val_every_n_steps:
+        data["dataset_val"] = (held_out, validation.needs)
+    caches = plan_caches(config, data, world)
+    saver = Saver(config, folder, world, _facts(cfg, config, world, dataset, steps_per_epoch))
+    if start is not None:
+        saver.check(start, total_steps)
+    compared = bool((needs | validation.needs) & FrozenReference.provides)
+    _check(config, maker, dataset, held_out, tokenizer, folder, needs, kept, caches, compared=compared)
+    progress = Progress()
+    with folder.removed_on_failure():
+        # A cache before the policy: the model that fills it is gone by then.
+        cached = (
+            _open_caches(config, maker, caches, folder, tokenizer) if config.reference == "cached" else None
+        )
+        policy = maker.policy(trainable=True)
+        reference, reference_val = cached or (_build_reference(maker, compared=compared),) * 2
+        optimizer = build_optimizer(config.optimizer, policy.trainable_parameters())
+        scheduler = build_scheduler(config.lr_scheduler, optimizer, total_steps)
+        state = TrainState(policy.model, optimizer, scheduler, kept)
+        if start is not None:
+            progress = saver.restore(start, state, total_steps)
+            _say(world, f"continuing after step {progress.step} of {total_steps}")
+        # Before the folder is claimed: a setting that they refuse must not cost an earlier run its checkpoints.
+        profiler = build_profiler(config.profiler)
+        logger = world.together(lambda: build_logger(config.metric_logger) if world.is_main else None)
+    if logger is not None:
+        closing.callback(logger.close)
+    folder.claim(resume=start is not None)
+    if logger is not None:
+        shown = cfg.copy()
+        shown.output_dir = config.output_dir  # torchtune's loggers write the config to this folder
+        with environment_unread():
+            logger.log_config(shown)
+    run = Run(
+        config=config,
+        world=world,
+        folder=folder,
+        tokenizer=tokenizer,
+        dataset=dataset,
+        loss=loss,
+        needs=needs,
+        weigh=weigh,
+        anchor=anchor,
+        validation=validation,
+        steps_per_epoch=steps_per_epoch,
+        total_steps=total_steps,
+        policy=policy,
+        reference=reference,
+        reference_val=reference_val,
+        checkpointer=maker.checkpointer,
+        optimizer=optimizer,
+        scheduler=scheduler,
+        state=state,
+        saver=saver,
+        progress=progress,
+        stopwatch=stopwatch,
+        profiler=profiler,
+        logger=logger,
+    )
+    return run
 
-    def close(self) -> None:
-        """Close the logger and leave the process group."""
-        if self.logger is not None:
-            self.logger.close()
-        if hasattr(self, "folder"):
-            self.folder.unlock()
-        if hasattr(self, "world") and self._given_world is None:
-            self.world.close()
+
+def _check(
+    config: TrainConfig,
+    maker: ModelMaker,
+    dataset: PreferenceDataset,
+    dataset_val: PreferenceDataset | None,
+    tokenizer: Tokenizer,
+    folder: RunFolder,
+    needs: frozenset[str],
+    kept: dict[str, Any],
+    caches: dict[str, ReferenceCache],
+    *,
+    compared: bool,
+) -> None:
+    """Check the run as far as it goes without weights.
+
+    Raises:
+        DryRun: if the config asks for no more.
+    """
+    world = maker.world
+
+    def check_contexts() -> None:
+        """What is sampled or put in front of answers has to fit the model's context."""
+        for source in kept.values():
+            if hasattr(source, "check_context"):
+                source.check_context(maker.context)
+        if config.sampling is not None:
+            check_openings(config.sampling, tokenizer, maker.context)
+
+    world.together(lambda: check_device(config.compute(trainable=True), world))
+    world.together(check_contexts)
+    # The main process alone looks: the same disk, and the same memory as far as the config can tell.
+    lines = world.together(
+        lambda: (
+            preflight(
+                config,
+                maker,
+                dataset,
+                dataset_val,
+                folder.path,
+                reference=compared and config.reference == "model",
+                rows_per_pair=3 if "anchor" in needs else 2,
+                caches=list(caches.values()),
+            )
+            if world.is_main
+            else []
+        )
+    )
+    openings = config.sampling.prompts if config.sampling is not None else None
+    padding = world.together(lambda: check_token_ids(tokenizer, maker.vocabulary, openings=openings))
+    if padding is not None:
+        _say(world, padding)
+    for line in lines:
+        log.info(line)
+    if config.dry_run:
+        raise DryRun(f"dry run: nothing stands against this run, nothing was written to {folder.path}")
+
+
+def _build_reference(maker: ModelMaker, *, compared: bool) -> Reference:
+    """The reference of a run: a second frozen copy of the model, or none where nothing asks for one."""
+    if not compared:
+        return NoReference()
+    size = size_text(maker.reference_nbytes)
+    _say(maker.world, f"reference: a second model of {size} a process beside the policy")
+    return maker.reference()
+
+
+def _open_caches(
+    config: TrainConfig,
+    maker: ModelMaker,
+    caches: dict[str, ReferenceCache],
+    folder: RunFolder,
+    tokenizer: Tokenizer,
+) -> tuple[Reference, Reference]:
+    """References of training and validation from their caches; what is missing of them is built first."""
+
+    def load() -> ScoringModel:
+        scorer = maker.reference().scorer
+        # Not before: weights that do not fit leave nothing behind. From here on the run's folder is this run's alone.
+        folder.lock()
+        return scorer
+
+    opened = cached_references(
+        list(caches.values()), load, maker.world, batch_size=config.batch_size, pad_id=tokenizer.pad_id
+    )
+    found: dict[str, Reference] = dict(zip(caches, opened, strict=True))
+    if found:
+        times = {"dataset": "an epoch", "dataset_val": "a validation"}
+        forwards = " and ".join(
+            f"{cache.layout.answers.sequence_tokens:,} tokens {times[key]}" for key, cache in caches.items()
+        )
+        size = size_text(maker.reference_nbytes)
+        _say(
+            maker.world,
+            f"reference: cached, in the place of a second model of {size} a process and a forward of {forwards}",
+        )
+    return found.get("dataset", NoReference()), found.get("dataset_val", NoReference())
+
+
+def _facts(
+    cfg: DictConfig, config: TrainConfig, world: World, dataset: PreferenceDataset, steps_per_epoch: int
+) -> dict[str, Any]:
+    """What a run that continues this one has to share; see :class:`tokenpref.training.saving.saver.Saver`."""
+    reference = config.ref_checkpointer or config.checkpointer
+
+    def digest() -> str | None:
+        # The main process alone reads checkpoints; other nodes need not have the files.
+        there = world.is_main and "checkpoint_dir" in reference.kwargs
+        return weights_digest(reference) if there else None
+
+    return {
+        "pairs_per_step": config.batch_size * config.gradient_accumulation_steps * world.size,
+        "steps_per_epoch": steps_per_epoch,
+        "seed": config.seed,
+        "shuffle": config.shuffle,
+        "data": dataset.fingerprint(),
+        "reference": world.broadcast_object(world.together(digest)),
+        "config": plain_without_environment(cfg),
+    }
+
+
+def _say(world: World, message: str) -> None:
+    if world.is_main:
+        log.info(message)

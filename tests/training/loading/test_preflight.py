@@ -14,6 +14,7 @@ from tokenpref.training import ContrastiveReference, PreferenceTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.fields import read_config
 from tokenpref.training.config.keys import TrainConfig
+from tokenpref.training.loading import models
 from tokenpref.training.loading.models import ModelMaker
 from tokenpref.training.loading.preflight import bf16_fault, estimate_memory
 
@@ -179,7 +180,7 @@ def test_every_recipe_has_it(tmp_path, recipe, name):
 
 def test_it_does_not_load_weights(tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
-    monkeypatch.setattr(PreferenceTrainer, "_setup_models", lambda self: pytest.fail("weights were read"))
+    monkeypatch.setattr(models, "read_weights", lambda *_: pytest.fail("weights were read"))
     trainer = PreferenceTrainer(load_config(["--config", "tiny/tdpo", "dry_run=true"]))
     with pytest.raises(DryRun):
         trainer.setup()

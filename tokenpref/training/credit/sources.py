@@ -1,0 +1,211 @@
+"""What a recipe attaches to the training beside the data: token weights, and anchors (a third answer).
+
+    trainer = PreferenceTrainer(cfg, recipe="recipes/ti_dpo_distributed", sources=(token_weights, anchors))
+
+A :class:`Source` says which statistic it brings, which config keys it reads, and how it gets from a data set to a function of
+micro-batches. It is loaded only where the loss asks for its statistic.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from tokenpref.data import (
+    AnchorBatch,
+    ColumnAnchors,
+    PairBatch,
+    PreferenceDataset,
+    Tokenizer,
+    collate_anchors,
+)
+from tokenpref.errors import ConfigError
+from tokenpref.models.token_ids import check_answer_ids
+from tokenpref.stats import SIDES
+from tokenpref.training.config.keys import TrainConfig, TripletConfig, WeightedConfig
+from tokenpref.training.credit.live import AnchorSource, LiveModels, LiveScores
+from tokenpref.training.credit.weighing import TokenWeights, Weighing, in_columns
+from tokenpref.training.step.metrics import Stopwatch
+from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights
+from tokenpref.weights import SCORE_KINDS, TransformedWeights
+
+__all__ = ["Source", "SourceContext", "anchors", "schema_with", "token_weights"]
+
+
+@dataclass(frozen=True, kw_only=True)
+class SourceContext:
+    """What a source may use of the run that it is attached to.
+
+    Args:
+        config: the run's config.
+        tokenizer: the run's tokenizer.
+        stopwatch: takes the time that a source needs in a step.
+        vocabulary: returns how many token ids the model embeds.
+        live: returns the models as they are; callable once the run is set up, which is after a source has been loaded.
+        keep: takes a name and an object whose results by row are saved with the run.
+        say: takes a line for the log.
+    """
+
+    config: Any
+    tokenizer: Tokenizer
+    stopwatch: Stopwatch
+    vocabulary: Callable[[], int]
+    live: Callable[[], LiveModels]
+    keep: Callable[[str, Any], None]
+    say: Callable[[str], None]
+
+
+def _no_faults(_config: TrainConfig) -> list[str]:
+    return []
+
+
+@dataclass(frozen=True, kw_only=True)
+class Source:
+    """A statistic that a recipe can serve to a loss beyond those of policy and reference.
+
+    Args:
+        statistic: "weights" or "anchor", as ``loss.needs`` names it.
+        schema: the config with the keys that the source reads.
+        load: from the run and a data set to a function of micro-batches: :data:`BatchWeights` for "weights",
+            :data:`BatchAnchors` for "anchor". Called before any model is built, on every process.
+        faults: what is wrong with a config, one line each.
+    """
+
+    statistic: str
+    schema: type[TrainConfig]
+    load: Callable[[SourceContext, PreferenceDataset], Any]
+    faults: Callable[[TrainConfig], list[str]] = _no_faults
+
+
+def schema_with(schema: type[TrainConfig], sources: Sequence[Source]) -> type[TrainConfig]:
+    """The config that has the keys of a trainer's ``schema`` and of all its sources.
+
+    Raises:
+        TypeError: if none of these configs derives from all the others.
+    """
+    schemas = [schema, *(source.schema for source in sources)]
+    widest = max(schemas, key=lambda one: len(one.__mro__))
+    if not all(issubclass(widest, one) for one in schemas):
+        names = ", ".join(one.__name__ for one in schemas)
+        raise TypeError(f"one of the configs {names} has to derive from all the others")
+    return widest
+
+
+def _load_weights(context: SourceContext, dataset: PreferenceDataset) -> BatchWeights:
+    """Weights of all rows at once, or a function that scores each batch.
+
+    Raises:
+        TokenprefError: if the scores do not belong to the data, or the transform does not fit them.
+    """
+    config: WeightedConfig = context.config
+    source = config.token_weights.build()
+    kind = getattr(source, "kind", None)
+    if kind not in SCORE_KINDS:
+        raise ConfigError(
+            f"token_weights ({config.token_weights.path}): its kind is {kind!r}; a source of scores says one of "
+            f"{', '.join(SCORE_KINDS)}"
+        )
+    weighing = Weighing(
+        kind, config.weight_transform, config.normalize_weights, config.eos_weight, config.use_eos_score
+    )
+    if config.reference == "cached" and getattr(source, "asks_reference", False):
+        raise ConfigError(
+            f"reference: cached keeps the reference's answers alone, and token_weights ({config.token_weights.path}) looks "
+            "at the model; set reference=model"
+        )
+    if hasattr(source, "score") and hasattr(source, "bind"):
+        source.bind(dataset)
+        context.keep("weights", source)
+        return _live_weights(context, source, weighing, dataset)
+    if not hasattr(source, "load"):
+        raise ConfigError(
+            f"token_weights ({config.token_weights.path}): has neither a method load(dataset) nor bind(dataset) and "
+            "score(batch, models); name a source of scores such as tokenpref.data.StoredScores, "
+            "tokenpref.data.ColumnScores, tokenpref.training.OnlinePrompts or tokenpref.training.Attribution"
+        )
+    weights = TokenWeights(dataset, source, weighing)
+    context.say(weights.summary)
+    return weights
+
+
+def _live_weights(
+    context: SourceContext, source: LiveScores, weighing: Weighing, dataset: PreferenceDataset
+) -> BatchWeights:
+    ends = {
+        side: dict(zip(dataset.rows().tolist(), dataset.has_eos()[:, number].tolist(), strict=True))
+        for number, side in enumerate(SIDES)
+    }
+
+    def weigh(batch: PairBatch) -> TransformedWeights:
+        with context.stopwatch.time(getattr(source, "timed_as", "weights")):
+            scores = [vector.cpu() for vector in source.score(batch, context.live())]
+        count = len(batch.rows)
+        answers = []
+        for number, side in enumerate(batch.sides):
+            answers += weighing(
+                scores[number * count : (number + 1) * count],
+                side=side,
+                keys=batch.rows,
+                ends=[ends[side].get(row, False) for row in batch.rows],
+            )
+        return in_columns(answers, batch)
+
+    return weigh
+
+
+def _anchors_missing(config: TrainConfig) -> list[str]:
+    if getattr(config, "anchors", None) is not None:
+        return []
+    return [
+        f"anchors: missing; {loss.key} ({loss.path}) compares with a third answer. Set anchors to "
+        "tokenpref.training.AnchorSampler or tokenpref.data.ColumnAnchors, or switch its triplet off (gamma 0)"
+        for loss in (config.loss, config.loss_val)
+        if loss is not None and "anchor" in loss.build().needs
+    ]
+
+
+def _load_anchors(context: SourceContext, dataset: PreferenceDataset) -> BatchAnchors:
+    """Anchors from the data, or sampled as the training goes.
+
+    Raises:
+        TokenprefError: if the data has none where the config says so.
+    """
+    component = context.config.anchors
+    assert component is not None  # _anchors_missing asked for it
+    source: AnchorSource = component.build()
+    missing = [name for name in ("bind", "answers") if not hasattr(source, name)]
+    if missing:
+        raise ConfigError(
+            f"anchors ({component.path}): has no method {' and no '.join(missing)}; name a source of anchors such as "
+            "tokenpref.training.AnchorSampler or tokenpref.data.ColumnAnchors"
+        )
+    source.bind(dataset)
+    context.keep("anchors", source)
+    ids = context.vocabulary()
+    if isinstance(source, ColumnAnchors):  # they are there already, others are made as the training goes
+        found = source.answers(dataset.rows().tolist(), None)
+        check_answer_ids(found, ids, key=f"anchors (column {source.column!r})")
+
+    def anchor(batch: PairBatch) -> AnchorBatch:
+        with context.stopwatch.time("anchors"):
+            answers = source.answers(batch.rows, context.live())
+            check_answer_ids(answers, ids, key=f"anchors ({component.path})")
+            return collate_anchors(answers, batch, context.tokenizer.pad_id)
+
+    return anchor
+
+
+token_weights = Source(statistic="weights", schema=WeightedConfig, load=_load_weights)
+"""Weights from the config's ``token_weights``: stored, from the data's columns, or made as the training goes.
+
+A component of the user's own needs ``kind`` and either ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says, or
+``bind(dataset)`` and ``score(batch, models)``, as :class:`tokenpref.training.credit.live.LiveScores` says.
+"""
+
+anchors = Source(statistic="anchor", schema=TripletConfig, load=_load_anchors, faults=_anchors_missing)
+"""Third answers from the config's ``anchors``.
+
+A source of the user's own needs ``bind(dataset)`` and ``answers(rows, models)``, as
+:class:`tokenpref.training.credit.live.AnchorSource` says.
+"""
