@@ -714,7 +714,7 @@ CHECKPOINTS = [
         write(f"{STEP}/more.bin", b"1")),
     Bad("manifest of infinite sizes", "tdpo", "step_2: its manifest.json cannot be read", CHECKPOINT, ("run",),
         write(f"{STEP}/{MANIFEST}", b'{"files": {"a": {"bytes": Infinity, "xxh3_128": ""}}}')),
-    Bad("index that runs", "tdpo", "step_2: the checkpoint cannot be read.*asks for io.open", CHECKPOINT, ("run",),
+    Bad("index that runs", "tdpo", "step_2: the checkpoint cannot be read.*refers to io.open", CHECKPOINT, ("run",),
         sealed(lambda f: (f / STEP / ".metadata").write_bytes(pickle.dumps(Hostile())))),
     Bad("index that is none", "tdpo", "step_2: the checkpoint cannot be read.*index", CHECKPOINT, ("run",),
         sealed(lambda f: (f / STEP / ".metadata").write_bytes(pickle.dumps([1])))),

@@ -6,6 +6,7 @@ import difflib
 import inspect
 import os
 import sys
+import typing
 from collections.abc import (
     Callable,
     Collection,
@@ -17,7 +18,7 @@ from collections.abc import (
     Set,
 )
 from functools import partial
-from types import UnionType
+from types import SimpleNamespace, UnionType
 from typing import Annotated, Any, Literal, NamedTuple, Union, get_args, get_origin
 
 from tokenpref._torchtune import InstantiationError, component_from_path
@@ -223,7 +224,8 @@ def _annotation(parameter: inspect.Parameter, names: Mapping[str, Any]) -> Any:
         return bool if isinstance(parameter.default, bool) else _UNKNOWN
     if isinstance(written, str):
         try:
-            return eval(written, dict(names))  # the component's own source, which has been imported already
+            holder = SimpleNamespace(__annotations__={parameter.name: written})
+            return typing.get_type_hints(holder, globalns=dict(names))[parameter.name]
         except (NameError, AttributeError, TypeError, SyntaxError):
             return _UNKNOWN  # a name that only type checkers import, so nothing is known
     return written

@@ -53,5 +53,5 @@ def test_more_than_was_announced_is_an_error(monkeypatch):
     monkeypatch.setattr(plain_writing, "_PIECE", 4096)
     arena = Arena()
     arena.start(10)
-    with pytest.raises(ValueError, match="4097 bytes for a memory of 4096"):
+    with pytest.raises(ValueError, match="4097 bytes do not fit into a memory of 4096"):
         arena.write(bytes_of(4097))

@@ -54,14 +54,14 @@ def test_a_pair_continues_where_it_stopped(folder):
     first = weights(folder / "outputs/tiny_contrastive_reference", "positive")
     stopped = [*PAIR, "output_dir=stopped"]
     tune(folder, *stopped)
-    # As if the run had been killed in its second phase: the negative side has no end, and no checkpoint either.
+    # As if the run had been killed at the end of its second phase: a checkpoint is there, and no mark of the end.
     (folder / "stopped/pair.yaml").unlink()
     (folder / "stopped/negative/finished.json").unlink()
     error = tune(folder, *ESTIMATE, "estimator.pair=stopped", "output_dir=never", ok=False)
     assert error.returncode == 2 and "half built (positive is done, negative is not)" in error.stderr
     assert not (folder / "never").exists()
     again = tune(folder, *stopped)
-    assert "positive side: done already" in again.stderr and "negative side: begins" in again.stderr
+    assert "positive side: done already" in again.stderr and "negative side: goes on" in again.stderr
     for name, tensor in weights(folder / "stopped", "positive").items():
         assert tensor.equal(first[name]), name
     other = tune(folder, *stopped, "optimizer.lr=1e-4", ok=False)

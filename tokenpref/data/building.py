@@ -8,7 +8,6 @@ import hashlib
 import json
 import multiprocessing
 import os
-import pickle
 import platform
 import signal
 import traceback
@@ -30,7 +29,7 @@ from tokenpref.data.report import RowFaults
 from tokenpref.data.row_reader import RowReader
 from tokenpref.data.sources import Rows
 from tokenpref.data.tokenizers import Tokenizer
-from tokenpref.errors import DataError
+from tokenpref.errors import DataError, TokenprefError
 
 __all__ = ["PairBuilder"]
 
@@ -240,11 +239,12 @@ def _work(work: Callable[[range], _Shard], shards: Sequence[range], sender: Any,
 
 
 def _portable(error: Exception) -> Exception:
-    try:
-        pickle.loads(pickle.dumps(error))
-    except Exception:  # an exception of another library may not be picklable; its text then is
-        return RuntimeError("".join(traceback.format_exception(error)))
-    return error
+    # An exception of another library may not survive the way between processes; its text does.
+    return (
+        error
+        if isinstance(error, TokenprefError)
+        else RuntimeError("".join(traceback.format_exception(error)))
+    )
 
 
 @contextmanager

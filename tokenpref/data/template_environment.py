@@ -254,7 +254,7 @@ _environment = _Environment()
 
 
 @lru_cache(maxsize=64)
-def compile_template(source: str, date: datetime.date) -> jinja2.Template:
+def compile_template(source: str, date: datetime.date) -> jinja2.environment.Template:
     """A template ready to render, compiled once.
 
     Args:

@@ -338,7 +338,7 @@ def test_a_checkpoint_runs_nothing(run, tmp_path, where):
         (checkpoint / ".metadata").write_bytes(pickle.dumps(index))
     (checkpoint / MANIFEST).unlink()
     seal(checkpoint)
-    message = {"index": "asks for io.open, which no checkpoint", "bytes": "Weights only load failed"}[where]
+    message = {"index": "refers to io.open, which no checkpoint", "bytes": "Weights only load failed"}[where]
     with pytest.raises(TokenprefError, match=f"step_4: the checkpoint cannot be read .*{message}"):
         run("output_dir=mine", *EVERY_TWO, "resume_from_checkpoint=auto")
     assert not trace.exists()
