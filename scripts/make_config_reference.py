@@ -255,8 +255,8 @@ def _plain(text: str) -> str:
 def _meaning(text: str) -> str:
     """What a docstring says of an argument, in a config's words and as a sentence."""
     text = _plain(text)
-    for python, yaml in (("None", "null"), ("True", "true"), ("False", "false")):
-        text = re.sub(rf"(?<![.] )\b{python}\b", yaml, text).replace(python, yaml.capitalize())
+    for python, in_yaml in (("None", "null"), ("True", "true"), ("False", "false")):
+        text = re.sub(rf"(?<![.] )\b{python}\b", in_yaml, text).replace(python, in_yaml.capitalize())
     return text[:1].upper() + text[1:]
 
 
