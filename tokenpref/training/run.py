@@ -1,4 +1,4 @@
-"""What a training run is made of: data, weights, anchors, models, optimizer, folder; built and checked before the first step."""
+"""Builds and checks the parts of a training run before its first step: data, weights, anchors, models, optimizer, folder."""
 
 from __future__ import annotations
 
@@ -52,28 +52,28 @@ class Run:
     Args:
         config: the run's config.
         world: its processes.
-        folder: where it writes.
-        tokenizer: of its data.
+        folder: its output folder.
+        tokenizer: the tokenizer of its data.
         dataset: its pairs.
-        loss: what is optimised.
-        needs: statistics that the loss and the log ask for.
+        loss: the loss.
+        needs: statistics that the loss and the log need.
         weigh: token weights of a micro-batch.
         anchor: third answers of a micro-batch.
-        validation: what is measured on held-out pairs and samples.
+        validation: measures held-out pairs and samples.
         steps_per_epoch: optimizer steps of an epoch.
         total_steps: optimizer steps of the whole run.
         policy: the model in training.
-        reference: what it is compared with.
-        reference_val: what it is compared with on held-out pairs: the same model, but a cache is of one data set.
+        reference: the reference of the training pairs.
+        reference_val: the reference of the held-out pairs: the same model, or another cache, because a cache has one data set.
         checkpointer: writes the policy's weights.
-        optimizer: of the policy.
-        scheduler: of the learning rate, if any.
-        state: everything that a checkpoint holds beside the progress.
+        optimizer: the optimizer of the policy.
+        scheduler: the schedule of the learning rate, if any.
+        state: everything in a checkpoint except the progress.
         saver: writes checkpoints and weights.
-        progress: where the run stands.
-        stopwatch: of the parts of a step.
-        profiler: torchtune's, if any.
-        logger: of metrics; None on all processes but the main one.
+        progress: the steps and tokens done, and the best value.
+        stopwatch: measures the parts of a step.
+        profiler: torchtune's profiler, if any.
+        logger: the metric logger; None on all processes except the main one.
     """
 
     config: TrainConfig
@@ -102,7 +102,7 @@ class Run:
     logger: Any
 
     def live(self) -> LiveModels:
-        """The models as they are, for weights and anchors that are made as the training goes."""
+        """The current models, for weights and anchors that are computed during training."""
         return LiveModels(
             policy=self.policy,
             reference=self.reference,
@@ -127,9 +127,9 @@ def set_up(
     Args:
         cfg: merged config, which is written with the run.
         config: the same, read and checked.
-        closing: takes what has to be closed after the run, also where setting it up fails.
-        recipe: what the run's folder says that it was made by.
-        sources: what the recipe attaches: token weights, anchors.
+        closing: receives everything that must be closed after the run, also if this function fails.
+        recipe: the recipe's name, which is recorded in the run's folder.
+        sources: the sources that the recipe attaches: token weights, anchors.
         world: the processes of a run that this training is a part of; None: the training joins its own.
 
     Raises:
@@ -138,14 +138,14 @@ def set_up(
     """
     torch.manual_seed(config.seed)
     if world is None:
-        # FSDP2 computes in another dtype than the weights', in a process on its own too.
+        # FSDP2 is needed to compute in another dtype than the weights', also in a single process.
         world = init_world(config.device, process_group=config.compute_dtype is not None)
         closing.callback(world.close)
     maker = ModelMaker(config, world)
     plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
     folder = RunFolder(Path(config.output_dir).absolute(), plain, recipe, world, schema=type(config))
     closing.callback(folder.unlock)
-    # Before the data, which may take minutes: what is there already decides whether there is a run at all.
+    # Before the data, which may take minutes: the folder decides whether the run may start at all.
     start = folder.start(config.resume_from_checkpoint)
     loss = config.loss.build()
     needs = frozenset(loss.needs) | frozenset(config.log_stats)
@@ -154,10 +154,10 @@ def set_up(
     kept: dict[str, Any] = {}
 
     def attached(data: PreferenceDataset | None, needs: frozenset[str]) -> tuple[BatchWeights, BatchAnchors]:
-        """Weights and anchors of a data set's batches, as far as they are needed."""
+        """The weights and anchors of a data set's batches, if they are needed."""
 
         def keep(name: str, source: Any) -> None:
-            # Those of validation data count for as long as these data are the same.
+            # Results of validation data are valid while these data are the same.
             assert data is not None  # it was loaded for a source
             kept[name if data is dataset else f"{name}_val_{data.fingerprint()[:16]}"] = source
 
@@ -196,7 +196,7 @@ def set_up(
     _check(config, maker, dataset, held_out, tokenizer, folder, needs, kept, caches, compared=compared)
     progress = Progress()
     with folder.removed_on_failure():
-        # A cache before the policy: the model that fills it is gone by then.
+        # The cache comes before the policy, so that the model that fills it has been freed.
         cached = (
             _open_caches(config, maker, caches, folder, tokenizer) if config.reference == "cached" else None
         )
@@ -208,7 +208,7 @@ def set_up(
         if start is not None:
             progress = saver.restore(start, state, total_steps)
             _say(world, f"continuing after step {progress.step} of {total_steps}")
-        # Before the folder is claimed: a setting that they refuse must not cost an earlier run its checkpoints.
+        # Before the folder is claimed, because refused settings must not cost an earlier run its checkpoints.
         profiler = build_profiler(config.profiler)
         logger = world.together(lambda: build_logger(config.metric_logger) if world.is_main else None)
     if logger is not None:
@@ -261,15 +261,15 @@ def _check(
     *,
     compared: bool,
 ) -> None:
-    """Check the run as far as it goes without weights.
+    """Check everything that can be checked without weights.
 
     Raises:
-        DryRun: if the config asks for no more.
+        DryRun: if the config asks only for the checks.
     """
     world = maker.world
 
     def check_contexts() -> None:
-        """What is sampled or put in front of answers has to fit the model's context."""
+        """Check that samples, and prompts in front of answers, fit the model's context."""
         for source in kept.values():
             if hasattr(source, "check_context"):
                 source.check_context(maker.context)
@@ -278,7 +278,7 @@ def _check(
 
     world.together(lambda: check_device(config.compute(trainable=True), world))
     world.together(check_contexts)
-    # The main process alone looks: the same disk, and the same memory as far as the config can tell.
+    # Only the main process looks: all processes have the same disk and, as far as is known, the same memory.
     lines = world.together(
         lambda: (
             preflight(
@@ -306,7 +306,7 @@ def _check(
 
 
 def _build_reference(maker: ModelMaker, *, compared: bool) -> Reference:
-    """The reference of a run: a second frozen copy of the model, or none where nothing asks for one."""
+    """The reference of a run: a second, frozen copy of the model, or none if it is not needed."""
     if not compared:
         return NoReference()
     size = size_text(maker.reference_nbytes)
@@ -321,11 +321,11 @@ def _open_caches(
     folder: RunFolder,
     tokenizer: Tokenizer,
 ) -> tuple[Reference, Reference]:
-    """References of training and validation from their caches; what is missing of them is built first."""
+    """The references of training and validation from their caches, after building missing parts."""
 
     def load() -> ScoringModel:
         scorer = maker.reference().scorer
-        # Not before: weights that do not fit leave nothing behind. From here on the run's folder is this run's alone.
+        # Not earlier, so that weights that do not fit leave nothing behind. From here on the folder is locked.
         folder.lock()
         return scorer
 
@@ -349,11 +349,11 @@ def _open_caches(
 def _facts(
     cfg: DictConfig, config: TrainConfig, world: World, dataset: PreferenceDataset, steps_per_epoch: int
 ) -> dict[str, Any]:
-    """What a run that continues this one has to share; see :class:`tokenpref.training.saving.saver.Saver`."""
+    """Facts that a resumed run must share; see :class:`tokenpref.training.saving.saver.Saver`."""
     reference = config.ref_checkpointer or config.checkpointer
 
     def digest() -> str | None:
-        # The main process alone reads checkpoints; other nodes need not have the files.
+        # Only the main process reads checkpoints, because other nodes may not have the files.
         there = world.is_main and "checkpoint_dir" in reference.kwargs
         return weights_digest(reference) if there else None
 

@@ -1,9 +1,9 @@
-"""What a recipe attaches to the training beside the data: token weights, and anchors (a third answer).
+"""The sources that a recipe attaches to a training: token weights, and anchors (third answers).
 
     trainer = PreferenceTrainer(cfg, recipe="recipes/ti_dpo_distributed", sources=(token_weights, anchors))
 
-A :class:`Source` says which statistic it brings, which config keys it reads, and how it gets from a data set to a function of
-micro-batches. It is loaded only where the loss asks for its statistic.
+A :class:`Source` says which statistic it provides, which config keys it reads, and how it makes a function of micro-batches
+from a data set. It is loaded only if the loss needs its statistic.
 """
 
 from __future__ import annotations
@@ -35,16 +35,16 @@ __all__ = ["Source", "SourceContext", "anchors", "schema_with", "token_weights"]
 
 @dataclass(frozen=True, kw_only=True)
 class SourceContext:
-    """What a source may use of the run that it is attached to.
+    """The parts of a run that a source may use.
 
     Args:
         config: the run's config.
         tokenizer: the run's tokenizer.
-        stopwatch: takes the time that a source needs in a step.
-        vocabulary: returns how many token ids the model embeds.
-        live: returns the models as they are; callable once the run is set up, which is after a source has been loaded.
-        keep: takes a name and an object whose results by row are saved with the run.
-        say: takes a line for the log.
+        stopwatch: measures the time of a source in a step.
+        vocabulary: returns the number of token ids that the model embeds.
+        live: returns the current models. It works only after the run is set up, so not while a source is loaded.
+        keep: registers a name and an object whose results by row are saved with the run.
+        say: logs a line.
     """
 
     config: Any
@@ -62,14 +62,14 @@ def _no_faults(_config: TrainConfig) -> list[str]:
 
 @dataclass(frozen=True, kw_only=True)
 class Source:
-    """A statistic that a recipe can serve to a loss beyond those of policy and reference.
+    """A statistic that a recipe provides to a loss in addition to those of policy and reference.
 
     Args:
         statistic: "weights" or "anchor", as ``loss.needs`` names it.
         schema: the config with the keys that the source reads.
-        load: from the run and a data set to a function of micro-batches: :data:`BatchWeights` for "weights",
-            :data:`BatchAnchors` for "anchor". Called before any model is built, on every process.
-        faults: what is wrong with a config, one line each.
+        load: makes a function of micro-batches from the run and a data set: :data:`BatchWeights` for "weights",
+            :data:`BatchAnchors` for "anchor". It is called before any model is built, on every process.
+        faults: returns the faults of a config, one line each.
     """
 
     statistic: str
@@ -79,7 +79,7 @@ class Source:
 
 
 def schema_with(schema: type[TrainConfig], sources: Sequence[Source]) -> type[TrainConfig]:
-    """The config that has the keys of a trainer's ``schema`` and of all its sources.
+    """The config class with the keys of a trainer's ``schema`` and of all its sources.
 
     Raises:
         TypeError: if none of these configs derives from all the others.
@@ -93,7 +93,7 @@ def schema_with(schema: type[TrainConfig], sources: Sequence[Source]) -> type[Tr
 
 
 def _load_weights(context: SourceContext, dataset: PreferenceDataset) -> BatchWeights:
-    """Weights of all rows at once, or a function that scores each batch.
+    """Load the weights of all rows, or a function that scores each batch.
 
     Raises:
         TokenprefError: if the scores do not belong to the data, or the transform does not fit them.
@@ -166,7 +166,7 @@ def _anchors_missing(config: TrainConfig) -> list[str]:
 
 
 def _load_anchors(context: SourceContext, dataset: PreferenceDataset) -> BatchAnchors:
-    """Anchors from the data, or sampled as the training goes.
+    """Load anchors from the data, or a function that samples them during training.
 
     Raises:
         TokenprefError: if the data has none where the config says so.
@@ -197,15 +197,15 @@ def _load_anchors(context: SourceContext, dataset: PreferenceDataset) -> BatchAn
 
 
 token_weights = Source(statistic="weights", schema=WeightedConfig, load=_load_weights)
-"""Weights from the config's ``token_weights``: stored, from the data's columns, or made as the training goes.
+"""Weights from the config's ``token_weights``: stored, from columns of the data, or computed during training.
 
-A component of the user's own needs ``kind`` and either ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says, or
+A user's component needs ``kind`` and either ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says, or
 ``bind(dataset)`` and ``score(batch, models)``, as :class:`tokenpref.training.credit.live.LiveScores` says.
 """
 
 anchors = Source(statistic="anchor", schema=TripletConfig, load=_load_anchors, faults=_anchors_missing)
 """Third answers from the config's ``anchors``.
 
-A source of the user's own needs ``bind(dataset)`` and ``answers(rows, models)``, as
+A user's source needs ``bind(dataset)`` and ``answers(rows, models)``, as
 :class:`tokenpref.training.credit.live.AnchorSource` says.
 """

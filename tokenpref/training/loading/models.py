@@ -1,4 +1,4 @@
-"""The one maker of models: it builds decoders, reads their weights and places them on the run's devices."""
+"""The only place that makes models: it builds decoders, reads their weights and places them on the run's devices."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]
             raise
         except Exception as error:
             causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
-            # First lines: what follows in torch's own words is how to read a file that runs code.
+            # First lines only, because torch's message then explains how to load files that can execute code.
             said = "; ".join(
                 f"{type(c).__name__}: {(str(c).strip().splitlines() or [''])[0]}" for c in causes
             )
@@ -98,8 +98,8 @@ def check_state_fits(state: dict[str, Tensor], model: TransformerDecoder, key: s
 class ModelMaker:
     """Makes the policy, the reference and the sides of a contrastive pair. Nothing else builds a model or loads weights into it.
 
-    What a model is made of is decided here: the component that builds it, the checkpoint that fills it, which of its parameters
-    train, and how it computes. Models on the meta device answer what can be known without weights.
+    This class decides everything about a model: the component that builds it, the checkpoint of its weights, which of its
+    parameters are trained, and how it computes. Models on the meta device answer questions that need no weights.
 
     Args:
         config: how models compute and how they are sharded; a config with ``model`` and ``checkpointer`` names those too.
@@ -177,10 +177,10 @@ class ModelMaker:
         return self._filled(checkpointer.build(), key, trainable=False)
 
     def on_meta(self, dtype: torch.dtype | None = None) -> TransformerDecoder:
-        """The policy without memory for its numbers, built anew by each call; ``requires_grad`` tells which parameters train.
+        """The policy on the meta device, built by each call. ``requires_grad`` tells which parameters are trained.
 
         Args:
-            dtype: of the weights; None: the config's ``dtype``.
+            dtype: dtype of the weights; None for the config's ``dtype``.
 
         Raises:
             ConfigError: if the component does not build a decoder.
@@ -196,12 +196,12 @@ class ModelMaker:
 
     @property
     def context(self) -> int:
-        """The longest sequence that the model takes, in tokens."""
+        """The length of the model's context, in tokens."""
         return int(self._policy_on_meta.max_seq_len)
 
     @property
     def vocabulary(self) -> int:
-        """How many token ids the model embeds."""
+        """The number of token ids that the model embeds."""
         return int(self._policy_on_meta.tok_embeddings.num_embeddings)
 
     @property
@@ -243,7 +243,7 @@ class ModelMaker:
         if not self.world.is_main:
             return
         dropped = drop_tied_head(state, decoder, key)
-        # A reference may read the policy's files once more, and need not say it again.
+        # A reference may read the policy's files again; the line is logged only once.
         if dropped is not None and dropped not in self._said:
             self._said.add(dropped)
             log.info(dropped)
@@ -251,7 +251,7 @@ class ModelMaker:
 
 
 def choose_trainable(decoder: TransformerDecoder, trainable: bool) -> TransformerDecoder:
-    """Mark the parameters that train (in place): all of a policy's, and none of a model that is only run."""
+    """Mark the parameters to train (in place): all of a policy, and none of a frozen model."""
     decoder.requires_grad_(trainable)
     return decoder
 
@@ -268,16 +268,16 @@ def place_decoder(
 ) -> None:
     """Make a decoder on the meta device compute as it should, shard it, and give it memory on the world's device (in place).
 
-    Its weights hold no numbers yet; its rotary caches do.
+    Its weights have no values yet, but its rotary caches do.
 
     Args:
-        decoder: as its component made it.
+        decoder: the decoder from its component.
         compute: how it computes.
         world: the run's processes.
         trainable: False freezes the parameters and sets evaluation mode.
         compiled: compile every layer.
         reshard_after_forward: see :func:`tokenpref.distributed.shard`.
-        key: what it is called in the log.
+        key: its name in the log.
 
     Raises:
         ConfigError: if float8 or activation checkpointing do not fit the model.
@@ -303,14 +303,14 @@ def place_decoder(
     decoder.to_empty(device=world.device)
     with torch.device(world.device):
         for module in decoder.modules():
-            # Rotary caches are not in checkpoints; they are float32 whatever the model's dtype.
+            # Rotary caches are not in checkpoints. They are float32 for any dtype of the model.
             if hasattr(module, "rope_init"):
                 module.rope_init()
     decoder.train(trainable)
 
 
 def _switch_dropout_off(model: TransformerDecoder) -> None:
-    """No dropout, as in the papers: a policy that equals its reference must give a loss of exactly log 2."""
+    """Switch dropout off, as in the papers: a policy that equals its reference must give a loss of exactly log 2."""
     found = set()
     for module in model.modules():
         name = "p" if isinstance(module, nn.Dropout) else "attn_dropout"
@@ -348,7 +348,7 @@ WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
 
 
 def weights_digest(checkpointer: Component) -> str:
-    """What a checkpoint's weights are, cheaply: names and sizes of its files, and a part of their bytes.
+    """A cheap fingerprint of a checkpoint's weights: names and sizes of its files, and a part of their bytes.
 
     Raises:
         ConfigError: if a file is missing.
@@ -367,7 +367,7 @@ def weights_digest(checkpointer: Component) -> str:
         with file.open("rb") as stream:
             size = file.stat().st_size
             hasher.update(f"{name}:{size};".encode())
-            # The beginning (header), the middle and the end: trained weights differ everywhere.
+            # The beginning (header), the middle and the end, because trained weights differ everywhere.
             for at in (0, size // 2, max(size - 65536, 0)):
                 stream.seek(at)
                 hasher.update(stream.read(65536))

@@ -1,4 +1,4 @@
-"""The data of a run: data sets built and checked, and the micro-batches of each step."""
+"""Builds and checks the data sets of a run, and makes the micro-batches of each step."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ log = logging.getLogger("tokenpref")
 
 
 def build_pairs(component: Component, tokenizer: Tokenizer, world: World) -> PreferenceDataset:
-    """A data set of pairs, with a line about it.
+    """Build a data set of pairs, and log a line about it.
 
     Raises:
         ConfigError: if it has fewer pairs than the run has processes.
@@ -63,7 +63,7 @@ def check_pairs(dataset: Any, component: Component) -> None:
     """Check that a component made a data set of this package.
 
     Raises:
-        ConfigError: if it did not; torchtune's data sets, for one, keep no characters of tokens.
+        ConfigError: if it did not. torchtune's data sets, for example, do not record the characters of tokens.
     """
     if not isinstance(dataset, PreferenceDataset):
         raise ConfigError(
@@ -73,7 +73,7 @@ def check_pairs(dataset: Any, component: Component) -> None:
 
 
 def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:
-    """Check that every sequence and token id of a data set can be fed to the model.
+    """Check that the model can process every sequence and token id of a data set.
 
     Raises:
         ConfigError: if a sequence is longer than the model's context, or an id lies outside its vocabulary.
@@ -115,7 +115,7 @@ def check_tokens_per_batch(
     """Check that every pair fits a micro-batch.
 
     Raises:
-        ConfigError: with the number that the longest pair needs.
+        ConfigError: naming the number that the longest pair needs.
     """
     longest = int(_pair_tokens(dataset, padded).max())
     if tokens is not None and longest > tokens:
@@ -126,7 +126,7 @@ def check_tokens_per_batch(
 
 
 def _pair_tokens(dataset: PreferenceDataset, padded: bool, pairs: Sequence[int] | None = None) -> np.ndarray:
-    """Tokens of some pairs, or of all; of a large data set one step needs only its own."""
+    """The numbers of tokens of some or all pairs. A step needs only those of its own pairs."""
     lengths = dataset.lengths(pairs)
     return 2 * lengths.max(1) if padded else lengths.sum(1)
 
@@ -145,10 +145,10 @@ def pair_batches(
     tokens: int | None = None,
     padded: bool = False,
 ) -> list[PairBatch]:
-    """This rank's micro-batches of a step of an epoch; filler ones where it has no pair.
+    """The micro-batches of this rank in a step of an epoch, with fillers if it has no pair.
 
-    With ``tokens`` the step's pairs are cut by their lengths, see :func:`tokenpref.data.micro_batches_by_tokens`; the step has
-    the same pairs.
+    With ``tokens`` the step's pairs are grouped by their lengths; see :func:`tokenpref.data.micro_batches_by_tokens`. The step
+    has the same pairs as without.
     """
     order = _epoch_order(len(dataset), seed, epoch, shuffle)
     shape = {"batch_size": batch_size, "accumulation": accumulation, "world_size": world.size}

@@ -1,4 +1,7 @@
-"""The statistics of a micro-batch, with its weights and anchors, handed to whatever uses them."""
+"""The loss of a micro-batch: scores its pairs, with weights and anchors, and runs the backward pass.
+
+docs/tour.md shows the calls above and below this module.
+"""
 
 from __future__ import annotations
 
@@ -26,10 +29,10 @@ __all__ = [
 ]
 
 BatchWeights = Callable[[PairBatch], "TransformedWeights | None"]
-"""Token weights ``[2B, T]`` of a micro-batch, or None where the loss takes none."""
+"""Token weights ``[2B, T]`` of a micro-batch, or None if the loss uses none."""
 
 BatchAnchors = Callable[[PairBatch], "AnchorBatch | None"]
-"""Third answers of a micro-batch, or None where the loss takes none."""
+"""Third answers of a micro-batch, or None if the loss uses none."""
 
 
 def no_weights(_batch: PairBatch) -> None:
@@ -41,7 +44,7 @@ def no_anchors(_batch: PairBatch) -> None:
 
 
 def what_is_read(loss: nn.Module, batch: PairBatch) -> PairBatch:
-    """The side of a batch that a loss with ``sides`` reads; the whole batch for all others."""
+    """The side of a batch that a loss with ``sides`` uses; the whole batch for all other losses."""
     sides = getattr(loss, "sides", SIDES)
     return batch if set(sides) == set(SIDES) else batch.only(sides[0])
 
@@ -58,17 +61,18 @@ def score_pairs(
     anchor_grad: bool = True,
     scale: float | None = None,
 ) -> LossOutput:
-    """A loss's output for a micro-batch, and its backward pass if it is to have one.
+    """The output of a loss for a micro-batch, and its backward pass if ``scale`` is given.
 
     Args:
         policy: the model whose statistics carry gradient.
-        reference: the model compared with.
+        reference: the reference of the run.
         batch: chosen and rejected rows together.
-        needs: statistics wanted.
-        weights: token weights ``[2B, T]``, if the loss takes any; ``weights/clipped`` joins the metrics.
+        needs: the statistics to compute.
+        weights: token weights ``[2B, T]``, if the loss uses any; ``weights/clipped`` is added to the metrics.
         loss: computes its output from the statistics.
-        anchors: third answers, if the loss takes any; their counts join the metrics.
-        anchor_grad: whether they need a gradient: then they ride in the pairs' forward, else in one of their own.
+        anchors: third answers, if the loss uses any; their counts are added to the metrics.
+        anchor_grad: whether the anchors need a gradient. If so, they are part of the pairs' forward; otherwise they get a
+            separate forward.
         scale: factor of the sum of the real pairs' losses, whose gradient is added to the model's; None for no backward pass.
 
     Returns:
@@ -120,7 +124,7 @@ def _stats_without_gradient(
 
 
 def clipped_share(weights: TransformedWeights, batch: PairBatch) -> dict[str, Tensor]:
-    """``weights/clipped``: the share of a pair's answer tokens whose score a bound has cut, ``[B]``."""
+    """``weights/clipped``: the share of a pair's answer tokens whose score was clipped at a bound, ``[B]``."""
     mask = batch.labels[:, 1:] != IGNORE_INDEX
     cut, count = (marks.sum(-1).view(len(batch.sides), -1).sum(0) for marks in (weights.clipped, mask))
     return {"weights/clipped": cut / count.clamp(min=1)}

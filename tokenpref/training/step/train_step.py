@@ -1,4 +1,7 @@
-"""One optimizer step: all micro-batches drawn, pairs counted once, then forward and backward for each."""
+"""One optimizer step: draw all micro-batches, count the pairs once, then run forward and backward for each.
+
+docs/tour.md shows this step from the command to the update.
+"""
 
 from __future__ import annotations
 
@@ -28,12 +31,12 @@ __all__ = ["StepResult", "train_step"]
 
 @dataclass(frozen=True)
 class StepResult:
-    """What a step did, before any reduction over ranks.
+    """The result of a step, before any reduction over ranks.
 
     Args:
         sums: per-pair metrics of this rank.
         pairs: pairs of all ranks.
-        tokens: non-padding tokens of all ranks, the prompt counted in both answers.
+        tokens: non-padding tokens of all ranks; a prompt counts in both answers.
         grad_norm: global gradient norm before clipping.
     """
 
@@ -59,9 +62,9 @@ def train_step(
 ) -> StepResult:
     """Optimise the mean loss over all pairs of all ranks and micro-batches.
 
-    Weights and anchors of all micro-batches come first, from the policy as the step finds it and before any graph of the
-    step exists. Every rank passes the same number of micro-batches; a rank without pairs passes filler ones, which run the same
-    forwards (FSDP2 would hang otherwise) and add exactly nothing.
+    Weights and anchors of all micro-batches are computed first, from the policy before this step and before the step builds any
+    graph. Every rank passes the same number of micro-batches. A rank without pairs passes fillers, which run the same
+    forwards (FSDP2 would hang otherwise) and contribute exactly zero.
 
     Raises:
         TrainingDiverged: on every rank, before the update, if a loss or the gradient is not finite on any.
@@ -69,7 +72,7 @@ def train_step(
     micro_batches = [what_is_read(loss, batch) for batch in micro_batches]
     counts = torch.tensor([[b.num_pairs, b.num_tokens] for b in micro_batches], device=world.device).sum(0)
     pairs, tokens = (int(n) for n in world.sum(counts))
-    # FSDP2 averages gradients over ranks; the loss below is a sum over ranks divided by the pairs of all.
+    # FSDP2 averages gradients over ranks. The loss below is a sum over ranks, divided by the number of all pairs.
     scale = (world.size if world.is_distributed else 1) / pairs
     sums = MetricSums()
     losses: list[Tensor] = []
