@@ -322,10 +322,10 @@ def test_without_a_backward_pass_nothing_is_kept():
 def test_the_default_budget_follows_the_head_and_the_free_memory(monkeypatch):
     cpu = torch.device("cpu")
     monkeypatch.setattr(head, "free_memory", lambda device: 1600)
-    assert logit_budget(None, 10, cpu) == 80 and logit_budget(None, 1000, cpu) == 100
+    assert logit_budget(None, 10, cpu) == 70 and logit_budget(None, 1000, cpu) == 100
     assert logit_budget(0.5, 10, cpu) == MIB // 2
     monkeypatch.setattr(head, "free_memory", lambda device: None)
-    assert logit_budget(None, 1000, cpu) == 8000
+    assert logit_budget(None, 1000, cpu) == 7000
 
 
 def test_score_tokens_gives_rows():

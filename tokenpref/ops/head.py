@@ -43,13 +43,13 @@ __all__ = ["block_gradient", "block_sums", "head_statistics", "logit_budget"]
 MIB = 1 << 20
 # Of one model's logits; a pass has up to six tensors of that size. A CPU should find them in its caches, a GPU wants few and
 # large kernels.
-_BLOCK_BYTES = {"cpu": 4 * MIB, "cuda": 64 * MIB}
+_BLOCK_BYTES = {"cpu": 8 * MIB, "cuda": 64 * MIB}
 _WIDEST_ON_CPU = 2048  # columns: products may need the block's weights once more
 _UNIT = 64  # rows of logits that do not begin at a cache line cost a product on a CPU a third of its speed
 
 # The default budget of one model's logits: this part of the free memory, and at most this many times the head's weight.
 _PART_OF_FREE = 16
-_TIMES_WEIGHT = 8
+_TIMES_WEIGHT = 7
 
 # Two ways to one number that differ by more than float32's rounding of logits: the first one has overflowed.
 _CLOSE = 1e-4
@@ -60,8 +60,8 @@ _SUMS = ("total", "own", "gap", "growth")
 def logit_budget(memory_mb: float | None, weight_bytes: int, device: torch.device) -> int:
     """Bytes of logits that are kept for each model.
 
-    By default the budget follows the head's size, because recomputing a logit takes D multiplications: eight times the weight
-    holds the logits of 8 D positions. It is at most a sixteenth of the memory that is free.
+    By default the budget follows the head's size, because recomputing a logit takes D multiplications: seven times the weight
+    holds the logits of 7 D positions. It is at most a sixteenth of the memory that is free.
     """
     if memory_mb is not None:
         return int(memory_mb * MIB)

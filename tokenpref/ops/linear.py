@@ -44,7 +44,7 @@ def linear_token_stats(
             log-probabilities ("weights" and "anchor" are ignored, because the loss checks them).
         memory_mb: MiB of logits that are kept for the backward pass, twice that with a KL, which is of two models; the others are
             recomputed. It changes time and memory, and no bit of the result. None: a sixteenth of the free memory, at most
-            eight times the head's weight.
+            seven times the head's weight.
         ref_logps: the reference's log-probabilities ``[B, T]`` instead of ``ref_hidden``, if no KL is needed.
         compiled: make one kernel of the passes over a block of logits with ``torch.compile``: some ten seconds the first
             time and, on a CPU, a C++ compiler. Numbers change by rounding only.

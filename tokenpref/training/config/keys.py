@@ -96,7 +96,7 @@ class ScoringConfig:
     which takes more memory and less communication."""
     head_memory_mb: float | None = number(None)
     """MiB of logits that are kept for the backward pass, twice that with a KL; the others are recomputed, to the same numbers.
-    Null: a sixteenth of the free memory, at most eight times the size of the head's weight."""
+    Null: a sixteenth of the free memory, at most seven times the size of the head's weight."""
     padding_free: bool = flag(True)
     """Score the sequences of a batch one after another, without padding. Set false for attention layers that need padded
     batches."""
