@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import errno
 import fcntl
+import hashlib
 import json
 import os
 import re
 import stat
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from itertools import count
 from pathlib import Path
@@ -17,15 +18,18 @@ from typing import Any
 import xxhash
 from safetensors import SafetensorError
 
-from tokenpref.errors import TokenprefError
+from tokenpref.errors import ConfigError, TokenprefError
 
 __all__ = [
+    "WEIGHT_SUFFIXES",
     "digest_of",
     "follow_umask",
     "move_aside",
     "read_text",
+    "sampled_digest",
     "sync",
     "try_lock",
+    "weight_files",
     "write_fault",
     "write_json",
     "writing",
@@ -139,6 +143,40 @@ def digest_of(file: Path) -> str:
     with file.open("rb") as stream:
         while block := stream.read(_BLOCK):
             hasher.update(block)
+    return hasher.hexdigest()
+
+
+WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
+_SAMPLE = 65536
+
+
+def weight_files(folder: Path, listed: Any = None) -> list[str]:
+    """Names of a checkpoint's files: those listed, or, unless that is a list, all files of the folder that hold weights."""
+    if isinstance(listed, list):  # torchtune also takes a pattern of names
+        return [str(name) for name in listed]
+    return sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
+
+
+def sampled_digest(folder: Path, names: Sequence[str]) -> str:
+    """A cheap fingerprint of large files: sha256 over their names and sizes, and over a part of their bytes.
+
+    Raises:
+        ConfigError: if a file is missing.
+    """
+    hasher = hashlib.sha256()
+    for name in names:
+        file = folder / name
+        if not file.is_file():
+            raise ConfigError(
+                f"no file {file}: the weights are gone; build the pair anew, or restore the model"
+            )
+        with file.open("rb") as stream:
+            size = file.stat().st_size
+            hasher.update(f"{name}:{size};".encode())
+            # The beginning (header), the middle and the end, because trained weights differ everywhere.
+            for at in (0, size // 2, max(size - _SAMPLE, 0)):
+                stream.seek(at)
+                hasher.update(stream.read(_SAMPLE))
     return hasher.hexdigest()
 
 

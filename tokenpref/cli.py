@@ -29,6 +29,7 @@ _REPORTED = (
     "numpy",
     "huggingface_hub",
     "transformers",
+    "peft",
     "gguf",
     "vaderSentiment",
 )
@@ -112,6 +113,29 @@ def _parser() -> argparse.ArgumentParser:
     )
     show.set_defaults(run=_show_weights)
 
+    merge = verbs.add_parser(
+        "merge",
+        help="merge an adapter into the weights of its base",
+        description="Write the weights of an adapter's base with the adapter merged in: a model that needs no adapter any more, "
+        "with the base's config, names and dtypes. Folders of this package and of peft are read, LoRA and DoRA.",
+    )
+    merge.add_argument("adapter", type=Path, metavar="ADAPTER", help="folder of the adapter, such as epoch_0")
+    merge.add_argument(
+        "-o",
+        "--output",
+        type=Path,
+        required=True,
+        metavar="FOLDER",
+        help="folder to write, which must not exist",
+    )
+    merge.add_argument(
+        "--base",
+        type=Path,
+        metavar="DIR",
+        help="folder of the base (default: the one that the adapter names)",
+    )
+    merge.set_defaults(run=_merge)
+
     env = verbs.add_parser("env", help="print versions and hardware, for a bug report")
     env.set_defaults(run=_print_environment)
     return parser
@@ -122,6 +146,13 @@ def _prepare_smollm2(arguments: argparse.Namespace) -> None:
 
     prepare(arguments.output)
     print(f"SmolLM2-135M-Instruct is in {arguments.output}")
+
+
+def _merge(arguments: argparse.Namespace) -> None:
+    from tokenpref.models.merging import merge_adapter
+
+    base = merge_adapter(arguments.adapter, arguments.output, arguments.base)
+    print(f"{arguments.adapter} merged into {base} is in {arguments.output}")
 
 
 def _positive_number(text: str) -> float:

@@ -17,6 +17,7 @@ from tokenpref.data.chat import DEFAULT_DATE, ChatTemplate
 from tokenpref.errors import ConfigError
 
 __all__ = [
+    "TOKENIZER_FILES",
     "TOOL_TEMPLATE",
     "JsonTokenizer",
     "Span",
@@ -28,6 +29,21 @@ __all__ = [
 
 TOOL_TEMPLATE = "additional_chat_templates/tool_use.jinja"
 """The file of transformers for a template for conversations with tools, beside ``chat_template.jinja``."""
+
+TOKENIZER_FILES = (
+    "tokenizer.json",
+    "tokenizer_config.json",
+    "special_tokens_map.json",
+    "added_tokens.json",
+    "vocab.json",
+    "vocab.txt",
+    "merges.txt",
+    "tokenizer.model",
+    "spiece.model",
+    "chat_template.jinja",
+    "chat_template.json",
+)
+"""Files that together make a tokenizer for transformers."""
 
 Span = tuple[int, int]
 """Half-open range of characters."""

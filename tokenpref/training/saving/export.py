@@ -20,26 +20,13 @@ from torch import Tensor
 
 from tokenpref._files import follow_umask
 from tokenpref.data import JsonTokenizer, Tokenizer
-from tokenpref.data.tokenizers import TOOL_TEMPLATE, named_template
+from tokenpref.data.tokenizers import TOKENIZER_FILES, TOOL_TEMPLATE, named_template
 from tokenpref.models.tied_head import HEAD, HEAD_IN_FILES
 
 __all__ = ["describe_export", "forget_tied_head"]
 
 log = logging.getLogger("tokenpref")
 
-TOKENIZER_FILES = (
-    "tokenizer.json",
-    "tokenizer_config.json",
-    "special_tokens_map.json",
-    "added_tokens.json",
-    "vocab.json",
-    "vocab.txt",
-    "merges.txt",
-    "tokenizer.model",
-    "spiece.model",
-    "chat_template.jinja",
-    "chat_template.json",
-)
 NAMED_TOKENS = ("eos", "bos", "pad")
 TEMPLATE = "chat_template.jinja"
 SETTINGS = "tokenizer_config.json"
