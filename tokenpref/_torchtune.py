@@ -16,7 +16,7 @@ from torchtune.models.gemma.rms_norm import GemmaRMSNorm
 from torchtune.models.gemma2._attention import Gemma2Attention
 from torchtune.models.gemma2._component_builders import Gemma2FinalNorm
 from torchtune.models.llama3_1._position_embeddings import Llama3ScaledRoPE
-from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.models.phi3._position_embeddings import Phi3RotaryPositionalEmbeddings
 from torchtune.models.qwen2._positional_embeddings import Qwen2RotaryPositionalEmbeddings
 from torchtune.modules import (
@@ -29,6 +29,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 from torchtune.modules.common_utils import local_kv_cache
+from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import (
     ModelType,
     OffloadActivations,
@@ -40,6 +41,7 @@ from torchtune.training import (
 )
 
 __all__ = [
+    "DoRALinear",
     "FeedForward",
     "Gemma2Attention",
     "Gemma2FinalNorm",
@@ -47,6 +49,7 @@ __all__ = [
     "GemmaRMSNorm",
     "InstantiationError",
     "Llama3ScaledRoPE",
+    "LoRALinear",
     "Message",
     "ModelType",
     "MultiHeadAttention",
@@ -63,6 +66,7 @@ __all__ = [
     "get_lr",
     "llama3_2",
     "local_kv_cache",
+    "lora_llama3_2",
     "set_activation_checkpointing",
     "set_default_dtype",
     "tune_to_hf",

@@ -97,6 +97,52 @@ def test_gates_of_frozen_weights():
     assert torch.equal(only_weights[0], whole[4])
 
 
+def test_frozen_layers_do_not_keep_their_input():
+    _, twin = two(gates())
+    twin.requires_grad_(False)
+    x = torch.randn(5, 7, 32, requires_grad=True)
+    with saved_bytes(twin.parameters()) as kept:
+        output = twin(x.clone())
+    assert sum(size for size, _ in kept.values()) == 2 * 5 * 7 * 48 * 4  # w1 x and w3 x
+    (found,) = torch.autograd.grad(output.sum(), x)
+    twin.requires_grad_(True)
+    (expected,) = torch.autograd.grad(twin(x).sum(), x)
+    assert torch.equal(found, expected)
+
+
+@needs_onednn
+@pytest.mark.parametrize("off", [False, True])
+def test_a_layer_with_an_adapter_by_onednn(onednn, off):
+    def make():
+        layer = LoRALinear(32, 48, rank=2, alpha=4.0)
+        layer.weight.requires_grad_(False)
+        nn.init.normal_(layer.lora_b.weight, std=0.1)
+        layer.disabled = off
+        return layer
+
+    plain, twin = two(make)
+    x = torch.randn(5, 7, 32, requires_grad=True)
+    outputs = [layer(x) for layer in (plain, twin)]
+    assert any(type(f).__name__ == "_LinearBackward" for f, _ in _history(outputs[1].grad_fn))
+    grads = []
+    for layer, output in zip((plain, twin), outputs, strict=True):
+        inputs = [x] if off else [x, layer.lora_a.weight, layer.lora_b.weight]
+        grads.append(torch.autograd.grad(output.square().mean(), inputs))
+    close([outputs[1], *grads[1]], [outputs[0], *grads[0]])
+    with torch.no_grad():
+        assert torch.equal(twin(x), outputs[1])
+
+
+def _history(function):
+    """A result's functions of autograd, with their inputs."""
+    todo = [(function, 0)]
+    while todo:
+        found, place = todo.pop()
+        if found is not None:
+            yield found, place
+            todo += found.next_functions
+
+
 @pytest.mark.parametrize("change", ["adapter", "hook", "bias", "autocast"])
 def test_gates_that_are_more_than_products_are_called(change):
     _, twin = two(gates())

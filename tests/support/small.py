@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import torch
 
-from tokenpref._torchtune import TransformerDecoder, llama3_2
+from tokenpref._torchtune import TransformerDecoder, llama3_2, lora_llama3_2
 from tokenpref.data import AnchorBatch, Answer, PairBatch, PairExample, collate_anchors
+from tokenpref.models.adapters import adapter_names, initial_adapters
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.weights import TransformedWeights
@@ -30,6 +31,51 @@ def decoder(seed: int = 0, *, tied: bool = True, dtype: torch.dtype = torch.floa
         if parameter.dim() == 2:
             parameter.data.normal_(0, 0.15, generator=generator)
     return model.to(dtype)
+
+
+def lora_decoder(
+    seed: int = 0,
+    *,
+    dora: bool = False,
+    mlp: bool = True,
+    new: bool = False,
+    dtype: torch.dtype = torch.float64,
+) -> TransformerDecoder:
+    """:func:`decoder` with adapters of rank 4 on queries, values and the MLP; its base is frozen.
+
+    Args:
+        seed: of the base, which equals that of :func:`decoder`.
+        dora: DoRA instead of LoRA.
+        mlp: whether the MLP has adapters too.
+        new: as they are first; else A and B are random, and so large that they matter.
+        dtype: of all weights.
+    """
+    base = decoder(seed, dtype=dtype).state_dict()
+    model = lora_llama3_2(
+        ["q_proj", "v_proj"],
+        mlp,
+        vocab_size=VOCAB,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=2,
+        embed_dim=32,
+        max_seq_len=64,
+        intermediate_dim=48,
+        lora_rank=4,
+        lora_alpha=8,
+        use_dora=dora,
+    ).to(dtype)
+    adapters = initial_adapters(model, base, seed=3, compute_dtype=dtype, device=torch.device("cpu"))
+    if not new:
+        generator = torch.Generator().manual_seed(100 + seed)
+        for name, tensor in adapters.items():
+            noise = torch.randn(tensor.shape, generator=generator)
+            adapters[name] = tensor * (1 + 0.1 * noise) if "magnitude" in name else 0.1 * noise
+    model.load_state_dict({**base, **adapters})
+    trained = set(adapter_names(model))
+    for name, parameter in model.named_parameters():
+        parameter.requires_grad_(name in trained)
+    return model
 
 
 def scorer(seed: int = 0, *, tied: bool = True, frozen: bool = False, **kwargs: object) -> ScoringModel:

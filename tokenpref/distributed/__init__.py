@@ -18,6 +18,7 @@ from tokenpref.distributed.state import (
     load_full_state_dict,
     load_sharded,
     sharded_state,
+    state_parameters,
     write_sharded,
 )
 from tokenpref.distributed.world import World, init_world, launched_by_torchrun, single_process_world
@@ -41,6 +42,7 @@ __all__ = [
     "shard",
     "sharded_state",
     "single_process_world",
+    "state_parameters",
     "unsharded",
     "write_sharded",
 ]

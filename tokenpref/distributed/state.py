@@ -8,18 +8,22 @@ from pathlib import Path
 from typing import Any
 
 import torch
+import torch.distributed
 import torch.distributed.checkpoint as dcp
 from torch import Tensor, nn
 from torch.distributed.checkpoint.api import CheckpointException
 from torch.distributed.checkpoint.state_dict import (
     StateDictOptions,
     get_model_state_dict,
+    get_optimizer_state_dict,
     get_state_dict,
     set_model_state_dict,
+    set_optimizer_state_dict,
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
 from torch.optim import Optimizer
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from tokenpref._files import write_fault, writing
 from tokenpref.distributed.float8_weights import plain_weights, refresh_float8_scales
@@ -36,8 +40,25 @@ __all__ = [
     "load_full_state_dict",
     "load_sharded",
     "sharded_state",
+    "state_parameters",
     "write_sharded",
 ]
+
+
+_CHECKPOINTED = "_checkpoint_wrapped_module."
+"""What activation checkpointing adds to the names of parameters. Names in a state dict do not have it."""
+
+
+def state_parameters(model: nn.Module) -> dict[str, nn.Parameter]:
+    """The parameters by their names in the state dict, sharded or not, without a call of the state dict's hooks."""
+    return {name.replace(_CHECKPOINTED, ""): parameter for name, parameter in model.named_parameters()}
+
+
+def _trained(model: nn.Module) -> dict[str, Tensor] | None:
+    """The trained parameters of a model that also has frozen ones, such as a base under adapters; None if it has none."""
+    own = state_parameters(model)
+    trained = {name: parameter.detach() for name, parameter in own.items() if parameter.requires_grad}
+    return trained if len(trained) < len(own) else None
 
 
 def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
@@ -54,11 +75,12 @@ def full_state_dict(model: nn.Module, world: World) -> dict[str, Tensor]:
 def first_not_finite(model: nn.Module, world: World) -> str | None:
     """Name of the first weight with a value that is not finite, on any process; None if all are finite.
 
-    Every process must call it. It reads the weights once and checks one number per tensor. Quantised weights are left out,
-    because they are frozen.
+    Every process must call it. It reads the weights once and checks one number per tensor. If some weights are trained and
+    others are frozen, as under adapters, only the trained ones are read.
     """
     shards: dict[str, Tensor] = {}
-    for name, tensor in plain_weights(model.state_dict()).items():
+    weights = _trained(model) or model.state_dict()
+    for name, tensor in plain_weights(weights).items():
         local = tensor.to_local() if isinstance(tensor, DTensor) else tensor
         if type(local.detach()) is Tensor and local.is_floating_point() and local.numel():
             shards[name] = local.detach()
@@ -67,7 +89,7 @@ def first_not_finite(model: nn.Module, world: World) -> str | None:
     bad = next((name for name, good in zip(shards, finite, strict=True) if not good), None)
     if not world.any(bad is not None):
         return None
-    order = {name: place for place, name in enumerate(model.state_dict())}
+    order = {name: place for place, name in enumerate(weights)}
     return min((name for name in world.gather_objects(bad) if name is not None), key=order.__getitem__)
 
 
@@ -82,6 +104,9 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
     Raises:
         RuntimeError: if names or shapes do not fit.
     """
+    if any(isinstance(_local(parameter), NF4Tensor) for parameter in model.parameters()):
+        _load_quantised(model, state, world)
+        return
     if not world.is_distributed:
         model.load_state_dict(state, strict=True)
         return
@@ -92,6 +117,36 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
     options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
     set_model_state_dict(model, typed, options=options)
     refresh_float8_scales(model)
+
+
+def _local(parameter: Tensor) -> Tensor:
+    """This process's part of a parameter."""
+    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+
+
+@torch.no_grad()
+def _load_quantised(model: nn.Module, state: dict[str, Tensor], world: World) -> None:
+    """Copy whole parameters into a model of which some weights are NF4, one parameter at a time.
+
+    PyTorch's functions for sharded state dicts do not take NF4. Every process quantises the whole weight and keeps its part, so
+    that the numbers do not depend on the number of processes.
+    """
+    for name, parameter in state_parameters(model).items():
+        own = _local(parameter)
+        if world.is_main:
+            whole = state[name].detach().to(world.device, parameter.dtype).contiguous()
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        if world.is_distributed:
+            torch.distributed.broadcast(whole, src=0)
+        if isinstance(own, NF4Tensor):
+            whole = to_nf4(whole, own.block_size, own.scaler_block_size)
+        if isinstance(parameter, DTensor):
+            rows = whole.chunk(world.size)
+            if world.rank < len(rows):
+                own.copy_(rows[world.rank])
+        else:
+            own.copy_(whole)
 
 
 @contextmanager
@@ -116,7 +171,13 @@ def _plain_failures(what: str, *, writes: bool = False) -> Iterator[None]:
 
 
 def sharded_state(model: nn.Module, optimizer: Optimizer) -> dict[str, Any]:
-    """This process's shards for :func:`write_sharded`, without a copy. Every process must call it."""
+    """This process's shards for :func:`write_sharded`, without a copy. Every process must call it.
+
+    Frozen parameters are left out: they come from the checkpoint that the run started from.
+    """
+    trained = _trained(model)
+    if trained is not None:
+        return {"model": trained, "optimizer": get_optimizer_state_dict(model, optimizer)}
     weights, state = get_state_dict(model, optimizer)
     return {"model": plain_weights(weights), "optimizer": state}
 
@@ -238,7 +299,10 @@ def load_sharded(
         settle(groups)
     merged = [{**own, **group} for own, group in zip(own_groups, groups, strict=True)]
     state = {**wanted["optimizer"], "param_groups": merged}
-    set_state_dict(model, optimizer, model_state_dict=wanted["model"], optim_state_dict=state)
+    if _trained(model) is None:
+        set_state_dict(model, optimizer, model_state_dict=wanted["model"], optim_state_dict=state)
+    else:  # the weights were read into the parameters themselves
+        set_optimizer_state_dict(model, optimizer, state)
     refresh_float8_scales(model)
 
 

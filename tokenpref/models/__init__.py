@@ -3,8 +3,8 @@
 from tokenpref.data.reference_store import ReferenceStore
 from tokenpref.models.reference import CachedReference, FrozenReference, Reference, ReferenceOutput
 from tokenpref.models.scoring import ScoringModel, logits_of
-from tokenpref.models.smollm2 import smollm2_135m
-from tokenpref.models.tiny import tiny_llama
+from tokenpref.models.smollm2 import lora_smollm2_135m, smollm2_135m
+from tokenpref.models.tiny import lora_tiny_llama, tiny_llama
 
 __all__ = [
     "CachedReference",
@@ -14,6 +14,8 @@ __all__ = [
     "ReferenceStore",
     "ScoringModel",
     "logits_of",
+    "lora_smollm2_135m",
+    "lora_tiny_llama",
     "smollm2_135m",
     "tiny_llama",
 ]

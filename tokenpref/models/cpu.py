@@ -24,6 +24,7 @@ from torch.autograd.function import once_differentiable
 
 from tokenpref._torchtune import (
     FeedForward,
+    LoRALinear,
     RMSNorm,
     TransformerDecoder,
 )
@@ -49,7 +50,7 @@ _ROWS = 1024
 def install_on_cpu(model: TransformerDecoder) -> None:
     """Call :func:`use_fast_products`, and replace the forwards of a decoder's layers by those of this module (in place).
 
-    Other kinds of modules are not changed, nor are modules with adapters, hooks, float8 weights or other dtypes, or under
+    Other kinds of modules are not changed, nor are modules with hooks, float8 or NF4 weights or other dtypes, or under
     ``torch.compile``.
     """
     use_fast_products()
@@ -215,21 +216,25 @@ class _SwiGLU(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, w1: Tensor, w2: Tensor, w3: Tensor) -> Tensor:
         factors = (product(x, w1.T), product(x, w3.T))
-        ctx.save_for_backward(x, w1, w2, w3, *factors)
+        # Only the gradients of weights need the input.
+        ctx.save_for_backward(x if any(ctx.needs_input_grad[1:]) else None, w1, w2, w3, *factors)
         return _swiglu(x, w1, w2, w3, factors)
 
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, grad: Tensor) -> tuple[Tensor | None, ...]:
         x, w1, w2, w3, gate, up = ctx.saved_tensors
-        grad_x, *grad_weights = (
-            torch.zeros_like(tensor) if wanted else None
-            for tensor, wanted in zip((x, w1, w2, w3), ctx.needs_input_grad, strict=True)
-        )
-        places = [x.new_empty(min(_ROWS, x.shape[0]), w1.shape[0]) for _ in range(2)]
-        for rows in _pieces(x.shape[0]):
-            of_x, of_gate, of_up, of_output = x[rows], gate[rows], up[rows], grad[rows]
-            silu, other = (place[: of_x.shape[0]] for place in places)
+        want_x, *want_weights = ctx.needs_input_grad
+        grad_x = grad.new_zeros(grad.shape[0], w1.shape[1]) if want_x else None
+        grad_weights = [
+            torch.zeros_like(weight) if wanted else None
+            for weight, wanted in zip((w1, w2, w3), want_weights, strict=True)
+        ]
+        places = [grad.new_empty(min(_ROWS, grad.shape[0]), w1.shape[0]) for _ in range(2)]
+        for rows in _pieces(grad.shape[0]):
+            of_x = None if x is None else x[rows]
+            of_gate, of_up, of_output = gate[rows], up[rows], grad[rows]
+            silu, other = (place[: of_output.shape[0]] for place in places)
             of_product = product(of_output, w2)
             torch.ops.aten.silu.out(of_gate, out=silu)
             _add_weight(grad_weights[1], of_output, torch.mul(silu, of_up, out=other))
@@ -243,9 +248,9 @@ class _SwiGLU(torch.autograd.Function):
         return grad_x, *grad_weights
 
 
-def _add_weight(total: Tensor | None, grad: Tensor, x: Tensor) -> None:
+def _add_weight(total: Tensor | None, grad: Tensor, x: Tensor | None) -> None:
     """``total += grad^T x``, where a total is wanted."""
-    if total is not None:
+    if total is not None and x is not None:
         add_product(total, grad.T, x)
 
 
@@ -266,7 +271,7 @@ class _Linear(torch.autograd.Function):
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor) -> Tensor:
-        ctx.save_for_backward(x, weight)
+        ctx.save_for_backward(x if ctx.needs_input_grad[1] else None, weight)
         return product(x, weight.T)
 
     @staticmethod
@@ -278,6 +283,20 @@ class _Linear(torch.autograd.Function):
         if grad_weight is not None:
             add_product(grad_weight, grad.T, x, begun=False)
         return product(grad, weight) if want_x else None, grad_weight
+
+
+def _lora_linear(layer: LoRALinear, x: Tensor) -> Tensor:
+    """``W x + (alpha / rank) B A x`` of ``[..., D]``; the product with ``W`` as in :func:`_linear`."""
+    weight = layer.weight
+    plain = layer.bias is None and not layer._quantize_base and weight.dtype == x.dtype
+    rows = x.flatten(0, -2)
+    if not (plain and _lean(x, torch.float32) and uses_onednn() and OneDNN().takes(rows, weight.T)):
+        return LoRALinear.forward(layer, x)
+    base: Tensor = _Linear.apply(rows, weight) if torch.is_grad_enabled() else product(rows, weight.T)
+    base = base.unflatten(0, x.shape[:-1])
+    if layer.disabled:
+        return base
+    return base + (layer.alpha / layer.rank) * layer.lora_b(layer.lora_a(layer.dropout(x)))
 
 
 def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
@@ -318,5 +337,6 @@ class _RootMeanSquare(torch.autograd.Function):
 _FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
     nn.Linear: _linear,
     FeedForward: _feed_forward,
+    LoRALinear: _lora_linear,
     RMSNorm: _norm,
 }

@@ -1,4 +1,4 @@
-"""What the policy is compared with: an interface, and its forms: a second frozen copy of the model, or what one has said."""
+"""What the policy is compared with: a second frozen model, the policy with its adapters switched off, or stored results."""
 
 from __future__ import annotations
 
@@ -36,7 +36,7 @@ class ReferenceOutput:
         logps: per-token log-probabilities ``[2B, T]``.
         hidden: last hidden states ``[N, D]`` at the positions that predict the answers' tokens, as
             :meth:`tokenpref.models.ScoringModel.answer_hidden` returns them.
-        head_weight: LM head ``[V, D]``, whole for as long as the context is open.
+        head_weight: LM head ``[V, D]``, whole for as long as the context is open; None where it is the policy's own.
     """
 
     logps: Tensor | None = None
@@ -56,16 +56,18 @@ class Reference(Protocol):
 
 
 class FrozenReference:
-    """A second model that never trains.
+    """A model that never trains: a second one, or the policy with its adapters switched off.
 
     Args:
-        scorer: the frozen model.
+        scorer: the frozen model, or :meth:`tokenpref.models.ScoringModel.base` of the policy.
+        shares_head: whether the head is the policy's own, as in the second case. It is frozen then.
     """
 
     provides: frozenset[str] = KL_STATISTICS | {"ref"}
 
-    def __init__(self, scorer: ScoringModel) -> None:
+    def __init__(self, scorer: ScoringModel, *, shares_head: bool = False) -> None:
         self.scorer = scorer
+        self.shares_head = shares_head
 
     @contextmanager
     def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
@@ -78,6 +80,9 @@ class FrozenReference:
         else:
             with torch.no_grad():
                 hidden = self.scorer.answer_hidden(batch.tokens, batch.labels, sides=sides)
+            if self.shares_head:
+                yield ReferenceOutput(hidden=hidden)
+                return
             # The backward recomputes the reference's logits from this weight: it stays whole until the context ends.
             with unsharded(self.scorer.model):
                 yield ReferenceOutput(hidden=hidden, head_weight=self.scorer.head_weight.detach())

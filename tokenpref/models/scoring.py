@@ -7,7 +7,9 @@ exist and FSDP2 reduces the head's gradient like any other.
 
 from __future__ import annotations
 
+import copy
 from collections.abc import Callable
+from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
 
@@ -18,6 +20,7 @@ from torch import Tensor, nn
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
 from tokenpref.distributed import register_forward
 from tokenpref.models.activations import keep_gates_lean
+from tokenpref.models.adapters import adapters_off, has_adapters
 from tokenpref.models.cpu import install_on_cpu
 from tokenpref.models.padding_free import PackedRows, Segments, install_segments
 from tokenpref.ops import AnswerRows, score_tokens
@@ -174,15 +177,32 @@ class ScoringModel:
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
         self.compiled = compiled
+        self.is_base = False
         keep_gates_lean(model)
         if next(model.parameters()).device.type == "cpu":
             install_on_cpu(model)
         if padding_free:
             install_segments(model)
 
+    def base(self) -> ScoringModel:
+        """The same decoder, in the same memory, with its adapters switched off whenever this scores something.
+
+        Raises:
+            ValueError: if it has no adapters, because its base would then be itself.
+        """
+        if not has_adapters(self.model):
+            raise ValueError("the model has no adapters that could be switched off")
+        base = copy.copy(self)
+        base.is_base = True
+        return base
+
+    def switched(self) -> AbstractContextManager[None]:
+        """What the decoder's forward and backward pass run in: adapters off for a :meth:`base`, otherwise nothing special."""
+        return adapters_off(self.model) if self.is_base else nullcontext()
+
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer updates and clipping bounds: the parameters that require a gradient."""
-        return [parameter for parameter in self.model.parameters() if parameter.requires_grad]
+        """What an optimizer updates and clipping bounds: the parameters that require a gradient. A :meth:`base` has none."""
+        return [p for p in self.model.parameters() if p.requires_grad and not self.is_base]
 
     @property
     def head_weight(self) -> Tensor:
@@ -191,7 +211,8 @@ class ScoringModel:
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Last hidden states ``[B, L, D]``, after the final norm."""
-        hidden: Tensor = run_decoder(self.model, tokens, lambda hidden, _weight: hidden)
+        with self.switched():
+            hidden: Tensor = run_decoder(self.model, tokens, lambda hidden, _weight: hidden)
         return hidden
 
     def answer_hidden(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:
@@ -229,7 +250,7 @@ class ScoringModel:
             needs: names of the statistics wanted beside the log-probabilities.
             ref_logps: the reference's per-token log-probabilities ``[B, L-1]``, if it scored itself.
             ref_hidden: the reference's last hidden states ``[N, D']`` as :meth:`answer_hidden` returns them, for the KL terms.
-            ref_head_weight: the reference's head ``[V, D']``.
+            ref_head_weight: the reference's head ``[V, D']``; None: the reference has this model's own head.
             weights: token weights ``[B, L-1]``.
             sides: what the B rows are made of: so many blocks, whose i-th rows answer one prompt. Where sequences are not padded,
                 what they begin with alike is computed once.
@@ -245,12 +266,14 @@ class ScoringModel:
         rows = AnswerRows.of(labels)
 
         def job(hidden: Tensor, weight: Tensor) -> dict[str, Tensor]:
+            # The own head is whole in here alone, and again when FSDP2 gathers it for the backward pass.
+            of_reference = weight if ref_hidden is not None and ref_head_weight is None else ref_head_weight
             return score_tokens(
                 hidden,
                 weight,
                 rows.targets,
                 ref_hidden=ref_hidden,
-                ref_head_weight=ref_head_weight,
+                ref_head_weight=of_reference,
                 needs=computed,
                 memory_mb=self.head_memory_mb,
                 compiled=self.compiled,
@@ -261,16 +284,18 @@ class ScoringModel:
     def _on_answers(self, tokens: Tensor, labels: Tensor, rows: AnswerRows, sides: int, job: HeadJob) -> Any:
         """One forward, in which ``job`` gets the hidden states ``[N, D]`` of the answers' positions."""
         if not self.padding_free:
-            return run_decoder(self.model, tokens, lambda hidden, weight: job(rows.take(hidden), weight))
+            with self.switched():
+                return run_decoder(self.model, tokens, lambda hidden, weight: job(rows.take(hidden), weight))
         packed = PackedRows.of(tokens, labels, rows, sides)
         check_length(self.model, max(packed.segments.lengths))
-        return run_decoder(
-            self.model,
-            packed.tokens,
-            lambda hidden, weight: job(hidden.squeeze(1).index_select(0, packed.answers), weight),
-            mask=packed.segments,
-            input_pos=packed.positions,
-        )
+        with self.switched():
+            return run_decoder(
+                self.model,
+                packed.tokens,
+                lambda hidden, weight: job(hidden.squeeze(1).index_select(0, packed.answers), weight),
+                mask=packed.segments,
+                input_pos=packed.positions,
+            )
 
     @torch.no_grad()
     def logps(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:

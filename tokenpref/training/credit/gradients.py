@@ -81,7 +81,12 @@ def token_importances(
         )
         return target(inputs)
 
-    with torch.enable_grad(), _evaluating(scorer.model), _hooked_embeddings(scorer.model) as found:
+    with (
+        torch.enable_grad(),
+        scorer.switched(),
+        _evaluating(scorer.model),
+        _hooked_embeddings(scorer.model) as found,
+    ):
         value = run_decoder(scorer.model, tokens, job)
         if len(found) != 1:
             raise ConfigError(
