@@ -1,4 +1,4 @@
-r"""The one expression behind DPO, TDPO, TIS-DPO and TI-DPO.
+r"""What the trainer asks of a loss, and the one expression behind DPO, TDPO, TIS-DPO and TI-DPO.
 
 With r_t = log pi_theta - log pi_ref of the t-th token, token weights w_t, and a side's sums
 
@@ -15,17 +15,26 @@ and the pair has the logit h = S(chosen) - S(rejected) and the loss -log sigmoid
 
 from __future__ import annotations
 
-from dataclasses import dataclass
-from typing import Literal
+from dataclasses import dataclass, fields
+from typing import Any, Literal, Protocol
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._checks import check_choice, check_number
-from tokenpref.stats import LossOutput, PairStats, TokenStats
+from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats
 
-__all__ = ["INVARIANTS", "Centring", "PreferenceLoss", "answer_metrics", "side_metrics", "weight_metrics"]
+__all__ = [
+    "INVARIANTS",
+    "Centring",
+    "Loss",
+    "LossTraits",
+    "PreferenceLoss",
+    "answer_metrics",
+    "side_metrics",
+    "weight_metrics",
+]
 
 # Of beta, alpha, gamma and margins: beyond it float32's sums over an answer overflow.
 MOST = 1e6
@@ -53,6 +62,57 @@ INVARIANTS: frozenset[str] = frozenset(
     }
 )
 """Properties that a loss may claim in ``invariants``; the tests check every claim of every loss."""
+
+
+class Loss(Protocol):
+    """What the trainer asks of a loss. Configs name it by its dotted path, and it needs no base class.
+
+    It is usually an ``nn.Module``, but any object with these two members will do. Further attributes are optional;
+    :class:`LossTraits` lists them with their defaults.
+    """
+
+    needs: frozenset[str]
+    """The statistics that the loss uses, of :data:`tokenpref.stats.NEEDS`. Only these are computed."""
+
+    def __call__(self, pair: PairStats) -> LossOutput:
+        """One loss, two rewards and any metrics for each pair.
+
+        Args:
+            pair: statistics of B pairs, with all that ``needs`` names. All pairs of a micro-batch come at once.
+        """
+        ...
+
+
+@dataclass(frozen=True, kw_only=True)
+class LossTraits:
+    """The attributes of a loss that the package reads. An optional one that a loss lacks has the default that stands here.
+
+    Args:
+        needs: see :class:`Loss`. A recipe refuses a loss without it.
+        sides: the answers that the loss uses, "chosen" and "rejected" or one of them. The models do not run on the other side.
+        anchor_grad: whether the gradient flows through the anchors. If not, they get a forward pass of their own, without
+            gradient. This matters only to a loss that needs "anchor".
+        invariants: properties of :data:`INVARIANTS` that the loss claims to have. Only tests read them.
+    """
+
+    needs: frozenset[str] | None = None
+    sides: tuple[str, ...] = SIDES
+    anchor_grad: bool = True
+    invariants: frozenset[str] = frozenset()
+
+    @classmethod
+    def of(cls, loss: Any) -> LossTraits:
+        """The traits of a loss.
+
+        Raises:
+            ValueError: if it names other sides.
+        """
+        given = {f.name: getattr(loss, f.name) for f in fields(cls) if hasattr(loss, f.name)}
+        sides = given.get("sides", SIDES)
+        if not isinstance(sides, (list, tuple)) or not sides or not set(sides) <= set(SIDES):
+            raise ValueError(f"the `sides` of a loss must be 'chosen', 'rejected' or both, found {sides!r}")
+        return cls(**{**given, "sides": tuple(sides)})
+
 
 _KL_FIELD = {"reference": "kl_ref_policy", "policy": "kl_policy_ref"}
 

@@ -12,13 +12,13 @@ from typing import Any
 
 import torch
 from omegaconf import DictConfig, OmegaConf
-from torch import nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref.data import PreferenceDataset, Tokenizer, adapt_tokenizer
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import DryRun
+from tokenpref.losses import Loss
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_token_ids
@@ -81,7 +81,7 @@ class Run:
     folder: RunFolder
     tokenizer: Tokenizer
     dataset: PreferenceDataset
-    loss: nn.Module
+    loss: Loss
     needs: frozenset[str]
     weigh: BatchWeights
     anchor: BatchAnchors

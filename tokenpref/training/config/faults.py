@@ -7,9 +7,8 @@ from pathlib import Path
 import torch
 
 from tokenpref.errors import ConfigError
-from tokenpref.training.config.fields import (
-    Component,
-)
+from tokenpref.losses import LossTraits
+from tokenpref.training.config.fields import Component
 
 __all__ = ["checkpoint_faults", "loss_faults", "transform_faults"]
 
@@ -76,7 +75,10 @@ def loss_faults(loss: Component | None, provides: frozenset[str], recipe: str) -
         built = loss.build()
     except ConfigError as error:
         return error.faults
-    needs = getattr(built, "needs", None)
+    try:
+        needs = LossTraits.of(built).needs
+    except ValueError as error:
+        return [f"{loss.key} ({loss.path}): {error}"]
     if not isinstance(needs, frozenset):
         return [
             f"{loss.key} ({loss.path}): a loss must say what it needs as a frozenset `needs`, found {needs!r}"

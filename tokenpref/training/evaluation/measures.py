@@ -7,7 +7,6 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torch import nn
 from tqdm import tqdm
 
 from tokenpref._paths import resolve_path
@@ -15,6 +14,7 @@ from tokenpref.data import PreferenceDataset, Tokenizer, steps_per_epoch
 from tokenpref.data.samples import read_openings, read_samples
 from tokenpref.distributed import World
 from tokenpref.errors import DataError
+from tokenpref.losses import Loss
 from tokenpref.models.generation import sample
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
@@ -40,7 +40,7 @@ __all__ = ["evaluate_pairs", "paired_gain", "sample_rewards"]
 def evaluate_pairs(
     policy: ScoringModel,
     reference: Reference,
-    loss: nn.Module,
+    loss: Loss,
     dataset: PreferenceDataset,
     world: World,
     *,

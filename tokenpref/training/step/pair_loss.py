@@ -10,9 +10,10 @@ from dataclasses import replace
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenpref.data import IGNORE_INDEX, AnchorBatch, PairBatch
+from tokenpref.losses import Loss, LossTraits
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import SIDES, LossOutput, PairStats, TokenStats, split_pair
@@ -43,9 +44,9 @@ def no_anchors(_batch: PairBatch) -> None:
     """For losses without a triplet."""
 
 
-def what_is_read(loss: nn.Module, batch: PairBatch) -> PairBatch:
-    """The side of a batch that a loss with ``sides`` uses; the whole batch for all other losses."""
-    sides = getattr(loss, "sides", SIDES)
+def what_is_read(loss: Loss, batch: PairBatch) -> PairBatch:
+    """The side of a batch that a loss of one side uses; the whole batch for all other losses."""
+    sides = LossTraits.of(loss).sides
     return batch if set(sides) == set(SIDES) else batch.only(sides[0])
 
 

@@ -15,6 +15,7 @@ from torch.optim import Optimizer
 from tokenpref.data import PairBatch
 from tokenpref.distributed import World, gradient_sync, refresh_float8_scales
 from tokenpref.errors import TrainingDiverged
+from tokenpref.losses import Loss, LossTraits
 from tokenpref.models.reference import Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.step.metrics import MetricSums, loss_metrics
@@ -49,7 +50,7 @@ class StepResult:
 def train_step(
     policy: ScoringModel,
     reference: Reference,
-    loss: nn.Module,
+    loss: Loss,
     optimizer: Optimizer,
     micro_batches: Sequence[PairBatch],
     world: World,
@@ -77,7 +78,7 @@ def train_step(
     sums = MetricSums()
     losses: list[Tensor] = []
     beside = [(weigh(batch), anchor(batch)) for batch in micro_batches]
-    anchor_grad = bool(getattr(loss, "anchor_grad", True))
+    anchor_grad = LossTraits.of(loss).anchor_grad
     for index, batch in enumerate(micro_batches):
         gradient_sync(policy.model, index == len(micro_batches) - 1)
         weights, anchors = beside[index]
