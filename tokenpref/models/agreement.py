@@ -29,7 +29,7 @@ from tokenpref._torchtune import (
     TransformerDecoder,
 )
 
-__all__ = ["Agreement", "Difference", "compare_with_config", "is_tied", "pairs_interleaved"]
+__all__ = ["Agreement", "Difference", "compare_with_config", "config_numbers", "is_tied", "pairs_interleaved"]
 
 FAMILIES = ("llama", "mistral", "qwen2", "phi3", "gemma", "gemma2")
 """Values of ``model_type`` with known defaults."""
@@ -119,6 +119,24 @@ def compare_with_config(
             "trained on the positions behind"
         )
     return found
+
+
+def config_numbers(decoder: TransformerDecoder) -> dict[str, Any]:
+    """The numbers of a decoder that decide what it computes, by their keys in ``config.json``, as plain data.
+
+    Two decoders with the same numbers compute the same function of the same weights. What cannot be read off the decoder is
+    left out.
+    """
+    found = {key: built for key, _, _, built in _numbers({}, decoder, "") if key not in _NEUTRAL}
+    ropes = _ropes(decoder)
+    found["rope_theta"] = _all_of(ropes, lambda rope: rope.base)
+    found["rope_scaling"] = _all_of(ropes, lambda rope: getattr(rope, "scale_factor", None))
+    found["sliding_window"] = _each(decoder, lambda layer: _gemma_only(layer.attn, "sliding_window_size"))
+    return {
+        key: list(value) if isinstance(value, tuple) else value
+        for key, value in found.items()
+        if value is not _UNKNOWN
+    }
 
 
 def is_tied(decoder: TransformerDecoder) -> bool:

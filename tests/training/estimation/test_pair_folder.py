@@ -1,45 +1,57 @@
-"""The pair's folder: what is written is read, and every way in which it can be wrong is one error."""
+"""The pair's folder: what is written is read, it names nothing that is called, and every fault in it is one error."""
 
 import pytest
 import yaml
-from omegaconf import OmegaConf
 
-from tokenpref._registry import config_files
 from tokenpref.components import COMPONENT
+from tokenpref.distributed import single_process_world
 from tokenpref.errors import DataError
-from tokenpref.training.config.fields import Component
-from tokenpref.training.estimation.pair_folder import PAIR_FILE, SIDES, check_weights, read_pair, write_pair
-from tokenpref.training.loading.models import weights_digest
+from tokenpref.models.agreement import config_numbers
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.fields import Component, read_config
+from tokenpref.training.estimation.estimators import EstimateConfig
+from tokenpref.training.estimation.pair_folder import PAIR_FILE, SIDES, base_digest, read_pair, write_pair
+from tokenpref.training.loading.models import ModelMaker, weights_digest
 from tokenpref.training.saving.checkpoints import seal
 
-MODEL = Component("model", "tokenpref.models.tiny_llama", {})
+TOKENIZER = "f" * 64
 
 
 @pytest.fixture
-def pair(tmp_path):
-    folder = tmp_path / "pair"
-    for side in ("positive", "negative"):
-        (folder / side / "epoch_0").mkdir(parents=True)
-        (folder / side / "epoch_0" / "model.safetensors").write_bytes(side.encode())
+def base(tmp_path):
     (tmp_path / "base").mkdir()
     (tmp_path / "base" / "model.safetensors").write_bytes(b"base")
-    base = Component(
+    return Component(
         "checkpointer",
         "torchtune.training.FullModelHFCheckpointer",
         {
             "checkpoint_dir": str(tmp_path / "base"),
             "checkpoint_files": ["model.safetensors"],
+            "output_dir": str(tmp_path / "out"),
             "model_type": "LLAMA3_2",
         },
     )
-    sides = {side: {"checkpoint": f"{side}/epoch_0", "prompt": None} for side in ("positive", "negative")}
+
+
+def maker(**arguments):
+    config = read_config(EstimateConfig, load_config(["--config", "tiny/estimate_weights_attribution"]))
+    model = Component("model", "tokenpref.models.tiny_llama", arguments)
+    return ModelMaker(config, single_process_world(), model=model)
+
+
+@pytest.fixture
+def pair(tmp_path, base):
+    folder = tmp_path / "pair"
+    for side in SIDES:
+        (folder / side / "epoch_0").mkdir(parents=True)
+        (folder / side / "epoch_0" / "model.safetensors").write_bytes(side.encode())
     write_pair(
         folder,
         method="dpo",
-        tokenizer="f" * 64,
-        model=MODEL,
-        base=base,
-        sides=sides,
+        tokenizer=TOKENIZER,
+        model=config_numbers(maker().on_meta()),
+        base=base_digest(base),
+        sides={side: {"checkpoint": f"{side}/epoch_0", "prompt": None} for side in SIDES},
         config={"method": "dpo"},
     )
     return folder
@@ -51,37 +63,87 @@ def changed(folder, change):
     (folder / PAIR_FILE).write_text(yaml.safe_dump(record))
 
 
-def test_round_trip(pair):
+def of_prompts(record):
+    record.update({side: {"checkpoint": None, "prompt": side} for side in SIDES})
+
+
+def former(base):
+    """The record as the former format has it: with the components of model and checkpointer."""
+    model = {COMPONENT: "tokenpref.models.tiny_llama"}
+    kept = {COMPONENT: base.path, **base.kwargs}
+    return lambda record: record.update(format="tokenpref-pair/1", model=model, base=kept)
+
+
+def test_round_trip(pair, base):
     found = read_pair(pair)
-    assert found.method == "dpo" and found.tokenizer == "f" * 64 and found.model.path == MODEL.path
-    assert found.positive.checkpointer.kwargs["checkpoint_dir"] == str(pair / "positive" / "epoch_0")
-    assert found.positive.checkpointer.kwargs["checkpoint_files"] == ["model.safetensors"]
-    assert not found.shares_weights
-    assert weights_digest(found.positive.checkpointer) != weights_digest(found.negative.checkpointer)
+    assert found.method == "dpo" and found.tokenizer == TOKENIZER and not found.shares_weights
+    found.check(maker(), base, TOKENIZER)
+    readers = [found.reader(side, base) for side in SIDES]
+    assert readers[0].path == base.path and readers[0].kwargs["model_type"] == "LLAMA3_2"
+    assert readers[0].kwargs["checkpoint_dir"] == str(pair / "positive" / "epoch_0")
+    assert readers[0].kwargs["checkpoint_files"] == ["model.safetensors"]
+    assert weights_digest(readers[0]) != weights_digest(readers[1])
 
 
-def test_prompt_pair_shares_its_base(pair):
-    changed(
-        pair, lambda r: r.update({s: {"checkpoint": None, "prompt": s} for s in ("positive", "negative")})
+def test_it_names_nothing_that_is_called(pair):
+    record = yaml.safe_load((pair / PAIR_FILE).read_text())
+    del record["config"]  # it tells how the pair was made, and nothing reads it
+    assert COMPONENT not in yaml.safe_dump(record)
+    assert record["model"]["num_hidden_layers"] == 2 and record["model"]["rope_theta"] == 10000
+
+
+def test_prompt_pair_shares_its_base(pair, base):
+    changed(pair, of_prompts)
+    found = read_pair(pair)
+    assert found.shares_weights and (found.positive.prompt, found.negative.prompt) == SIDES
+    assert weights_digest(found.reader("negative", base)) == weights_digest(base)
+
+
+@pytest.mark.parametrize("form", ["present", "former"])
+def test_what_a_config_names_must_be_the_pairs(pair, base, form, tmp_path):
+    if form == "former":
+        changed(pair, of_prompts)
+        changed(pair, former(base))
+    found = read_pair(pair)
+    found.check(maker(), base, TOKENIZER)
+    with pytest.raises(DataError, match="another tokenizer .ffffffffffff, here 000000000000"):
+        found.check(maker(), base, "0" * 64)
+    with pytest.raises(DataError, match=r"another model .num_.*layers is .* there and 3 here.*; set model"):
+        found.check(maker(num_layers=3), base, TOKENIZER)
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"other")
+    other = Component(base.key, base.path, {**base.kwargs, "checkpoint_dir": str(tmp_path / "other")})
+    with pytest.raises(DataError, match="another base model .*; set checkpointer to the pair's"):
+        found.check(maker(), other, TOKENIZER)
+
+
+def test_every_number_of_the_model_is_compared(pair, base):
+    changed(pair, lambda r: r["model"].update(rope_theta=1000.0))
+    with pytest.raises(DataError, match="another model .rope_theta is 1000.0 there and 10000"):
+        read_pair(pair).check(maker(), base, TOKENIZER)
+
+
+def test_trained_sides_of_the_former_format_may_have_lost_their_base(pair, base, tmp_path):
+    changed(pair, former(base))
+    moved = (tmp_path / "base").rename(tmp_path / "moved")
+    found = read_pair(pair)
+    found.check(
+        maker(), Component(base.key, base.path, {**base.kwargs, "checkpoint_dir": str(moved)}), TOKENIZER
     )
-    found = read_pair(pair)
-    assert found.shares_weights and (found.positive.prompt, found.negative.prompt) == ("positive", "negative")
 
 
 @pytest.mark.parametrize(
     ("change", "message"),
     [
-        (lambda r: r.update(format="x"), "format is 'x', expected"),
+        (lambda r: r.update(format="x"), "format is 'x', expected 'tokenpref-pair/2'; build the pair again"),
         (lambda r: r.update(method="ppo"), "method is 'ppo', expected one of prompt, sft, dpo"),
-        (lambda r: r.pop("negative"), "'negative'.*is missing or of the wrong type"),
-        (
-            lambda r: r["negative"].update(tokenizer="0" * 64),
-            "the sides have different tokenizers .ffffffffffff and 0000",
-        ),
-        (
-            lambda r: r["negative"].update(model={COMPONENT: "torchtune.models.gemma.gemma_2b"}),
-            "the sides have different architectures",
-        ),
+        (lambda r: r.pop("negative"), "negative is None, expected a mapping"),
+        (lambda r: r.update(model={}), "model is {}, expected a mapping"),
+        (lambda r: r.update(base=["x"]), r"base is \['x'\], expected text or null"),
+        (lambda r: r.update(tokenizer=5), "tokenizer is 5, expected text"),
+        (lambda r: r["negative"].update(tokenizer="0" * 64), "negative has 'tokenizer', and a side has only"),
+        (lambda r: r["positive"].update(prompt=3), "positive.prompt is 3, expected text or null"),
+        (lambda r: r["positive"].update(checkpoint=["x"]), "positive.checkpoint is .'x'., expected text"),
         (
             lambda r: r["positive"].update(checkpoint="../base"),
             "positive.checkpoint '../base' leaves the pair's folder",
@@ -112,63 +174,17 @@ def test_no_pair(tmp_path):
         read_pair(tmp_path)
 
 
-WITH_MODEL = {name: file for name, file in config_files().items() if "\nmodel:" in file.read_text()}
-
-
-@pytest.mark.parametrize("file", WITH_MODEL.values(), ids=WITH_MODEL)
-def test_what_our_configs_name_may_stand_in_a_pair(pair, file):
-    config = OmegaConf.to_container(OmegaConf.load(file), resolve=False)
-    model, base = config["model"][COMPONENT], config["checkpointer"][COMPONENT]
-    changed(pair, lambda r: (r.update(model={COMPONENT: model}), r["base"].update({COMPONENT: base})))
-    assert read_pair(pair).model.path == model
-
-
-@pytest.mark.parametrize(
-    ("path", "known"),
-    [
-        ("tokenpref.models.smollm2_135m", True),
-        ("torchtune.models.llama3_2.lora_llama3_2_1b", True),
-        ("torchtune.models.llama2.qlora_llama2_7b", True),
-        ("torchtune.models.llama2.llama2_tokenizer", False),
-        ("torchtune.models.llama2.NoSuch", False),
-        ("torchtune.models.llama2._model_builders.partial", False),
-        ("torchtune.modules.TransformerDecoder", False),
-        ("tokenpref.models.smollm2.prepare", False),
-        ("tokenpref.models.ScoringModel", False),
-        ("my_models.mine", False),
-    ],
-)
-def test_only_models_are_called(pair, path, known):
-    changed(pair, lambda r: r.update(model={COMPONENT: path}))
-    if known:
-        assert read_pair(pair).model.path == path
-        return
-    with pytest.raises(DataError, match=f"model is '{path}'.*set estimator.trusted_components=.{path}."):
-        read_pair(pair)
-    assert read_pair(pair, [path]).model.path == path  # at the reader's word, and not yet imported
-
-
-def test_a_checkpointer_of_the_readers_own(pair):
-    changed(
-        pair, lambda r: r["base"].update({COMPONENT: "my_models.Checkpointer", "adapter_checkpoint": "a"})
-    )
-    with pytest.raises(
-        DataError, match="base is 'my_models.Checkpointer'.*not one of torchtune.training.Full"
-    ):
-        read_pair(pair)
-    assert read_pair(pair, ["my_models.Checkpointer"]).positive.checkpointer.path == "my_models.Checkpointer"
-
-
 def test_damaged_weights_of_a_side(pair):
-    check_weights(read_pair(pair))  # sides without a manifest are taken as they are
+    found = read_pair(pair)
+    found.check_weights()  # sides without a manifest are taken as they are
     for side in SIDES:
         seal(pair / side / "epoch_0")
     (pair / "negative/epoch_0/README.md").write_text("a note that somebody added")
-    check_weights(read_pair(pair))
+    found.check_weights()
     for side in SIDES:
         file = pair / side / "epoch_0" / "model.safetensors"
         whole = file.read_bytes()
         file.write_bytes(whole[:-1] + b"f")
         with pytest.raises(DataError, match=f"{side}/epoch_0: model.safetensors is not what was written"):
-            check_weights(read_pair(pair))
+            found.check_weights()
         file.write_bytes(whole)

@@ -92,6 +92,13 @@ class Component:
         except KeyError as error:  # how torchtune's checkpointers refuse a model_type
             raise ConfigError(f"{self.key} ({self.path}): it knows no {error}") from error
 
+    def plain(self) -> dict[str, Any]:
+        """The node as plain data, ``_component_`` first, components among its keywords likewise."""
+        return {
+            COMPONENT: self.path,
+            **{k: v.plain() if isinstance(v, Component) else v for k, v in self.kwargs.items()},
+        }
+
     def arguments(self) -> dict[str, Any]:
         """The keywords, components among them built.
 

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any, Protocol
@@ -16,7 +15,7 @@ from tokenpref.data import (
     padded,
 )
 from tokenpref.distributed import World
-from tokenpref.errors import ConfigError, DataError, TokenprefError
+from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.stats import SIDES
 from tokenpref.training.config.faults import checkpoint_faults
@@ -25,7 +24,7 @@ from tokenpref.training.config.keys import ScoringConfig
 from tokenpref.training.config.sanity import component_faults, own_component_faults
 from tokenpref.training.credit.attribution import _AttributedWeights
 from tokenpref.training.credit.prompts import check_context, prompted_answers
-from tokenpref.training.estimation.pair_folder import ContrastivePair, check_weights, read_pair
+from tokenpref.training.estimation.pair_folder import ContrastivePair, read_pair
 from tokenpref.training.loading.models import ModelMaker, weights_digest
 from tokenpref.training.loading.preflight import check_scored
 from tokenpref.weights import contrastive_log_ratios
@@ -66,23 +65,16 @@ class AttributionEstimator(_AttributedWeights):
 
     def describe(self, config: EstimateConfig) -> dict[str, Any]:
         """See :class:`tokenpref.training.estimation.estimators.Estimator`."""
-        model, checkpointer = self._needed(config)
+        model, checkpointer = config.runs("attribution")
         return {
             "name": "attribution",
             **self.settings(),
-            "model": {"_component_": model.path, **model.kwargs},
+            "model": model.plain(),
             "weights": weights_digest(checkpointer),
         }
 
-    @staticmethod
-    def _needed(config: EstimateConfig) -> tuple[Any, Any]:
-        for key in ("model", "checkpointer"):
-            if getattr(config, key) is None:
-                raise ConfigError(f"{key}: missing; attribution runs the model that {key} names")
-        return config.model, config.checkpointer
-
     def _maker(self, config: EstimateConfig, world: World) -> ModelMaker:
-        model, checkpointer = self._needed(config)
+        model, checkpointer = config.runs("attribution")
         return ModelMaker(config, world, model=model, checkpointer=checkpointer)
 
     def check(
@@ -93,7 +85,7 @@ class AttributionEstimator(_AttributedWeights):
         Raises:
             ConfigError: if the checkpoint's config.json describes another model, or a sequence or token id does not fit it.
         """
-        _, reader = self._needed(config)
+        _, reader = config.runs("attribution")
         maker = self._maker(config, world)
         check_scored(maker, {"checkpointer": reader}, tokenizer, data=(dataset, config.dataset))
 
@@ -130,9 +122,6 @@ class AttributionEstimator(_AttributedWeights):
         return weights if answers else []
 
 
-log = logging.getLogger("tokenpref")
-
-
 @dataclass(frozen=True, kw_only=True)
 class EstimateConfig(ScoringConfig):
     """What is scored, with what, and in which portions."""
@@ -142,13 +131,29 @@ class EstimateConfig(ScoringConfig):
     estimator: Component = component()
     """Scores answer tokens: ``ContrastiveEstimator``, ``AttributionEstimator`` or your own."""
     model: Component | None = component(optional=True)
-    """The model of an estimator that runs one, such as attribution. A contrastive pair brings its own."""
+    """Builds the decoder that the estimator runs. With a contrastive pair: the model of its config."""
     checkpointer: Component | None = component(optional=True)
-    """Reads that model's weights."""
+    """Reads the weights. With a contrastive pair: the checkpointer of its config, which reads the base model."""
     batch_tokens: int = integer(4096)
     """Tokens per batch, padding included. A longer sequence is a batch of its own."""
     shard_rows: int = integer(256)
     """Pairs per shard. An interrupted run loses at most one shard."""
+
+    def runs(self, what: str) -> tuple[Component, Component]:
+        """The model and the checkpointer, for an estimator that runs a model.
+
+        Args:
+            what: what runs it, for the error.
+
+        Raises:
+            ConfigError: if the config has none.
+        """
+        if self.model is None or self.checkpointer is None:
+            key = "checkpointer" if self.model is not None else "model"
+            raise ConfigError(
+                f"{key}: missing; {what} runs the model that {key} names. Set model and checkpointer to those of the base model"
+            )
+        return self.model, self.checkpointer
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
@@ -191,34 +196,30 @@ class Estimator(Protocol):
 class ContrastiveEstimator:
     """log pi+ - log pi- of every answer token, from the pair that ``recipes/contrastive_reference_distributed`` built.
 
+    The config's ``model`` and ``checkpointer`` are those of the base model that the pair was built from.
+
     Args:
         pair: the pair's folder.
-        trusted_components: dotted paths of models and checkpointers of your own that the pair may call; those of torchtune and
-            of this package need no mention.
 
     Raises:
-        DataError: if the pair is missing, half built or damaged, or names something to call that is not trusted.
+        DataError: if the pair is missing, half built or damaged.
     """
 
     kind = "log_ratio"
 
-    def __init__(self, pair: str, trusted_components: Sequence[str] = ()) -> None:
-        if isinstance(trusted_components, str):
-            raise ConfigError(
-                f"trusted_components: expected a list of dotted paths, found {trusted_components!r}"
-            )
-        self.pair: ContrastivePair = read_pair(resolve_path(pair), trusted_components)
+    def __init__(self, pair: str) -> None:
+        self.pair: ContrastivePair = read_pair(resolve_path(pair))
 
     def describe(self, config: EstimateConfig) -> dict[str, Any]:
         """See :class:`Estimator`."""
-        sides = {"positive": self.pair.positive, "negative": self.pair.negative}
+        model, base = config.runs("a contrastive pair")
         return {
             "name": "contrastive",
             "method": self.pair.method,
-            "model": self.pair.record["model"],
+            "model": model.plain(),
             **{
-                name: {"weights": weights_digest(side.checkpointer), "prompt": side.prompt}
-                for name, side in sides.items()
+                name: {"weights": weights_digest(self.pair.reader(name, base)), "prompt": side.prompt}
+                for name, side in self.pair.sides.items()
             },
         }
 
@@ -228,20 +229,15 @@ class ContrastiveEstimator:
         """See :class:`Estimator`.
 
         Raises:
-            DataError: if the tokenizer is not the pair's.
+            DataError: if model, checkpointer or tokenizer are not the pair's.
             ConfigError: if a side's config.json describes another model, or a sequence or token id does not fit it.
         """
-        if tokenizer.fingerprint() != self.pair.tokenizer:
-            raise DataError(
-                f"{self.pair.folder}: the pair was built with another tokenizer ({self.pair.tokenizer[:12]}, here "
-                f"{tokenizer.fingerprint()[:12]}); set tokenizer to the pair's"
-            )
-        sides = {"positive": self.pair.positive, "negative": self.pair.negative}
+        model, base = config.runs("a contrastive pair")
+        maker = ModelMaker(config, world, model=model)
+        self.pair.check(maker, base, tokenizer.fingerprint())
+        readers = [self.pair.reader(side, base) for side in self.pair.sides]
         check_scored(
-            ModelMaker(config, world, model=self.pair.model),
-            {f"pair's {name} side": side.checkpointer for name, side in sides.items()},
-            tokenizer,
-            data=(dataset, config.dataset),
+            maker, {reader.key: reader for reader in readers}, tokenizer, data=(dataset, config.dataset)
         )
 
     def setup(
@@ -252,19 +248,14 @@ class ContrastiveEstimator:
         Raises:
             ConfigError: if a side's weights do not fit the model.
         """
-        if world.is_main:
-            model, reader = self.pair.model.path, self.pair.positive.checkpointer.path
-            log.info(f"components of {self.pair.folder}: model={model}, checkpointer={reader}")
+        model, base = config.runs("a contrastive pair")
         self._dataset, self._pad_id, self._device = dataset, tokenizer.pad_id, world.device
         # Both sides before a weight of either is read.
-        world.together(lambda: check_weights(self.pair) if world.is_main else None)
-        maker = ModelMaker(config, world, model=self.pair.model)
-        self._positive = maker.side(self.pair.positive.checkpointer, "pair's positive side")
-        self._negative = (
-            self._positive
-            if self.pair.shares_weights
-            else maker.side(self.pair.negative.checkpointer, "pair's negative side")
-        )
+        world.together(lambda: self.pair.check_weights() if world.is_main else None)
+        maker = ModelMaker(config, world, model=model)
+        positive, negative = (self.pair.reader(side, base) for side in self.pair.sides)
+        self._positive = maker.side(positive, positive.key)
+        self._negative = self._positive if self.pair.shares_weights else maker.side(negative, negative.key)
 
     def score(self, answers: Sequence[tuple[int, int]]) -> list[Tensor]:
         """See :class:`Estimator`."""

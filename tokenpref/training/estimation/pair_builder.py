@@ -13,11 +13,12 @@ from tokenpref.components import COMPONENT, accepts
 from tokenpref.data import adapt_tokenizer
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import DryRun
+from tokenpref.models.agreement import config_numbers
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import Component, component, read_config, text
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.config.written import plain_without_environment
-from tokenpref.training.estimation.pair_folder import METHODS, PAIR_FILE, SIDES, nested_components, write_pair
+from tokenpref.training.estimation.pair_folder import METHODS, PAIR_FILE, SIDES, base_digest, write_pair
 from tokenpref.training.loading.models import ModelMaker
 from tokenpref.training.loading.preflight import check_scored
 from tokenpref.training.saving.export_check import check_exports, epochs_until
@@ -58,13 +59,6 @@ class ContrastiveConfig(TrainConfig):
                 "positive_prompt, negative_prompt: method prompt needs two different texts, "
                 f"found {prompts[0]!r} and {prompts[1]!r}"
             )
-        # Where the pair is read nothing but its model and its checkpointer is called.
-        for part in (self.model, self.checkpointer):
-            faults += [
-                f"{key}: a pair cannot hold a component inside another; set a plain value, or a function of your own that makes "
-                "the whole"
-                for key in (nested_components(part) if part is not None else [])
-            ]
         if (
             self.method in DEFAULT_LOSS
             and self.dataset is not None
@@ -151,8 +145,8 @@ class ContrastiveReference:
                 folder,
                 method=config.method,
                 tokenizer=adapt_tokenizer(config.tokenizer.build()).fingerprint(),
-                model=config.model,
-                base=_with_absolute_folders(config.checkpointer),
+                model=config_numbers(ModelMaker(config, self.world).on_meta()),
+                base=base_digest(config.checkpointer),
                 sides=sides,
                 config=plain_without_environment(self._cfg),
             )
@@ -212,12 +206,3 @@ class ContrastiveReference:
             self._folder.unlock()
         if self.world is not None:
             self.world.close()
-
-
-def _with_absolute_folders(checkpointer: Component) -> Component:
-    """The pair is read from other directories than the one where it was built."""
-    kwargs = dict(checkpointer.kwargs)
-    for name in ("checkpoint_dir", "output_dir"):
-        if isinstance(kwargs.get(name), str):
-            kwargs[name] = str(Path(kwargs[name]).absolute())
-    return Component(checkpointer.key, checkpointer.path, kwargs)

@@ -1,57 +1,50 @@
-"""The contrastive pair on disk: a folder with ``pair.yaml`` and, for trained sides, their weights."""
+"""The contrastive pair on disk: a folder with ``pair.yaml`` and, for trained sides, their weights.
+
+``pair.yaml`` is data. It says how the pair was made, where the weights and prompts of its sides are, and holds fingerprints of
+the base model and the tokenizer. It names nothing that is called, because people pass pairs on. The config of the recipe that
+uses a pair names the model and the checkpointer, and :meth:`ContrastivePair.check` compares them with the fingerprints.
+"""
 
 from __future__ import annotations
 
-import inspect
 import os
-from collections.abc import Collection, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
-from functools import partial
 from pathlib import Path
 from typing import Any
 
 import yaml
 
 from tokenpref._yaml import read_yaml
-from tokenpref.components import COMPONENT, find_component
 from tokenpref.errors import DataError
+from tokenpref.models.agreement import config_numbers
 from tokenpref.training.config.fields import Component
+from tokenpref.training.loading.models import ModelMaker, weights_digest
 from tokenpref.training.saving.checkpoints import MANIFEST, fault_of
 
-__all__ = [
-    "METHODS",
-    "PAIR_FILE",
-    "SIDES",
-    "ContrastivePair",
-    "PairSide",
-    "check_weights",
-    "nested_components",
-    "read_pair",
-    "write_pair",
-]
+__all__ = ["METHODS", "PAIR_FILE", "SIDES", "ContrastivePair", "PairSide", "read_pair", "write_pair"]
 
-FORMAT = "tokenpref-pair/1"
+FORMAT = "tokenpref-pair/2"
+# It holds the components of model and checkpointer, where the present format holds fingerprints. They are only compared.
+FORMER_FORMAT = "tokenpref-pair/1"
 PAIR_FILE = "pair.yaml"
 METHODS = ("prompt", "sft", "dpo")
 SIDES = ("positive", "negative")
-# What a pair may call without its reader's say: builders of models, and torchtune's checkpointers that read tensors only.
-MODEL_PACKAGES = ("torchtune.models.", "tokenpref.models.")
-CHECKPOINTERS = tuple(
-    f"torchtune.training.FullModel{name}Checkpointer" for name in ("HF", "Meta", "TorchTune")
-)
-READS_WEIGHTS = ("checkpoint_dir", "checkpoint_files", "model_type", "output_dir", "safe_serialization")
+SIDE_KEYS = ("checkpoint", "prompt")
 
 
 @dataclass(frozen=True)
 class PairSide:
-    """One model of the pair.
+    """One side of a pair: the base model with a prompt, or with weights of the side's own.
+
+    A side that is an adapter over the base takes one more key of ``pair.yaml`` (:data:`SIDE_KEYS`) and one more field here.
 
     Args:
-        checkpointer: reads its weights.
-        prompt: stands before the data's prompts; None for none.
+        checkpoint: folder of its weights; None for the weights of the base.
+        prompt: precedes the data's prompts; None for none.
     """
 
-    checkpointer: Component
+    checkpoint: Path | None
     prompt: str | None
 
 
@@ -62,25 +55,123 @@ class ContrastivePair:
     Args:
         folder: the pair's folder.
         method: one of :data:`METHODS`.
-        tokenizer: fingerprint of the tokenizer that both sides share.
-        model: the architecture of both sides.
+        tokenizer: fingerprint of the tokenizer of both sides.
+        model: the numbers of the model of both sides, by their keys in ``config.json``. In the former format: its component.
+        base: digest of the weights of the base; None if its checkpointer names no folder. In the former format: the component
+            of the checkpointer.
         positive: pi+.
         negative: pi-.
-        record: the whole of ``pair.yaml`` but for the config that made it.
     """
 
     folder: Path
     method: str
     tokenizer: str
-    model: Component
+    model: Mapping[str, Any]
+    base: str | Mapping[str, Any] | None
     positive: PairSide
     negative: PairSide
-    record: dict[str, Any]
+
+    @property
+    def sides(self) -> dict[str, PairSide]:
+        """Both sides by name."""
+        return dict(zip(SIDES, (self.positive, self.negative), strict=True))
 
     @property
     def shares_weights(self) -> bool:
         """True when one model serves both sides, which then differ in their prompts."""
-        return self.positive.checkpointer.kwargs == self.negative.checkpointer.kwargs
+        return self.positive.checkpoint == self.negative.checkpoint
+
+    def reader(self, side: str, base: Component) -> Component:
+        """The checkpointer that reads the weights of a side.
+
+        Args:
+            side: one of :data:`SIDES`.
+            base: the checkpointer of the base, from the config of the recipe.
+        """
+        checkpoint = self.sides[side].checkpoint
+        if checkpoint is None:
+            own: dict[str, Any] = {"output_dir": str(self.folder)}
+        else:
+            own = {
+                "checkpoint_dir": str(checkpoint),
+                "checkpoint_files": _weight_files(checkpoint),
+                # torchtune's checkpointers make this folder and refuse the checkpoint's own; it is there already.
+                "output_dir": str(checkpoint.parent),
+            }
+        return Component(f"pair's {side} side", base.path, {**base.kwargs, **own})
+
+    def check(self, maker: ModelMaker, base: Component, tokenizer: str) -> None:
+        """Compare what a config names with the fingerprints of the pair.
+
+        Args:
+            maker: of the config's model.
+            base: the config's checkpointer.
+            tokenizer: fingerprint of the config's tokenizer.
+
+        Raises:
+            DataError: if one of them is not the pair's.
+        """
+        if tokenizer != self.tokenizer:
+            raise DataError(
+                f"{self.folder}: the pair was built with another tokenizer ({self.tokenizer[:12]}, here {tokenizer[:12]}); set "
+                "tokenizer to the pair's"
+            )
+        if differing := self._other_model(maker):
+            raise DataError(
+                f"{self.folder}: the pair was built with another model ({differing}); set model to the pair's"
+            )
+        # Only the main process reads checkpoints, because other nodes may not have the files.
+        maker.world.together(lambda: self._check_base(base) if maker.world.is_main else None)
+
+    def _other_model(self, maker: ModelMaker) -> str:
+        """What differs between the pair's model and the config's, in words."""
+        if isinstance(self.base, Mapping):  # the former format
+            here = maker.model.plain()
+            keys = sorted(self.model.keys() | here.keys())
+        else:
+            here = config_numbers(maker.on_meta())
+            keys = [key for key in self.model if key in here]
+        return ", ".join(
+            f"{key} is {self.model.get(key)!r:.60} there and {here.get(key)!r:.60} here"
+            for key in keys
+            if self.model.get(key) != here.get(key)
+        )
+
+    def _check_base(self, base: Component) -> None:
+        there: Any
+        here: Any
+        if not isinstance(self.base, Mapping):
+            there, here = self.base, base_digest(base)
+        elif any(side.checkpoint is None for side in self.sides.values()):
+            # The former format has no digest, so the base has to be where it was.
+            there, here = (_place_of_weights(kwargs) for kwargs in (self.base, base.kwargs))
+        else:
+            return
+        if there != here:
+            raise DataError(
+                f"{self.folder}: the pair was built from another base model ({there!s:.200}, here {here!s:.200}); set "
+                "checkpointer to the pair's, or build the pair again"
+            )
+
+    def check_weights(self) -> None:
+        """Compare the sides' own weights with their manifests.
+
+        Raises:
+            DataError: if a file is not as it was written.
+        """
+        for side in self.sides.values():
+            folder = side.checkpoint
+            if (
+                folder is not None
+                and (folder / MANIFEST).is_file()
+                and (fault := fault_of(folder, others=True))
+            ):
+                raise DataError(f"{folder}: {fault}; restore it from a copy, or build the pair again")
+
+
+def base_digest(base: Component) -> str | None:
+    """The digest of a base model's weights; None if its checkpointer names no folder."""
+    return weights_digest(base) if "checkpoint_dir" in base.kwargs else None
 
 
 def write_pair(
@@ -88,8 +179,8 @@ def write_pair(
     *,
     method: str,
     tokenizer: str,
-    model: Component,
-    base: Component,
+    model: Mapping[str, Any],
+    base: str | None,
     sides: Mapping[str, Mapping[str, Any]],
     config: Mapping[str, Any],
 ) -> None:
@@ -99,8 +190,8 @@ def write_pair(
         folder: the pair's folder.
         method: one of :data:`METHODS`.
         tokenizer: fingerprint of the tokenizer.
-        model: architecture of both sides.
-        base: checkpointer of the model that both sides started from.
+        model: :func:`tokenpref.models.agreement.config_numbers` of the model of both sides.
+        base: :func:`base_digest` of the checkpointer of the model that both sides started from.
         sides: for each of :data:`SIDES` ``checkpoint`` (a folder inside ``folder``, or None for the base) and ``prompt``.
         config: the config of the build.
     """
@@ -108,8 +199,8 @@ def write_pair(
         "format": FORMAT,
         "method": method,
         "tokenizer": tokenizer,
-        "model": {COMPONENT: model.path, **model.kwargs},
-        "base": {COMPONENT: base.path, **base.kwargs},
+        "model": dict(model),
+        "base": base,
         **{side: dict(sides[side]) for side in SIDES},
         "config": dict(config),
     }
@@ -118,19 +209,15 @@ def write_pair(
     os.replace(temporary, folder / PAIR_FILE)
 
 
-def read_pair(folder: Path, trusted_components: Collection[str] = ()) -> ContrastivePair:
-    """Read a pair's folder.
-
-    ``pair.yaml`` may come from somebody else, and it names what is called: a model of torchtune or of this package, and one of
-    torchtune's checkpointers. Anything else has to be trusted by the reader.
+def read_pair(folder: Path) -> ContrastivePair:
+    """Read a pair's folder. Nothing that ``pair.yaml`` names is imported or called.
 
     Args:
         folder: the pair's folder.
-        trusted_components: dotted paths of further models and checkpointers that the pair may name.
 
     Raises:
-        DataError: if there is no finished pair, ``pair.yaml`` is damaged, names something to call that is not trusted, the
-            sides have different tokenizers or models, or a side's weights are missing or lie outside the folder.
+        DataError: if there is no finished pair, ``pair.yaml`` is damaged, or a side's weights are missing or lie outside the
+            folder.
     """
     file = folder / PAIR_FILE
     if not file.is_file():
@@ -138,16 +225,55 @@ def read_pair(folder: Path, trusted_components: Collection[str] = ()) -> Contras
     try:
         record = read_yaml(file)
     except ValueError as error:
-        raise DataError(f"{file}: is not valid YAML ({error}); build the pair anew") from error
-    if not isinstance(record, dict) or record.get("format") != FORMAT:
-        found = record.get("format") if isinstance(record, dict) else type(record).__name__
-        raise DataError(f"{file}: format is {found!r}, expected {FORMAT!r}; build the pair anew")
-    try:
-        return _read(folder, record, trusted_components)
-    except DataError:
-        raise
-    except (KeyError, TypeError, AttributeError, ValueError) as error:
-        raise DataError(f"{file}: {error!r} is missing or of the wrong type; build the pair anew") from error
+        raise DataError(f"{file}: is not valid YAML ({error}); build the pair again") from error
+    form = record.get("format") if isinstance(record, dict) else type(record).__name__
+    if form not in (FORMAT, FORMER_FORMAT):
+        raise DataError(f"{file}: format is {form!r}, expected {FORMAT!r}; build the pair again")
+    mapping = (dict, "a mapping")
+    shapes: dict[str, tuple[Any, str]] = {
+        "method": (str, "text"),
+        "tokenizer": (str, "text"),
+        "model": mapping,
+        "base": mapping if form == FORMER_FORMAT else ((str, type(None)), "text or null"),
+        **dict.fromkeys(SIDES, mapping),
+    }
+    for key, (kind, words) in shapes.items():
+        value = record.get(key)
+        if not isinstance(value, kind) or value == {}:
+            raise DataError(f"{file}: {key} is {value!r:.60}, expected {words}; build the pair again")
+    if record["method"] not in METHODS:
+        raise DataError(f"{file}: method is {record['method']!r}, expected one of {', '.join(METHODS)}")
+    return ContrastivePair(
+        folder=folder,
+        **{key: record[key] for key in shapes if key not in SIDES},
+        **{side: _side(file, side, record[side]) for side in SIDES},
+    )
+
+
+def _side(file: Path, side: str, node: Mapping[Any, Any]) -> PairSide:
+    if strange := [key for key in node if key not in SIDE_KEYS]:
+        raise DataError(
+            f"{file}: {side} has {strange[0]!r}, and a side has only {' and '.join(SIDE_KEYS)}; build the pair again"
+        )
+    for key, value in node.items():
+        if value is not None and not isinstance(value, str):
+            raise DataError(f"{file}: {side}.{key} is {value!r}, expected text or null; build the pair again")
+    if node.get("checkpoint") is None:
+        return PairSide(None, node.get("prompt"))
+    checkpoint = (file.parent / node["checkpoint"]).resolve()
+    if file.parent.resolve() not in checkpoint.parents:
+        raise DataError(f"{file}: {side}.checkpoint {node['checkpoint']!r} leaves the pair's folder")
+    if not _weight_files(checkpoint):
+        raise DataError(f"{checkpoint}: no weights of the {side} side there; build the pair again")
+    return PairSide(checkpoint, node.get("prompt"))
+
+
+def _weight_files(checkpoint: Path) -> list[str]:
+    return sorted(path.name for path in checkpoint.glob("*.safetensors"))
+
+
+def _place_of_weights(kwargs: Mapping[str, Any]) -> tuple[str, Any]:
+    return str(Path(str(kwargs.get("checkpoint_dir"))).absolute()), kwargs.get("checkpoint_files")
 
 
 def _unfinished(folder: Path) -> str:
@@ -162,146 +288,3 @@ def _unfinished(folder: Path) -> str:
     return (
         f"{folder}: the pair is half built ({state}); run {command} again with the same config: it continues"
     )
-
-
-def _read(folder: Path, record: dict[str, Any], trusted: Collection[str]) -> ContrastivePair:
-    file = folder / PAIR_FILE
-    if record["method"] not in METHODS:
-        raise DataError(f"{file}: method is {record['method']!r}, expected one of {', '.join(METHODS)}")
-    for name in ("model", "base", *SIDES):
-        if not isinstance(record[name], dict):
-            raise DataError(f"{file}: {name} is {record[name]!r}, expected a mapping; build the pair anew")
-    base = _component(file, "base", record["base"], trusted)
-    _check_base(file, base)
-    for name in ("tokenizer", "model"):
-        own = {side: record[side].get(name, record[name]) for side in SIDES}
-        if own["positive"] != own["negative"]:
-            raise DataError(
-                f"{file}: the sides have different {'tokenizers' if name == 'tokenizer' else 'architectures'} "
-                f"({_short(own['positive'])} and {_short(own['negative'])}); both must share one"
-            )
-    model = _component(file, "model", record["positive"].get("model", record["model"]), trusted)
-    sides = {side: _side(folder, side, record[side], base) for side in SIDES}
-    return ContrastivePair(
-        folder=folder,
-        method=record["method"],
-        tokenizer=str(record["positive"].get("tokenizer", record["tokenizer"])),
-        model=model,
-        positive=sides["positive"],
-        negative=sides["negative"],
-        record={key: value for key, value in record.items() if key != "config"},
-    )
-
-
-def _short(value: Any) -> str:
-    return value[:12] if isinstance(value, str) else str(value)
-
-
-def _component(file: Path, key: str, node: Mapping[str, Any], trusted: Collection[str]) -> Component:
-    path = str(node[COMPONENT])
-    known = _is_model(path) if key == "model" else path in CHECKPOINTERS
-    if not known and path not in trusted:
-        wanted = (
-            "a model of torchtune.models or tokenpref.models"
-            if key == "model"
-            else f"one of {', '.join(CHECKPOINTERS)}"
-        )
-        raise DataError(
-            f"{file}: {key} is {path!r}, which reading the pair would call, and not {wanted}; if you know and trust it, set "
-            f"estimator.trusted_components=[{path}]"
-        )
-    component = Component(key, path, {str(k): v for k, v in node.items() if k != COMPONENT})
-    if nested := nested_components(component):
-        raise DataError(
-            f"{file}: {nested[0]} names a component of its own, which a pair must not; build the pair anew"
-        )
-    return component
-
-
-def _is_model(path: str) -> bool:
-    """Whether a path names a function of a model library that makes a decoder, and not what its modules import."""
-    if not path.startswith(MODEL_PACKAGES):
-        return False  # not even imported
-    try:
-        target = find_component(path)
-    except ValueError:
-        return False
-    function = (
-        target.func if isinstance(target, partial) else target
-    )  # torchtune's QLoRA builders are partials
-    if not inspect.isfunction(function) or not f"{function.__module__}.".startswith(MODEL_PACKAGES):
-        return False
-    made = inspect.signature(function).return_annotation
-    return getattr(made, "__name__", made) == "TransformerDecoder"
-
-
-def nested_components(component: Component) -> list[str]:
-    """Keys of a component's arguments that name components themselves."""
-    return [
-        f"{component.key}.{name}"
-        for name, value in component.kwargs.items()
-        if isinstance(value, Component) or _names_component(value)
-    ]
-
-
-def _names_component(value: Any) -> bool:
-    if isinstance(value, Mapping):
-        return COMPONENT in value or any(map(_names_component, value.values()))
-    return isinstance(value, list) and any(map(_names_component, value))
-
-
-def _check_base(file: Path, base: Component) -> None:
-    """The checkpointer of both sides reads weights, in the folder that it names."""
-    if base.path in CHECKPOINTERS:
-        for name in sorted(base.kwargs.keys() - set(READS_WEIGHTS)):
-            if base.kwargs[name]:
-                raise DataError(
-                    f"{file}: base.{name} is {base.kwargs[name]!r}, but a pair's checkpointer reads a model's weights and "
-                    f"nothing else; build the pair anew with checkpointer.{name}=null"
-                )
-    files = base.kwargs.get("checkpoint_files", [])
-    for name in files.values() if isinstance(files, Mapping) else files:
-        if str(name) in ("", ".", "..") or Path(str(name)).name != str(name):
-            raise DataError(
-                f"{file}: base.checkpoint_files names {name!r}, which is no plain file name; build the pair anew"
-            )
-
-
-def _side(folder: Path, side: str, node: Mapping[str, Any], base: Component) -> PairSide:
-    prompt = node.get("prompt")
-    if prompt is not None and not isinstance(prompt, str):
-        raise DataError(
-            f"{folder / PAIR_FILE}: {side}.prompt is {prompt!r}, expected text or null; build the pair anew"
-        )
-    if node.get("checkpoint") is None:
-        kwargs = {**base.kwargs, "output_dir": str(folder)}
-        return PairSide(Component(side, base.path, kwargs), prompt)
-    checkpoint = (folder / str(node["checkpoint"])).resolve()
-    if folder.resolve() not in checkpoint.parents:
-        raise DataError(
-            f"{folder / PAIR_FILE}: {side}.checkpoint {node['checkpoint']!r} leaves the pair's folder"
-        )
-    files = sorted(path.name for path in checkpoint.glob("*.safetensors"))
-    if not files:
-        raise DataError(f"{checkpoint}: no weights of the {side} side there; build the pair anew")
-    kwargs = {
-        **base.kwargs,
-        "checkpoint_dir": str(checkpoint),
-        "checkpoint_files": files,
-        # torchtune's checkpointers make this folder and refuse the checkpoint's own; it is there already.
-        "output_dir": str(checkpoint.parent),
-    }
-    return PairSide(Component(side, base.path, kwargs), prompt)
-
-
-def check_weights(pair: ContrastivePair) -> None:
-    """Compare the weights of both sides with their manifests; a base model need not have one.
-
-    Raises:
-        DataError: if a file is not as it was written.
-    """
-    sides = [pair.positive] if pair.shares_weights else [pair.positive, pair.negative]
-    for side in sides:
-        folder = Path(str(side.checkpointer.kwargs.get("checkpoint_dir", "")))
-        if (folder / MANIFEST).is_file() and (fault := fault_of(folder, others=True)):
-            raise DataError(f"{folder}: {fault}; restore it from a copy, or build the pair anew")
