@@ -20,7 +20,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 LAYERS = (
     {"errors"},
     {"__init__", "_checks", "_files", "_memory", "_paths", "_torchtune", "_yaml"},
-    {"stats"},
+    {"stats", "_sealed"},
     {"components", "_registry", "ops", "losses", "weights", "rewards"},
     {"distributed"},
     {"data"},

@@ -1,4 +1,4 @@
-"""Text, plain data, checksums and locks on disk."""
+"""Text, plain data and locks on disk."""
 
 from __future__ import annotations
 
@@ -15,14 +15,12 @@ from itertools import count
 from pathlib import Path
 from typing import Any
 
-import xxhash
 from safetensors import SafetensorError
 
 from tokenpref.errors import ConfigError, TokenprefError
 
 __all__ = [
     "WEIGHT_SUFFIXES",
-    "digest_of",
     "follow_umask",
     "move_aside",
     "read_text",
@@ -34,8 +32,6 @@ __all__ = [
     "write_json",
     "writing",
 ]
-
-_BLOCK = 1 << 20
 
 
 def read_text(file: Path, fault: type[Exception]) -> str:
@@ -135,15 +131,6 @@ def write_json(file: Path, record: dict[str, Any]) -> None:
     with writing(file):
         temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         os.replace(temporary, file)
-
-
-def digest_of(file: Path) -> str:
-    """xxh3_128 of a file's bytes, in hexadecimal. It detects damage, not forgery."""
-    hasher = xxhash.xxh3_128()
-    with file.open("rb") as stream:
-        while block := stream.read(_BLOCK):
-            hasher.update(block)
-    return hasher.hexdigest()
 
 
 WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")

@@ -193,6 +193,7 @@ def flip(file):
         ("spans.bin", lambda file: file.unlink()),
         ("manifest.json", lambda file: file.write_text("{")),
         ("manifest.json", lambda file: file.write_text(json.dumps({"files": {}}))),
+        ("manifest.json", lambda file: file.write_text(json.dumps({"files": {}, "about": []}))),
         ("manifest.json", lambda file: file.unlink()),
     ],
 )
@@ -203,8 +204,21 @@ def test_a_damaged_entry_is_named_and_made_anew(tokenizer, write_jsonl, own_cach
     harm(entry / name)
     with caplog.at_level(logging.WARNING, "tokenpref"):
         assert everything(preference_dataset(tokenizer, source)) == before
-    assert f"{entry / name} is damaged; the tokenised form of {source} is built again" in caplog.text
+    said = caplog.messages[0]
+    assert said.startswith(f"{entry} is damaged: ") and name in said
+    assert said.endswith(f"the tokenised form of {source} is built again")
     caplog.clear()
+    assert everything(preference_dataset(tokenizer, source)) == before and not caplog.text
+
+
+def test_an_entry_of_an_earlier_version_is_used(tokenizer, write_jsonl, own_cache, caplog):
+    source = write_jsonl(TEXT)
+    before = everything(preference_dataset(tokenizer, source))
+    (entry,) = pairs_of(own_cache)
+    manifest = json.loads((entry / "manifest.json").read_text())
+    for file in manifest["files"].values():
+        file["xxh3"] = file.pop("xxh3_128")
+    (entry / "manifest.json").write_text(json.dumps(manifest))
     assert everything(preference_dataset(tokenizer, source)) == before and not caplog.text
 
 

@@ -8,7 +8,7 @@ import torch
 from safetensors.torch import load_file
 from support import small
 
-from tokenpref._files import digest_of
+from tokenpref._sealed import digest_of
 from tokenpref.data.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.models.reference import CachedReference
@@ -167,8 +167,8 @@ def metadata(store, change):
         (lambda s: metadata(s, lambda m: m["values"].update(width=3)), "width is 3"),
         (lambda s: metadata(s, lambda m: m.update(files={"../x-y": 1})), "files names other files"),
         (lambda s: metadata(s, lambda m: m.update(files=[1])), "files is no mapping"),
-        (lambda s: (s.path / "metadata.json").write_text("{"), "metadata.json is not of this store .it cannot be read"),
-        (lambda s: (s.path / "metadata.json").write_text("[]"), "metadata.json is not of this store .it cannot be read"),
+        (lambda s: (s.path / "metadata.json").write_text("{"), "metadata.json cannot be read .*; remove it"),
+        (lambda s: (s.path / "metadata.json").write_text("[]"), "metadata.json cannot be read .expected a mapping"),
     ],
     ids=["bit in the values", "bit in the header", "cut", "job", "dtype", "width", "names", "files", "no JSON", "a list"],
 )  # fmt: skip

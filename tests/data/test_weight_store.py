@@ -1,3 +1,4 @@
+import hashlib
 import json
 import logging
 import random
@@ -50,8 +51,22 @@ def test_an_unfinished_store_is_not_opened_and_continues(writer):
         WeightStore.open(writer.path)
     again = StoreWriter(writer.path, kind="log_ratio", job={"data": "d"}, shards=2)
     assert again.missing() == [1]
-    with pytest.raises(DataError, match="shard-00001.parquet has no checksum .*the store cannot be sealed"):
+    with pytest.raises(DataError, match="shard-00001.parquet is missing; the store cannot be sealed"):
         again.finish()
+
+
+def test_sizes_and_checksums_of_shards_are_recorded(writer):
+    for number in (1, 0):
+        writer.write(number, [stored(number)])
+    path = writer.finish().path
+    entries = {}
+    for file in sorted(path.glob("*.parquet")):
+        content = file.read_bytes()
+        entries[file.name] = {"bytes": len(content), "sha256": hashlib.sha256(content).hexdigest()}
+    assert json.loads((path / "metadata.json").read_text())["files"] == entries
+    lines = "".join(json.dumps({"shard": name, **entry}) + "\n" for name, entry in entries.items())
+    assert (path / "shards.jsonl").read_text() == lines
+    assert {f.name for f in path.iterdir()} == {"job.json", "metadata.json", "shards.jsonl", *entries}
 
 
 def flip(file, bit):
@@ -158,7 +173,10 @@ def test_unknown_kind_is_refused(tmp_path):
 @pytest.mark.parametrize(
     ("spoil", "message"),
     [
-        (lambda p: (p / "metadata.json").write_text("{"), "metadata.json: cannot be read"),
+        (
+            lambda p: (p / "metadata.json").write_text("{"),
+            "metadata.json cannot be read .*; estimate the weights again",
+        ),
         (lambda p: (p / "metadata.json").write_text("[]"), "expected a mapping"),
         (
             lambda p: (p / "metadata.json").write_text(json.dumps({"format": "x", "kind": "weight"})),

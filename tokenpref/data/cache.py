@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import errno
 import hashlib
-import json
 import logging
 import os
 import secrets
@@ -17,7 +16,8 @@ from typing import Any
 
 import datasets
 
-from tokenpref._files import digest_of, try_lock, write_json
+from tokenpref._files import try_lock
+from tokenpref._sealed import MANIFEST, fault_of, read_record, seal
 from tokenpref.errors import ConfigError, DataError
 
 __all__ = ["AUTO", "CACHE_VARIABLE", "DataCache", "code_digest", "find_cache"]
@@ -30,7 +30,6 @@ AUTO = "auto"
 CACHE_VARIABLE = "TOKENPREF_CACHE"
 """Environment variable that names the folder of the cache."""
 
-_MANIFEST = "manifest.json"
 _POLL_S = 0.1
 _NO_LOCKS = {errno.ENOLCK, errno.ENOSYS, errno.EOPNOTSUPP}
 
@@ -117,10 +116,7 @@ class DataCache:
         partial = final.with_name(f"{final.name}.{secrets.token_hex(4)}.partial")
         partial.mkdir()
         try:
-            about = dict(build(partial))
-            files = sorted(partial.iterdir())
-            seals = {file.name: {"bytes": file.stat().st_size, "xxh3": digest_of(file)} for file in files}
-            write_json(partial / _MANIFEST, {"files": seals, "about": about})
+            seal(partial, about=dict(build(partial)))
             _put(partial, final, what)
         finally:
             shutil.rmtree(partial, ignore_errors=True)
@@ -173,18 +169,13 @@ def _failures_named(folder: Path) -> Iterator[None]:
 
 
 def _opened(folder: Path, what: str) -> dict[str, Any] | None:
-    """The manifest of an entry; None, with a warning, if the entry is damaged."""
-    manifest = folder / _MANIFEST
+    """What is recorded about an entry; None, with a warning, if the entry is damaged."""
     if not folder.exists():
         return None
-    try:
-        record = json.loads(manifest.read_text(encoding="utf-8"))
-        for name, seal in record["files"].items():
-            file = folder / name
-            if not file.is_file() or file.stat().st_size != seal["bytes"] or digest_of(file) != seal["xxh3"]:
-                log.warning(f"{file} is damaged; {what} is built again")
-                return None
-        return dict(record["about"])
-    except (OSError, ValueError, KeyError, TypeError, AttributeError):
-        log.warning(f"{manifest} is damaged; {what} is built again")
-        return None
+    fault = fault_of(folder, others=True)
+    about = read_record(folder / MANIFEST).get("about") if fault is None else None
+    if isinstance(about, dict):
+        return about
+    fault = fault or f"its {MANIFEST} says nothing about it"
+    log.warning(f"{folder} is damaged: {fault}; {what} is built again")
+    return None

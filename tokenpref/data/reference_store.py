@@ -21,13 +21,13 @@ from typing import Any
 
 import numpy as np
 import torch
-import xxhash
 from safetensors import SafetensorError, safe_open
 from safetensors.torch import save
 from torch import Tensor
 
 from tokenpref._checks import check_choice
-from tokenpref._files import digest_of, sync, try_lock, write_json
+from tokenpref._files import try_lock, write_json
+from tokenpref._sealed import Written, digest_of, read_record, write_file, write_record
 from tokenpref.data import PairExample, PreferenceDataset
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.stats import SIDES
@@ -218,8 +218,9 @@ class ReferenceWriter:
         if self._lock is None:
             raise ConfigError(self.layout._locked())
         if not self.layout.is_complete():
-            # Where a file of a finished store was removed, the seal is of another one.
-            (path / METADATA).unlink(missing_ok=True)
+            # If a file of a finished store was removed, its record is of another store.
+            for left in (path / METADATA, *path.glob("*.partial")):
+                left.unlink(missing_ok=True)
             write_json(path / JOB, self.layout.record)
             self._drop_damaged()
         return self.layout.missing()
@@ -255,16 +256,9 @@ class ReferenceWriter:
         return self._write(HEAD, {VALUES: weight.cpu().contiguous()})
 
     def _write(self, stem: str, tensors: dict[str, Tensor]) -> dict[str, int]:
-        """A file gets its name only when it is whole and on the disk."""
         content = save(tensors)
-        name = f"{stem}-{xxhash.xxh3_128_hexdigest(content)}.safetensors"
-        partial = self.layout.path / f"{stem}.partial"
-        with partial.open("wb") as stream:
-            stream.write(content)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(partial, self.layout.path / name)
-        sync(self.layout.path)
+        name = f"{stem}-{Written.of(content).checksum}.safetensors"
+        write_file(self.layout.path / name, content)
         return {name: len(content)}
 
     def seal(self, written: Mapping[str, int], *, dtype: torch.dtype, width: int | None) -> None:
@@ -284,9 +278,7 @@ class ReferenceWriter:
         if lacking := [stem for stem in layout.stems if stem not in stems]:
             raise DataError(f"{layout.path}: {lacking[0]} is missing; the store cannot be sealed")
         values = {"dtype": str(dtype).removeprefix("torch."), "width": width}
-        write_json(layout.path / METADATA, {**layout.record, VALUES: values, "files": files})
-        sync(layout.path / METADATA)
-        sync(layout.path)
+        write_record(layout.path / METADATA, {**layout.record, VALUES: values, "files": files})
 
     def close(self) -> None:
         """Let other writers in."""
@@ -337,11 +329,9 @@ class ReferenceStore:
                     f"{file} is not there; all processes must reach the same reference_cache_dir, and a store that lost a file "
                     f"is mended by the run that makes it: remove {layout.path / METADATA} and start again"
                 )
-            found = file.stat().st_size
-            if found != size:
-                raise DataError(f"{file} has {found} bytes and was written with {size}; {_AGAIN}")
-            if number % world_size == rank and digest_of(file) != _digest_in(name):
-                raise DataError(f"{file} is not what was written (its checksum differs); {_AGAIN}")
+            mine = number % world_size == rank
+            if fault := Written(size, _digest_in(name)).fault_of(file, compare_bytes=mine):
+                raise DataError(f"{file} {fault}; {_AGAIN}")
         return cls(layout, metadata)
 
     @property
@@ -421,16 +411,12 @@ def _read_metadata(layout: StoreLayout) -> dict[str, Any]:
         raise DataError(
             f"{layout.path}: unfinished (no {METADATA}); start the run that makes it again: it continues"
         )
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-        differing = sorted(key for key, value in layout.record.items() if found.get(key) != value)
-        fault = f"it differs in {', '.join(differing)}" if differing else _fault_of(found, layout)
-    except (ValueError, AttributeError, OSError, RecursionError) as error:
-        fault = f"it cannot be read: {error}"
+    found = read_record(file, _AGAIN)
+    differing = sorted(key for key, value in layout.record.items() if found.get(key) != value)
+    fault = f"it differs in {', '.join(differing)}" if differing else _fault_of(found, layout)
     if fault is not None:
         raise DataError(f"{file} is not of this store ({fault}); {_AGAIN}")
-    record: dict[str, Any] = found
-    return record
+    return found
 
 
 def _fault_of(metadata: Mapping[str, Any], layout: StoreLayout) -> str | None:

@@ -18,6 +18,7 @@ from huggingface_hub.errors import HfHubHTTPError, OfflineModeIsEnabled
 from pyarrow import parquet
 
 from tokenpref._paths import PACKAGE_SCHEME, resolve_path
+from tokenpref._sealed import SHA256, digest_of
 from tokenpref.data.cache import AUTO, DataCache, code_digest, find_cache
 from tokenpref.data.readers import FORMAT_OF_SUFFIX, format_of, place_of, read_rows, stem_of
 from tokenpref.data.splits import Split
@@ -31,7 +32,6 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # Files in `save_to_disk` and Hugging Face folders that are not data.
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "metadata.json"}
 _TABLE_FILE = "rows.arrow"
-_BLOCK = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -338,14 +338,10 @@ def _content_of(files: Sequence[Path]) -> str:
     """sha256 (hex) of the contents of files, in order."""
     content = hashlib.sha256()
     for file in files:
-        own = hashlib.sha256()
         try:
-            with file.open("rb") as stream:
-                while block := stream.read(_BLOCK):
-                    own.update(block)
+            content.update(bytes.fromhex(digest_of(file, SHA256)))
         except OSError as error:
             raise DataError(f"{file} cannot be read: {error}") from error
-        content.update(own.digest())
     return content.hexdigest()
 
 

@@ -15,7 +15,7 @@ import io
 import json
 import logging
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import cached_property
@@ -29,6 +29,8 @@ import pyarrow.compute
 from pyarrow import parquet
 
 from tokenpref._checks import check_choice
+from tokenpref._files import write_json
+from tokenpref._sealed import SHA256, Written, read_files, read_record, write_file, write_record
 from tokenpref.errors import DataError
 from tokenpref.weights.transforms import SCORE_KINDS
 
@@ -39,7 +41,7 @@ log = logging.getLogger("tokenpref")
 
 FORMAT = "tokenpref-weights/1"
 METADATA, JOB, WRITTEN = "metadata.json", "job.json", "shards.jsonl"
-CHECKSUM = "checksum"
+CHECKSUM, CHANGED = "checksum", "is not what was written (its checksum differs)"
 _AGAIN = "estimate the weights again"
 # Of a column in a shard: a gigabyte of scores.
 _MOST_VALUES = 1 << 28
@@ -91,36 +93,6 @@ class StoredRow:
     rejected_spans: list[tuple[int, int]]
 
 
-@dataclass(frozen=True)
-class _Seal:
-    """What a shard is when it is whole.
-
-    Args:
-        bytes: its size.
-        sha256: its checksum, in hexadecimal.
-    """
-
-    bytes: int
-    sha256: str
-
-    @classmethod
-    def read(cls, found: Any) -> _Seal | None:
-        """A seal from plain data; None for anything else."""
-        size, digest = (found.get(name) if isinstance(found, dict) else None for name in ("bytes", "sha256"))
-        return cls(size, digest) if type(size) is int and isinstance(digest, str) else None
-
-    def fault_of(self, file: Path) -> str | None:
-        """How a file differs from what was written."""
-        if not file.is_file():
-            return f"{file} is missing"
-        size = file.stat().st_size
-        if size != self.bytes:
-            return f"{file} has {size} bytes and was written with {self.bytes}"
-        if hashlib.sha256(file.read_bytes()).hexdigest() != self.sha256:
-            return f"{file} is not what was written (its checksum differs)"
-        return None
-
-
 class StoreWriter:
     """Writes a store shard by shard; a folder that holds shards of the same job already is continued.
 
@@ -146,60 +118,51 @@ class StoreWriter:
             **job,
         }
         path.mkdir(parents=True, exist_ok=True)
-        file = path / JOB
-        if file.is_file():
-            mend = "set another output_dir, or remove that folder"
-            found = _read_record(file, mend)
-            differing = sorted(
-                k
-                for k in found.keys() | self._record.keys()
-                if k != CHECKSUM and found.get(k) != self._record.get(k)
-            )
-            if differing:
-                harm = _harm_of(found)
-                reason = f"{file} {harm}" if harm else f"it differs in {', '.join(differing)}, as {JOB} says"
-                raise DataError(f"{path}: holds weights of another job ({reason}); {mend}")
+        if self.is_begun(path):
+            self._check_job()
         else:
-            _write_json(file, _sealed(self._record))
-        self._seals = {**self._finished_seals(), **_written_seals(path / WRITTEN)}
+            write_json(path / JOB, _signed(self._record))
+        self._written = {**self._finished(), **_read_lines(path / WRITTEN)}
 
     @staticmethod
     def is_begun(path: Path) -> bool:
         """Whether a folder holds a store, or a part of one."""
         return (path / JOB).is_file()
 
-    def _finished_seals(self) -> dict[str, _Seal]:
-        """Seals of a store that was finished already; its record is of no other use here."""
+    def _check_job(self) -> None:
+        file, mend = self.path / JOB, "set another output_dir, or remove that folder"
+        found = read_record(file, mend)
+        names = (found.keys() | self._record.keys()) - {CHECKSUM}
+        differing = sorted(name for name in names if found.get(name) != self._record.get(name))
+        if differing:
+            reason = f"it differs in {', '.join(differing)}, as {JOB} says"
+            if _is_changed(found):
+                reason = f"{file} {CHANGED}"
+            raise DataError(f"{self.path}: holds weights of another job ({reason}); {mend}")
+
+    def _finished(self) -> dict[str, Written]:
+        """The shards of a store that was finished before. Its record is of no other use here."""
         file = self.path / METADATA
         if not file.is_file():
             return {}
         try:
-            record = _read_record(file, "it is written again")
-            if harm := _harm_of(record):
-                raise DataError(f"{file} {harm}; it is written again")
+            if _is_changed(read_record(file)):
+                raise DataError(f"{file} {CHANGED}")
+            return read_files(file)
         except DataError as error:
-            log.warning(str(error))
+            log.warning(f"{error}; it is written again")
             return {}
-        files = record.get("files")
-        found = {name: _Seal.read(seal) for name, seal in files.items()} if isinstance(files, dict) else {}
-        return {name: seal for name, seal in found.items() if seal is not None}
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet, or not as they were written; every byte is read."""
-        faults = {shard: self._fault_of(shard) for shard in range(self._record["shards"])}
-        for shard, fault in faults.items():
-            if fault is not None and (self.path / shard_name(shard)).is_file():
-                log.warning(f"{fault}; that shard is computed again")
-        return [shard for shard, fault in faults.items() if fault is not None]
-
-    def _fault_of(self, shard: int) -> str | None:
-        name = shard_name(shard)
-        seal = self._seals.get(name)
-        return (
-            f"{self.path / name} has no checksum in {WRITTEN}"
-            if seal is None
-            else seal.fault_of(self.path / name)
-        )
+        """Shards that do not exist yet, or that differ from what was written. Every byte is read."""
+        missing = []
+        for shard in range(self._record["shards"]):
+            file = self.path / shard_name(shard)
+            if fault := _fault_of(file, self._written):
+                missing.append(shard)
+                if file.is_file():
+                    log.warning(f"{file} {fault}; that shard is computed again")
+        return missing
 
     def write(self, shard: int, rows: Sequence[StoredRow]) -> None:
         """Write a shard; it gets its name only when it is whole and on the disk, and counts when its checksum is there too."""
@@ -211,21 +174,14 @@ class StoreWriter:
         content = io.BytesIO()
         with _no_progress_bar():
             datasets.Dataset.from_dict(columns, features=_FEATURES).to_parquet(content)
-        written = content.getvalue()
-        # A store that is mended is unfinished until then.
+        file, whole = self.path / shard_name(shard), content.getvalue()
+        # A finished store that gets a shard is unfinished until it is sealed again.
         (self.path / METADATA).unlink(missing_ok=True)
-        final = self.path / shard_name(shard)
-        temporary = final.with_suffix(".partial")
-        with temporary.open("wb") as stream:
-            stream.write(written)
-            stream.flush()
-            os.fsync(stream.fileno())
-        os.replace(temporary, final)
-        _sync(self.path)
-        self._seals[final.name] = seal = _Seal(len(written), hashlib.sha256(written).hexdigest())
+        write_file(file, whole)
+        self._written[file.name] = written = Written.of(whole, SHA256)
         with (self.path / WRITTEN).open("a", encoding="utf-8") as lines:
-            # A line of its own, also after one that was cut.
-            lines.write("\n" + _line(final.name, seal))
+            # The line feed comes first, because an earlier line may be incomplete.
+            lines.write("\n" + _line(file.name, written))
             lines.flush()
             os.fsync(lines.fileno())
 
@@ -236,37 +192,45 @@ class StoreWriter:
             DataError: if shards are missing or damaged; one of them is named.
         """
         names = [shard_name(shard) for shard in range(self._record["shards"])]
-        for shard in range(len(names)):
-            if fault := self._fault_of(shard):
+        for name in names:
+            if fault := _fault_of(self.path / name, self._written):
                 raise DataError(
-                    f"{fault}; the store cannot be sealed: run the command that makes it again, which makes what is missing"
+                    f"{self.path / name} {fault}; the store cannot be sealed: run the command that makes it again, which makes "
+                    "what is missing"
                 )
-        # In order: a store that was continued has the bytes of one that was not.
-        lines = self.path / f"{WRITTEN}.tmp"
-        lines.write_text("".join(_line(name, self._seals[name]) for name in names), encoding="utf-8")
-        os.replace(lines, self.path / WRITTEN)
-        seals = {name: vars(self._seals[name]) for name in names}
-        _write_json(self.path / METADATA, _sealed({**self._record, "files": seals}))
-        _sync(self.path / METADATA)
+        # In the order of the shards: a store that was continued has the same bytes as one that was not.
+        lines = "".join(_line(name, self._written[name]) for name in names)
+        write_file(self.path / WRITTEN, lines.encode())
+        files = {name: self._written[name].entry for name in names}
+        write_record(self.path / METADATA, _signed({**self._record, "files": files}))
         return WeightStore.open(self.path)
 
 
-def _line(shard: str, seal: _Seal) -> str:
-    return json.dumps({"shard": shard, **vars(seal)}) + "\n"
+def _fault_of(file: Path, files: Mapping[str, Written] | None) -> str | None:
+    """How a shard differs from what was written; None if it does not, or if a store has no checksums."""
+    if not file.is_file():
+        return "is missing"
+    if files is None:
+        return None
+    written = files.get(file.name)
+    return "has no checksum in the store's record" if written is None else written.fault_of(file)
 
 
-def _written_seals(file: Path) -> dict[str, _Seal]:
-    """Seals of the shards written so far, the newest of each; a line that is damaged seals nothing."""
-    seals: dict[str, _Seal] = {}
+def _line(shard: str, written: Written) -> str:
+    return json.dumps({"shard": shard, **written.entry}) + "\n"
+
+
+def _read_lines(file: Path) -> dict[str, Written]:
+    """The shards written so far, by the newest line of each. A shard whose line is damaged is computed again."""
+    files: dict[str, Written] = {}
     for line in file.read_bytes().split(b"\n") if file.is_file() else ():
         try:
             found = json.loads(line)
+            written = Written.read(found)
         except ValueError:
-            continue  # its shard is computed again
-        seal = _Seal.read(found)
-        if seal is not None:
-            seals[str(found.get("shard"))] = seal
-    return seals
+            continue
+        files[str(found.get("shard"))] = written
+    return files
 
 
 class WeightStore:
@@ -302,18 +266,17 @@ class WeightStore:
                 else "check the path"
             )
             raise DataError(f"{folder}: {state} (no {METADATA}); {mend}")
-        metadata = _read_record(folder / METADATA, _AGAIN)
+        metadata = read_record(folder / METADATA, _AGAIN)
         if metadata.get("format") != FORMAT or metadata.get("kind") not in SCORE_KINDS:
             raise DataError(
                 f"{folder / METADATA}: format {metadata.get('format')!r} of kind {metadata.get('kind')!r} is not known "
                 f"here ({FORMAT}, {', '.join(SCORE_KINDS)}); estimate the weights again"
             )
-        files = _shards(folder, metadata)
-        _check_seals(folder, metadata.get("files", {}), files)
-        if harm := _harm_of(metadata):
+        files = _checked_shards(folder, metadata)
+        if _is_changed(metadata):
             log.warning(
-                f"{folder / METADATA} {harm}. The scores are whole, but what it says of their origin may be wrong; estimate the "
-                "weights again if in doubt"
+                f"{folder / METADATA} {CHANGED}. The scores are whole, but what it says of their origin may be wrong; "
+                f"{_AGAIN} if in doubt"
             )
         # Read directly: datasets' own reader would first copy every shard into its cache.
         table = pyarrow.concat_tables([_read_shard(file) for file in files])
@@ -374,48 +337,26 @@ class WeightStore:
         return StoredRow(**record)
 
 
-def _shards(folder: Path, metadata: dict[str, Any]) -> list[Path]:
-    """The files of a store's shards.
+def _checked_shards(folder: Path, metadata: dict[str, Any]) -> list[Path]:
+    """The files of a store's shards, compared with the sizes and checksums that were written last.
 
     Raises:
-        DataError: if one is missing, or their number is none.
+        DataError: if one is missing or not as it was written, or the record of them is damaged.
     """
-    count = metadata.get("shards")
-    if not isinstance(count, int) or isinstance(count, bool) or count < 1:
-        raise DataError(
-            f"{folder / METADATA}: shards is {count!r}, expected a whole number of at least 1; estimate the weights again"
-        )
+    record, count = folder / METADATA, metadata.get("shards")
+    if type(count) is not int or count < 1:
+        raise DataError(f"{record}: shards is {count!r}, expected a whole number of at least 1; {_AGAIN}")
+    # Stores of versions before 0.1 have no checksums.
+    written = read_files(record, _AGAIN) if "files" in metadata else None
     files: list[Path] = []
-    for number in range(count):  # one by one: the number may be absurd
-        files.append(folder / shard_name(number))
-        if not files[-1].is_file():
-            raise DataError(f"{folder}: {files[-1].name} is missing; estimate the weights again")
+    for number in range(count):  # one by one, because the number may be absurd
+        file = folder / shard_name(number)
+        if fault := _fault_of(file, written):
+            raise DataError(f"{file} {fault}; {_AGAIN}")
+        files.append(file)
+    if strange := sorted((written or {}).keys() - {file.name for file in files}):
+        raise DataError(f"{record}: files names {strange[0]!r}, which is no shard of it; {_AGAIN}")
     return files
-
-
-def _check_seals(folder: Path, seals: Any, files: Sequence[Path]) -> None:
-    """Compare shards with the sizes and checksums that were written last; a store of an earlier version has none.
-
-    Raises:
-        DataError: for the first shard that is not as it was written.
-    """
-    if not isinstance(seals, dict) or not all(isinstance(seal, dict) for seal in seals.values()):
-        raise DataError(
-            f"{folder / METADATA}: files is no mapping of shards to sizes; estimate the weights again"
-        )
-    if strange := sorted(seals.keys() - {file.name for file in files}):
-        raise DataError(
-            f"{folder / METADATA}: files names {strange[0]!r}, which is no shard of it; estimate the weights again"
-        )
-    for file in files if seals else ():
-        seal = _Seal.read(seals.get(file.name))
-        fault = (
-            f"{folder / METADATA} has no size and checksum of {file.name}"
-            if seal is None
-            else seal.fault_of(file)
-        )
-        if fault is not None:
-            raise DataError(f"{fault}; {_AGAIN}")
 
 
 def _read_shard(file: Path) -> pyarrow.Table:
@@ -490,8 +431,8 @@ def _no_progress_bar() -> Iterator[None]:
             datasets.enable_progress_bars()
 
 
-def _sealed(record: dict[str, Any]) -> dict[str, Any]:
-    """A record with a checksum of all else that it says."""
+def _signed(record: dict[str, Any]) -> dict[str, Any]:
+    """A record with a checksum of its other entries."""
     return {**record, CHECKSUM: _checksum(record)}
 
 
@@ -499,34 +440,7 @@ def _checksum(record: dict[str, Any]) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
-def _harm_of(record: dict[str, Any]) -> str | None:
-    """Whether a record was changed after it was written; one of an earlier version has no checksum."""
+def _is_changed(record: dict[str, Any]) -> bool:
+    """Whether a record was changed after it was written. Records of versions before 0.1 have no checksum."""
     rest = {key: value for key, value in record.items() if key != CHECKSUM}
-    if record.get(CHECKSUM, _checksum(rest)) == _checksum(rest):
-        return None
-    return "is not what was written (its checksum differs)"
-
-
-def _read_record(file: Path, mend: str) -> dict[str, Any]:
-    try:
-        found = json.loads(file.read_text(encoding="utf-8"))
-    except (ValueError, OSError, RecursionError) as error:
-        raise DataError(f"{file}: cannot be read ({error}); {mend}") from error
-    if not isinstance(found, dict):
-        raise DataError(f"{file}: expected a mapping, found a {type(found).__name__}; {mend}")
-    return found
-
-
-def _write_json(file: Path, record: dict[str, Any]) -> None:
-    temporary = file.with_suffix(".tmp")
-    temporary.write_text(json.dumps(record, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-    os.replace(temporary, file)
-
-
-def _sync(path: Path) -> None:
-    """Wait until a file, or the names in a folder, are on the disk."""
-    descriptor = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(descriptor)
-    finally:
-        os.close(descriptor)
+    return bool(record.get(CHECKSUM, _checksum(rest)) != _checksum(rest))

@@ -1,7 +1,6 @@
 """Process group, FSDP2 and collectives: the only folder that imports ``torch.distributed``."""
 
 from tokenpref.distributed.float8_weights import refresh_float8_scales
-from tokenpref.distributed.plain_writing import Written
 from tokenpref.distributed.sharding import (
     compute_dtype_of,
     gradient_sync,
@@ -26,7 +25,6 @@ from tokenpref.distributed.world import World, init_world, launched_by_torchrun,
 __all__ = [
     "BackgroundWrite",
     "World",
-    "Written",
     "check_sharded",
     "compute_dtype_of",
     "first_not_finite",

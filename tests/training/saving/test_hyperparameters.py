@@ -10,11 +10,12 @@ from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
 from torchtune.training import get_cosine_schedule_with_warmup
 
+from tokenpref._sealed import seal
 from tokenpref.distributed import load_sharded, sharded_state, single_process_world, write_sharded
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training import PreferenceTrainer, TripletTrainer, get_constant_schedule_with_warmup
 from tokenpref.training.config.command_line import load_config
-from tokenpref.training.saving.checkpoints import Checkpoints, Progress, seal
+from tokenpref.training.saving.checkpoints import Checkpoints, Progress
 from tokenpref.training.saving.hyperparameters import Hyperparameters, replay_schedule
 
 WORLD = single_process_world()

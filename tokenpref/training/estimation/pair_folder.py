@@ -7,7 +7,6 @@ uses a pair names the model and the checkpointer, and :meth:`ContrastivePair.che
 
 from __future__ import annotations
 
-import os
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,12 +14,12 @@ from typing import Any
 
 import yaml
 
+from tokenpref._sealed import MANIFEST, fault_of, write_file
 from tokenpref._yaml import read_yaml
 from tokenpref.errors import DataError
 from tokenpref.models.agreement import config_numbers
 from tokenpref.training.config.fields import Component
 from tokenpref.training.loading.models import ModelMaker, weights_digest
-from tokenpref.training.saving.checkpoints import MANIFEST, fault_of
 
 __all__ = ["METHODS", "PAIR_FILE", "SIDES", "ContrastivePair", "PairSide", "read_pair", "write_pair"]
 
@@ -204,9 +203,7 @@ def write_pair(
         **{side: dict(sides[side]) for side in SIDES},
         "config": dict(config),
     }
-    temporary = folder / f"{PAIR_FILE}.tmp"
-    temporary.write_text(yaml.safe_dump(record, sort_keys=False, allow_unicode=True), encoding="utf-8")
-    os.replace(temporary, folder / PAIR_FILE)
+    write_file(folder / PAIR_FILE, yaml.safe_dump(record, sort_keys=False, allow_unicode=True).encode())
 
 
 def read_pair(folder: Path) -> ContrastivePair:

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import json
 import logging
 from pathlib import Path
@@ -13,6 +12,7 @@ from omegaconf import DictConfig, OmegaConf
 
 from tokenpref._files import move_aside, writing
 from tokenpref._paths import resolve_path
+from tokenpref._sealed import SHA256, digest_of
 from tokenpref.data import PreferenceDataset, adapt_tokenizer
 from tokenpref.distributed import init_world
 from tokenpref.errors import DryRun
@@ -109,7 +109,7 @@ class Evaluator:
 
     def _job(self, dataset: PreferenceDataset | None) -> dict[str, Any]:
         """Everything that the results depend on."""
-        config = self.config
+        config, sampling = self.config, self.config.sampling
         readers = (config.checkpointer, config.ref_checkpointer)
 
         def digests() -> list[str | None]:
@@ -123,7 +123,7 @@ class Evaluator:
             "config": OmegaConf.to_container(self._cfg, resolve=True),
             "weights": self.world.together(digests),
             "data": dataset.fingerprint() if dataset is not None else None,
-            "openings": _digest_of(config.sampling.prompts) if config.sampling is not None else None,
+            "openings": digest_of(resolve_path(sampling.prompts), SHA256) if sampling is not None else None,
         }
 
     def _evaluate(self, dataset: PreferenceDataset) -> dict[str, Any]:
@@ -184,7 +184,3 @@ class Evaluator:
         """Leave the process group."""
         if hasattr(self, "world"):
             self.world.close()
-
-
-def _digest_of(path: str) -> str:
-    return hashlib.sha256(resolve_path(path).read_bytes()).hexdigest()

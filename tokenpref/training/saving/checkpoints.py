@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import json
 import logging
 import os
 import shutil
 import sys
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from concurrent.futures import wait as wait_for
 from dataclasses import dataclass, fields
@@ -22,18 +21,18 @@ from torch import Tensor
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tokenpref._files import digest_of, follow_umask, sync, write_json, writing
+from tokenpref._files import follow_umask, sync, write_json, writing
+from tokenpref._sealed import Written, fault_of, read_record, seal, write_file
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import (
     BackgroundWrite,
     World,
-    Written,
     check_sharded,
     load_sharded,
     sharded_state,
     write_sharded,
 )
-from tokenpref.errors import ConfigError
+from tokenpref.errors import ConfigError, DataError
 from tokenpref.training.saving.hyperparameters import (
     Hyperparameters,
     plain,
@@ -42,18 +41,8 @@ from tokenpref.training.saving.hyperparameters import (
     schedule_state,
 )
 
-__all__ = [
-    "MANIFEST",
-    "PROGRESS",
-    "Checkpoints",
-    "Progress",
-    "fault_of",
-    "read_progress",
-    "seal",
-    "step_of",
-]
+__all__ = ["PROGRESS", "Checkpoints", "Progress", "read_progress", "step_of"]
 
-MANIFEST = "manifest.json"
 PROGRESS = "progress.json"
 RANDOM = "random.safetensors"
 LIVE = "live.safetensors"
@@ -203,8 +192,7 @@ class Checkpoints:
         shutil.rmtree(final, ignore_errors=True)
         partial.rename(final)
         sync(self.path)
-        (self.path / f"{LATEST}.tmp").write_text(name + "\n", encoding="utf-8")
-        os.replace(self.path / f"{LATEST}.tmp", self.path / LATEST)
+        write_file(self.path / LATEST, f"{name}\n".encode())
         # A later one is damaged, or the run would have resumed from it. It must not displace a good one.
         former = [folder for folder in self.named() if step_of(folder) < step_of(final)]
         for old in former[: max(0, len(former) + 1 - keep_last)]:
@@ -335,13 +323,11 @@ def read_progress(folder: Path) -> dict[str, Any]:
     """
     file = folder / PROGRESS
     try:
-        record: dict[str, Any] = json.loads(file.read_text(encoding="utf-8"))
-        names = (*(f.name for f in fields(Progress)), "scheduler", "optimizer", "facts")
-        values: dict[str, Any] = {name: record.get(name) for name in names}
-    except (OSError, ValueError, AttributeError, RecursionError) as error:
-        raise ConfigError(
-            f"resume_from_checkpoint: {file} cannot be read ({error}); continue from another checkpoint"
-        ) from error
+        record = read_record(file, "continue from another checkpoint")
+    except DataError as error:
+        raise ConfigError(f"resume_from_checkpoint: {error}") from error
+    names = (*(f.name for f in fields(Progress)), "scheduler", "optimizer", "facts")
+    values = {name: record.get(name) for name in names}
     for name, value in values.items():
         kinds, wanted = _RECORDED.get(name, ((int,), "a whole number"))
         negative = kinds == (int,) and isinstance(value, int) and value < 0
@@ -366,64 +352,6 @@ def _read_tensors(folder: Path, name: str) -> dict[str, Tensor]:
         raise ConfigError(
             f"resume_from_checkpoint: {folder}: {name} cannot be read ({error}); continue from another checkpoint"
         ) from error
-
-
-def seal(folder: Path, written: Mapping[str, Written] | None = None) -> None:
-    """Write a manifest of all files, their sizes and checksums, and sync everything to the disk.
-
-    Args:
-        folder: what is whole now.
-        written: files whose checksums were taken as they were written and that are not read again.
-    """
-    files = {}
-    for file in _files(folder):
-        sync(file)
-        size = file.stat().st_size
-        known = (written or {}).get(file.name)
-        if known is not None and known.size != size:
-            raise OSError(f"{file} has {size} bytes and {known.size} were written to it")
-        files[file.relative_to(folder).as_posix()] = {
-            "bytes": size,
-            "xxh3_128": known.checksum if known is not None else digest_of(file),
-        }
-    write_json(folder / MANIFEST, {"files": files})
-    sync(folder / MANIFEST)
-    sync(folder)
-
-
-def fault_of(folder: Path, *, others: bool = False) -> str | None:
-    """The reason why a folder must not be read as a checkpoint; None if it is sealed and every byte is intact.
-
-    Args:
-        folder: what was sealed.
-        others: whether further files may lie in it, such as those that people add to exported weights.
-    """
-    try:
-        files = json.loads((folder / MANIFEST).read_text(encoding="utf-8"))["files"]
-        sizes = {str(name): (int(entry["bytes"]), str(entry["xxh3_128"])) for name, entry in files.items()}
-    except FileNotFoundError:
-        return f"it has no {MANIFEST}: it was never finished"
-    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError) as error:
-        return f"its {MANIFEST} cannot be read ({type(error).__name__}: {error})"
-    present = (
-        {file.relative_to(folder).as_posix(): file for file in _files(folder)} if folder.is_dir() else {}
-    )
-    if missing := sorted(sizes.keys() - present.keys()):
-        return f"{missing[0]} is missing"
-    surplus = [] if others else sorted(present.keys() - sizes.keys())
-    if surplus:
-        return f"{surplus[0]} does not belong to it"
-    for name, (size, digest) in sizes.items():
-        found = present[name].stat().st_size
-        if found != size:
-            return f"{name} has {found} bytes and was written with {size}"
-        if digest_of(present[name]) != digest:
-            return f"{name} is not what was written (its checksum differs)"
-    return None
-
-
-def _files(folder: Path) -> Iterator[Path]:
-    return (file for file in sorted(folder.rglob("*")) if file.is_file() and file.name != MANIFEST)
 
 
 def step_of(path: Path) -> int:

@@ -5,8 +5,8 @@ from __future__ import annotations
 from pathlib import Path
 from typing import Any
 
+from tokenpref._sealed import fault_of
 from tokenpref.errors import ConfigError
-from tokenpref.training.saving.checkpoints import fault_of
 
 __all__ = ["BEST", "check_exports", "epochs_until", "finished_epochs"]
 

@@ -19,21 +19,14 @@ from omegaconf.errors import OmegaConfBaseException
 from tokenpref import __version__
 from tokenpref._files import move_aside, try_lock, write_json, writing
 from tokenpref._paths import resolve_path
+from tokenpref._sealed import MANIFEST, fault_of, seal
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref._yaml import check_yaml
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
 from tokenpref.training.config.defaults import component_paths, without_defaults
-from tokenpref.training.saving.checkpoints import (
-    MANIFEST,
-    PROGRESS,
-    Checkpoints,
-    fault_of,
-    read_progress,
-    seal,
-    step_of,
-)
+from tokenpref.training.saving.checkpoints import PROGRESS, Checkpoints, read_progress, step_of
 from tokenpref.training.saving.export import describe_export, forget_tied_head
 from tokenpref.training.saving.export_check import BEST, check_exports, epochs_until, finished_epochs
 
