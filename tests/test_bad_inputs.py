@@ -843,6 +843,7 @@ def store_in_place(harm: Prepare) -> Prepare:
 
 
 GOES_ON = (*SCHEDULER, "output_dir=run", "checkpoint_every_n_steps=2", "resume_from_checkpoint=auto")
+MODEL_OF_RUN = ("checkpointer.checkpoint_dir=run/epoch_0", f"checkpointer.checkpoint_files=[{TRAINED}]")
 EXPORTS = [
     Bad("best weights with a flipped bit", "tdpo", f"run/best holds damaged weights: {TRAINED} is not what was written.*remove",
         GOES_ON, ("run",), best(flip(f"run/best/{TRAINED}", 0.9))),
@@ -850,6 +851,15 @@ EXPORTS = [
         best(remove(f"run/best/{TRAINED}"))),
     Bad("best weights without a manifest", "tdpo", "run/best holds damaged weights: it has no manifest.json", GOES_ON, ("run",),
         best(remove(f"run/best/{MANIFEST}"))),
+    Bad("evaluated weights with a flipped bit", "evaluate", f"run/epoch_0 holds damaged weights: {TRAINED} is not what was",
+        MODEL_OF_RUN, ("run",), flip(f"run/epoch_0/{TRAINED}", 0.9)),
+    Bad("reference with a cut file", "evaluate", "checkpointer: run/epoch_0 holds damaged weights: config.json has .*; restore",
+        tuple(f"ref_{word}" for word in MODEL_OF_RUN), ("run",), cut("run/epoch_0/config.json")),
+    Bad("weights to start from with a cut manifest", "tdpo", "run/epoch_0/manifest.json cannot be read .* remove .*manifest.json",
+        MODEL_OF_RUN, ("run",), cut(f"run/epoch_0/{MANIFEST}")),
+    Bad("side of a pair with a flipped bit", "estimate",
+        f"pair's negative side: .*negative/epoch_0 holds damaged weights: {TRAINED} is not what was written", needs=("pair",),
+        prepare=flip(f"pair/negative/epoch_0/{TRAINED}", 0.9)),
     Bad("store to go on with whose record is cut", "estimate", "never/weights/job.json cannot be read .*remove that folder",
         needs=("pair", "store"), prepare=store_in_place(cut("never/weights/job.json"))),
     Bad("store to go on with whose record is harmed", "estimate", "another job .*job.json is not what was written",

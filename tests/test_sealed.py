@@ -11,6 +11,7 @@ from tokenpref._sealed import (
     SHA256,
     Written,
     digest_of,
+    fault_if_sealed,
     fault_of,
     read_files,
     read_record,
@@ -77,6 +78,21 @@ def test_a_file_outside_the_folder_is_not_one_of_its_files(sealed):
 def test_further_files_may_be_allowed(sealed):
     (sealed / "README.md").write_text("a note that somebody added")
     assert fault_of(sealed, others=True) is None
+
+
+@pytest.mark.parametrize(
+    "content", [None, b'{"files": ["model.bin"]}', b'{"manifest_version": 3}', b"\xff\x00"]
+)
+def test_a_folder_from_elsewhere_needs_no_manifest_of_ours(sealed, content):
+    (sealed / "a.bin").write_bytes(b"another model")
+    assert "a.bin" in fault_if_sealed(sealed)
+    if content is None:
+        (sealed / MANIFEST).unlink()
+    else:
+        (sealed / MANIFEST).write_bytes(content)
+    assert fault_if_sealed(sealed) is None
+    (sealed / MANIFEST).write_bytes(b"")
+    assert "manifest.json cannot be read" in fault_if_sealed(sealed)
 
 
 def test_a_file_that_cannot_be_read_is_a_fault(sealed, monkeypatch):

@@ -24,6 +24,7 @@ __all__ = [
     "SHA256",
     "Written",
     "digest_of",
+    "fault_if_sealed",
     "fault_of",
     "read_files",
     "read_record",
@@ -203,6 +204,15 @@ def fault_of(folder: Path, *, others: bool = False) -> str | None:
             return f"{name} {fault}"
     surplus = [] if others else [name for name in present if name not in files]
     return f"{surplus[0]} does not belong to it" if surplus else None
+
+
+def fault_if_sealed(folder: Path) -> str | None:
+    """:func:`fault_of` for a folder that may come from elsewhere, such as a model's: it needs no manifest of ours."""
+    manifest = folder / MANIFEST
+    content = manifest.read_bytes() if manifest.is_file() else b"{}"
+    # Other programs write files of this name too, in formats of their own.
+    ours = not content or XXH3.encode() in content
+    return fault_of(folder, others=True) if ours else None
 
 
 def _files(folder: Path) -> dict[str, Path]:

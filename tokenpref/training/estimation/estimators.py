@@ -230,7 +230,8 @@ class ContrastiveEstimator:
 
         Raises:
             DataError: if model, checkpointer or tokenizer are not the pair's.
-            ConfigError: if a side's config.json describes another model, or a sequence or token id does not fit it.
+            ConfigError: if a file of a side is not as it was written, a side's config.json describes another model, or a sequence
+                or token id does not fit it.
         """
         model, base = config.runs("a contrastive pair")
         maker = ModelMaker(config, world, model=model)
@@ -250,8 +251,6 @@ class ContrastiveEstimator:
         """
         model, base = config.runs("a contrastive pair")
         self._dataset, self._pad_id, self._device = dataset, tokenizer.pad_id, world.device
-        # Both sides before a weight of either is read.
-        world.together(lambda: self.pair.check_weights() if world.is_main else None)
         maker = ModelMaker(config, world, model=model)
         positive, negative = (self.pair.reader(side, base) for side in self.pair.sides)
         self._positive = maker.side(positive, positive.key)

@@ -14,7 +14,7 @@ from typing import Any
 
 import yaml
 
-from tokenpref._sealed import MANIFEST, fault_of, write_file
+from tokenpref._sealed import write_file
 from tokenpref._yaml import read_yaml
 from tokenpref.errors import DataError
 from tokenpref.models.agreement import config_numbers
@@ -151,21 +151,6 @@ class ContrastivePair:
                 f"{self.folder}: the pair was built from another base model ({there!s:.200}, here {here!s:.200}); set "
                 "checkpointer to the pair's, or build the pair again"
             )
-
-    def check_weights(self) -> None:
-        """Compare the sides' own weights with their manifests.
-
-        Raises:
-            DataError: if a file is not as it was written.
-        """
-        for side in self.sides.values():
-            folder = side.checkpoint
-            if (
-                folder is not None
-                and (folder / MANIFEST).is_file()
-                and (fault := fault_of(folder, others=True))
-            ):
-                raise DataError(f"{folder}: {fault}; restore it from a copy, or build the pair again")
 
 
 def base_digest(base: Component) -> str | None:

@@ -14,6 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tokenpref._memory import free_memory
 from tokenpref._paths import resolve_path
+from tokenpref._sealed import MANIFEST, fault_if_sealed
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.data.samples import read_openings
@@ -114,18 +115,15 @@ def preflight(
         Lines for the log: expected memory of a process, disk space, and warnings.
 
     Raises:
-        ConfigError: if the model is not the one that the checkpoint's config.json describes, if float8, activation checkpointing
-            or the data do not fit it, or if the disk has no room for the run's first checkpoint and weights.
+        ConfigError: if a file of weights that a run exported is not as it was written, if the model is not the one that the
+            checkpoint's config.json describes, if float8, activation checkpointing or the data do not fit it, or if the disk has
+            no room for the run's first checkpoint and weights.
     """
     model, world_size, device = maker.on_meta(), maker.world.size, maker.world.device
     check_model(config.compute(trainable=True), model)
     longest = max(int(data.lengths().max()) for data in (dataset, dataset_val) if data is not None)
-    notes = [
-        note
-        for reader in (config.checkpointer, config.ref_checkpointer)
-        if reader is not None
-        for note in check_architecture(reader, config.model, model, key=reader.key, longest=longest)
-    ]
+    readers = {r.key: r for r in (config.checkpointer, config.ref_checkpointer) if r is not None}
+    notes = _check_folders(readers, config.model, model, longest)
     for data, component in ((dataset, config.dataset), (dataset_val, config.dataset_val)):
         if data is not None and component is not None:
             check_data_fits(data, component, model)
@@ -182,19 +180,15 @@ def check_scored(
         openings: text file of prompts that are sampled from, if any.
 
     Raises:
-        ConfigError: if the model is not the one that a checkpoint's config.json describes, or the data or a token id does not
-            fit it.
+        ConfigError: if a file of weights that a run exported is not as it was written, if the model is not the one that a
+            checkpoint's config.json describes, or if the data or a token id does not fit it.
     """
     decoder, world = maker.on_meta(), maker.world
     longest = int(data[0].lengths().max()) if data is not None else None
 
     def check() -> list[str]:
         # The main process alone reads checkpoints; other nodes need not have the files.
-        return [
-            note
-            for key, reader in (readers.items() if world.is_main else ())
-            for note in check_architecture(reader, maker.model, decoder, key=key, longest=longest)
-        ]
+        return _check_folders(readers, maker.model, decoder, longest) if world.is_main else []
 
     lines = world.together(check)
     if data is not None:
@@ -202,6 +196,24 @@ def check_scored(
     padding = world.together(lambda: check_token_ids(tokenizer, maker.vocabulary, openings=openings))
     for line in [*lines, *([padding] if padding else [])] if world.is_main else []:
         log.info(line)
+
+
+def _check_folders(
+    readers: Mapping[str, Component], model: Component, decoder: TransformerDecoder, longest: int | None
+) -> list[str]:
+    """Check the folders that weights come from, by their names in messages; see :func:`check_architecture`."""
+    folders = {Path(str(reader.kwargs.get("checkpoint_dir", ""))): key for key, reader in readers.items()}
+    for folder, key in folders.items():
+        if fault := fault_if_sealed(folder):
+            raise ConfigError(
+                f"{key}: {folder} holds damaged weights: {fault}; restore the folder from a copy, or make it again. If you "
+                f"changed that file yourself, remove {folder / MANIFEST}"
+            )
+    return [
+        note
+        for key, reader in readers.items()
+        for note in check_architecture(reader, model, decoder, key=key, longest=longest)
+    ]
 
 
 def _cache_lines(
