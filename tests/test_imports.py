@@ -7,7 +7,9 @@ import importlib.metadata
 import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Mapping
+from functools import cache
+from graphlib import CycleError, TopologicalSorter
 from pathlib import Path
 
 import pytest
@@ -29,6 +31,18 @@ LAYERS = (
     {"cli"},
 )
 LEVEL = {part: level for level, parts in enumerate(LAYERS) for part in parts}
+# The same for the rooms (folders and files) of tokenpref/training/.
+ROOMS = (
+    {"config", "schedule", "signals"},
+    {"recipe", "step", "saving"},
+    {"credit", "loading"},
+    {"evaluation"},
+    {"run"},
+    {"trainer"},
+    {"estimation"},
+    {"__init__"},
+)
+ROOM_LEVEL = {room: level for level, rooms in enumerate(ROOMS) for room in rooms}
 # Mathematics: functions of tensors, which know neither configs nor files nor the model library.
 MATHEMATICS = {"stats", "ops", "losses", "weights"}
 MATHEMATICS_MAY_IMPORT = {"stats", "errors", "_checks", "_memory"}
@@ -41,28 +55,64 @@ def part_of(file: Path) -> str:
     return file.relative_to(ROOT / "tokenpref").parts[0].removesuffix(".py")
 
 
-def imports(source: str) -> Iterator[str]:
+def room_of(file: Path) -> str:
+    return file.relative_to(ROOT / "tokenpref" / "training").parts[0].removesuffix(".py")
+
+
+TRAINING = [file for file in PACKAGE if part_of(file) == "training"]
+
+
+@cache
+def imports(source: str) -> frozenset[str]:
     """Dotted names that a source text imports, anywhere in it, ``from a import b`` as ``a.b``."""
+    found: set[str] = set()
     for node in ast.walk(ast.parse(source)):
         if isinstance(node, ast.Import):
-            yield from (alias.name for alias in node.names)
+            found |= {alias.name for alias in node.names}
         elif isinstance(node, ast.ImportFrom):
             assert node.level == 0, f"line {node.lineno}: write imports from the package's root"
-            yield from (f"{node.module}.{alias.name}" for alias in node.names)
+            found |= {f"{node.module}.{alias.name}" for alias in node.names}
+    return frozenset(found)
+
+
+@cache
+def attributes(source: str) -> frozenset[str]:
+    """Dotted names that a source text reaches as attributes."""
+    return frozenset(ast.unparse(n) for n in ast.walk(ast.parse(source)) if isinstance(n, ast.Attribute))
 
 
 def uses(source: str, name: str) -> bool:
     """True when a source text imports ``name`` or something below it, or reaches it as an attribute."""
     if any(f"{found}.".startswith(f"{name}.") for found in imports(source)):
         return True
-    attributes = (node for node in ast.walk(ast.parse(source)) if isinstance(node, ast.Attribute))
-    return "." in name and any(ast.unparse(node) == name for node in attributes)
+    return "." in name and name in attributes(source)
 
 
 def parts_imported(file: Path) -> set[str]:
     """Parts of tokenpref that a file imports. ``from tokenpref import __version__`` is its ``__init__``."""
     names = (name.split(".") for name in imports(file.read_text()) if name.split(".")[0] == "tokenpref")
     return {path[1] if len(path) > 1 and path[1] in LEVEL else "__init__" for path in names}
+
+
+def rooms_imported(file: Path) -> set[str]:
+    """Rooms of tokenpref.training that a file imports. ``from tokenpref.training import PreferenceTrainer`` is ``__init__``."""
+    names = (name.split(".") for name in imports(file.read_text()))
+    found = {path[2] if len(path) > 2 else "" for path in names if path[:2] == ["tokenpref", "training"]}
+    return {room if room in ROOM_LEVEL else "__init__" for room in found}
+
+
+def circle(sources: Mapping[str, str]) -> list[str]:
+    """Modules that import each other in a circle, from their dotted names and source texts; none if there is no circle."""
+    graph: dict[str, set[str]] = {}
+    for module, source in sources.items():
+        # ``from package import name`` is the module of that name if there is one, and otherwise the package.
+        names = {name if name in sources else name.rpartition(".")[0] for name in imports(source)}
+        graph[module] = names & sources.keys() - {module}
+    try:
+        TopologicalSorter(graph).prepare()
+    except CycleError as error:
+        return list(error.args[1])
+    return []
 
 
 def shown(files: list[Path]) -> list[str]:
@@ -90,6 +140,8 @@ def test_every_part_has_its_place():
     assert RECIPES
     unknown = {part_of(file) for file in PACKAGE} - set(LEVEL)
     assert not unknown, f"give {unknown} a line in LAYERS and a line in CONTRIBUTING.md"
+    unknown = {room_of(file) for file in TRAINING} - set(ROOM_LEVEL)
+    assert not unknown, f"give {unknown} a line in ROOMS and a line in CONTRIBUTING.md"
 
 
 @pytest.mark.parametrize("file", PACKAGE, ids=shown(PACKAGE))
@@ -100,6 +152,33 @@ def test_imports_run_one_way(file):
     if part in MATHEMATICS:
         further = parts_imported(file) - MATHEMATICS_MAY_IMPORT - {part}
         assert not further, f"{part} works on tensors alone and may not import {further}"
+
+
+@pytest.mark.parametrize("file", TRAINING, ids=shown(TRAINING))
+def test_rooms_of_training_import_one_way(file):
+    room = room_of(file)
+    above = {other for other in rooms_imported(file) - {room} if ROOM_LEVEL[other] >= ROOM_LEVEL[room]}
+    assert not above, f"training/{room} may not import {above}"
+
+
+@pytest.mark.parametrize(
+    ("a", "b", "c", "found"),
+    [
+        ("import p.b", "import p.c", "import torch", set()),
+        ("import p.b", "from p.c import function", "def f():\n    from p import a", {"p.a", "p.b", "p.c"}),
+        ("from p.a import itself", "import p.c", "from p.b import x", {"p.b", "p.c"}),
+        ("from p import name", "", "", {"p", "p.a"}),
+    ],
+)
+def test_circles_are_found(a, b, c, found):
+    assert set(circle({"p": "from p.a import A", "p.a": a, "p.b": b, "p.c": c})) == found
+
+
+def test_no_modules_import_each_other():
+    names = [".".join(file.relative_to(ROOT).with_suffix("").parts) for file in PACKAGE]
+    sources = [file.read_text() for file in PACKAGE]
+    found = circle(dict(zip((name.removesuffix(".__init__") for name in names), sources, strict=True)))
+    assert not found, f"open this circle: {' imports '.join(found)}"
 
 
 @pytest.mark.parametrize(
