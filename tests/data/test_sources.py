@@ -77,6 +77,20 @@ def test_folder_chooses_by_split(tmp_path, write_jsonl):
         load_rows(str(folder), split="test")
 
 
+def test_a_folder_of_everything_is_not_searched(tmp_path, monkeypatch):
+    """Such as a home directory."""
+    for number in range(4):
+        (tmp_path / "deep" / str(number)).mkdir(parents=True)
+    monkeypatch.setattr(sources, "_MOST_ENTRIES", 5)
+    with pytest.raises(DataError, match="holds no data file"):
+        load_rows(str(tmp_path))
+    (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
+    with pytest.raises(
+        DataError, match=f"{tmp_path} holds more than 5 files and folders.*; set source to the folder"
+    ):
+        load_rows(str(tmp_path))
+
+
 def test_paths_resolve_against_the_current_directory_and_the_package(write_jsonl, tmp_path, monkeypatch):
     write_jsonl(ROWS)
     monkeypatch.chdir(tmp_path)

@@ -32,6 +32,8 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # Files in `save_to_disk` and Hugging Face folders that are not data.
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "metadata.json"}
 _TABLE_FILE = "rows.arrow"
+# Files and folders in a folder of data. A home directory may hold millions, and to search them would take minutes.
+_MOST_ENTRIES = 100_000
 
 
 @dataclass(frozen=True)
@@ -226,10 +228,28 @@ def _load_folder(folder: Path, split: Split, cache: DataCache | None) -> Rows:
         return _load_saved([folder / name for name in split.names], folder, split)
     if (folder / "state.json").is_file():
         return _load_saved([folder], folder, _one_name(split, folder))
-    found = sorted(p for p in folder.rglob("*") if format_of(p) is not None and p.name not in _NOT_DATA)
+    found = _data_files(folder)
     if not found:
         raise DataError(f"{folder} holds no data file ({', '.join(FORMAT_OF_SUFFIX)})")
     return _load_groups({name: _files_of(name, found, folder) for name in split.names}, None, split, cache)
+
+
+def _data_files(folder: Path) -> list[Path]:
+    """The data files in a folder and the folders below it, sorted.
+
+    Raises:
+        DataError: if the folder holds too many files to be a folder of data.
+    """
+    found = []
+    for count, path in enumerate(folder.rglob("*")):
+        if count == _MOST_ENTRIES:
+            raise DataError(
+                f"{folder} holds more than {_MOST_ENTRIES:,} files and folders, so it is not searched for data; set source to "
+                "the folder or the file that holds the data"
+            )
+        if format_of(path) is not None and path.name not in _NOT_DATA:
+            found.append(path)
+    return sorted(found)
 
 
 def _files_of(split: str, found: Sequence[Path], folder: Path) -> list[Path]:
