@@ -1,4 +1,4 @@
-"""The layouts in which people keep preference pairs, read into one."""
+"""Reads preference pairs in the layouts that people use into one common form."""
 
 from __future__ import annotations
 
@@ -30,10 +30,10 @@ __all__ = [
 ]
 
 FORMATS = ("explicit", "implicit", "conversational", "hh", "labelled", "ranked")
-"""What ``format:`` may say besides auto."""
+"""The values of ``format:`` besides auto."""
 
 _PLAIN = ("explicit", "implicit", "conversational", "hh")
-# How names of two answers of one kind end, and names of lists of answers.
+# The ends of two column names that hold two answers of one kind, and the names of columns that hold lists of answers.
 _TWIN = re.compile(r"(?<=.)[_-]?[012abAB]$")
 _LISTS = frozenset(
     {"answers", "responses", "completions", "candidates", "outputs", "generations", "replies", "options"}
@@ -45,7 +45,7 @@ _ANSWERS = {
     "ranked": ("answers", "score", "rank"),
     **dict.fromkeys(_PLAIN, ("chosen", "rejected")),
 }
-# Columns that are used only if they are mapped, since others have the same name.
+# Fields that are read only if column_map names their column, because columns of these names often hold something else.
 _MAPPED_ONLY = ("input", "margin")
 _FIELDS = ("prompt", "chosen", "rejected", "first", "second", "answers", "score", "rank", *OPTIONAL, *_MARKS)
 
@@ -56,20 +56,20 @@ def mapped_columns(
     source: str,
     layout: str = "auto",
 ) -> dict[str, str]:
-    """Which column of the data holds which field.
+    """Find the column of each field.
 
     Args:
         available: the data's columns.
-        column_map: field to column, or to a path such as ``info.post`` or ``completions[].response``; None leaves a column
-            out that would be read by its name.
+        column_map: maps fields to columns, or to paths such as ``info.post`` or ``completions[].response``. None leaves out a
+            column that would otherwise be read because of its name.
         source: the data's name, for messages.
-        layout: the declared format, which says which fields hold the answers.
+        layout: the declared format. It decides which fields hold the answers.
 
     Returns:
-        Field to column, for the fields that the data has.
+        The column of each field that the data has.
 
     Raises:
-        DataError: if a mapped column or one of the answers does not exist, or a key is no field.
+        DataError: if a mapped column or a column of an answer does not exist, or a key of ``column_map`` is not a field.
     """
     column_map = dict(column_map or {})
     found = ", ".join(available)
@@ -104,7 +104,7 @@ def _check_answers(
     source: str,
     available: Sequence[str],
 ) -> None:
-    """Refuse data without its answers, and columns mapped to fields that the format does not have."""
+    """Refuse data that lacks its answers, and a ``column_map`` with fields that the format does not have."""
     found = ", ".join(available)
     stray = [field for field, column in column_map.items() if column is not None and field not in columns]
     if stray:
@@ -124,7 +124,7 @@ def _check_answers(
 
 
 def _other_formats(available: Sequence[str]) -> str:
-    """Which format reads data without chosen and rejected, judged by the names of its columns."""
+    """Suggest a format for data without chosen and rejected, judged by the names of its columns."""
     kinds: dict[str, list[str]] = {}
     for name in available:
         kinds.setdefault(_TWIN.sub("", name), []).append(name)
@@ -147,30 +147,30 @@ def _other_formats(available: Sequence[str]) -> str:
 
 
 def check_format(declared: object) -> None:
-    """Refuse a format that there is not.
+    """Refuse an unknown format.
 
     Raises:
-        DataError: if it is none of :data:`FORMATS`, and not auto.
+        DataError: if it is neither auto nor one of :data:`FORMATS`.
     """
     if declared not in ("auto", *FORMATS):
         raise DataError(f"format must be one of auto, {', '.join(FORMATS)}; got {declared!r}")
 
 
 def detect_format(row: Mapping[str, Any], columns: Mapping[str, str], declared: str, source: str) -> str:
-    """The layout of a data set, judged by one row.
+    """Recognise the layout of a data set from one of its rows.
 
     Args:
-        row: a row that has its fields.
-        columns: field to column, from :func:`mapped_columns`.
-        declared: ``auto`` or explicit, implicit, conversational or hh.
+        row: a row in which no field is missing.
+        columns: the column of each field, from :func:`mapped_columns`.
+        declared: the config's format: ``auto``, ``explicit``, ``implicit``, ``conversational`` or ``hh``.
         source: the data's name, for messages.
 
     Raises:
-        DataError: if ``declared`` is unknown or is not what the row looks like; the message names what was found.
+        DataError: if ``declared`` is unknown, or if the row looks like another format. The message names that format.
     """
     check_format(declared)
     found, why = _looks_like(row, columns)
-    # HH-RLHF text is text with a shared beginning too, so reading it as such is a choice that may be made.
+    # Texts of HH-RLHF share a beginning like implicit ones, so a config may declare them as implicit.
     if declared in ("auto", found) or (declared, found) == ("implicit", "hh"):
         return found if declared == "auto" else declared
     raise DataError(
@@ -197,11 +197,16 @@ def _holds_messages(value: Any) -> bool:
     try:
         return messages_of(value, "") is not None
     except RowFault:
-        return False  # it is text that is refused when it is read
+        return False  # this text is refused later, when the row is read
 
 
 def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -> PairRow:
-    """One row in one layout.
+    """Read one row.
+
+    Args:
+        row: the row.
+        columns: the column of each field, from :func:`mapped_columns`.
+        layout: the data's format.
 
     Raises:
         RowFault: if the row cannot be used.
@@ -213,7 +218,7 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
         prompt, chosen, rejected = conversation(row, columns)
         not_equal(
             chosen, rejected, columns
-        )  # whole messages; the template may write what differs beside the text
+        )  # compares whole messages, because the chat template may render more than their text
     else:
         texts = [checked_text(row, columns[field]) for field in ("chosen", "rejected")]
         for field, text in zip(("chosen", "rejected"), texts, strict=True):
@@ -242,19 +247,19 @@ def parse_row(row: Mapping[str, Any], columns: Mapping[str, str], layout: str) -
 def further_answer(
     row: Mapping[str, Any], column: str, prompt: str | Messages, layout: str
 ) -> str | dict[str, Any]:
-    """Another answer to a row's prompt, from a column laid out like those of the pair.
+    """Read another answer to the prompt of a row's pair, such as an anchor, from a column with the same layout.
 
     Args:
         row: the row.
-        column: where the answer stands.
+        column: the answer's column.
         prompt: the prompt of the row's pair.
-        layout: the pair's format; with ``implicit`` and ``hh`` the column repeats the prompt.
+        layout: the pair's format. With ``implicit`` and ``hh`` the column repeats the prompt.
 
     Returns:
-        Text, or the assistant's message; its text may be empty.
+        The answer as text or as the assistant's message. Its text may be empty.
 
     Raises:
-        RowFault: if the column has no value, or one of another layout or to another prompt.
+        RowFault: if the column has no value, a value of another layout, or an answer to another prompt.
     """
     if layout == "conversational":
         messages = side_messages(row, column)
@@ -284,7 +289,7 @@ def _split_texts(
 
 def _mark(row: Mapping[str, Any], columns: Mapping[str, str], field: str) -> bool | None:
     value = row[columns[field]] if field in columns else None
-    if isinstance(value, str):  # as CSV files keep it
+    if isinstance(value, str):  # CSV files hold text only
         value = {"true": True, "false": False, "": None}.get(value.strip().lower(), value)
     if value is not None and not isinstance(value, bool):
         raise RowFault("wrong type", columns[field], f"must be true or false, found {repr(value)[:60]}")

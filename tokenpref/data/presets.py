@@ -1,4 +1,4 @@
-"""Layouts of data sets that people use, by name."""
+"""Named layouts of well-known data sets."""
 
 from __future__ import annotations
 
@@ -12,22 +12,22 @@ from tokenpref.errors import ConfigError
 __all__ = ["OPTIONAL", "PRESETS", "Preset", "fitting_presets", "preset_named"]
 
 OPTIONAL = ("system", "history", "tools", "input", "margin")
-"""Fields that a preset names and a data set may lack."""
+"""Fields of a preset that a data set need not have."""
 
 
 @dataclass(frozen=True)
 class Preset:
-    """How a known data set is laid out.
+    """The layout of a known data set.
 
     Attributes:
-        data: names of such data sets.
-        format: as in :func:`tokenpref.data.preference_dataset`.
-        column_map: likewise.
-        labels: likewise.
+        data: names of the data sets that have this layout.
+        format: the ``format`` of :func:`tokenpref.data.preference_dataset`.
+        column_map: its ``column_map``.
+        labels: its ``labels``.
         as_messages: whether text is read as messages.
-        complete: whether answers of text rows end where they end in the data, so that they get EOS.
-        after_prompt: text between a text prompt and the answers.
-        telling: whether its columns tell the data set from others, so that ``auto`` may name the preset.
+        complete: whether answers that are plain text are complete, and therefore end with EOS.
+        after_prompt: text that is inserted between a prompt of plain text and its answers.
+        telling: whether the names of its columns distinguish the data set from others, so that ``auto`` may suggest the preset.
     """
 
     data: str
@@ -40,7 +40,7 @@ class Preset:
     telling: bool = True
 
     def columns(self) -> set[str]:
-        """Paths that every row of this layout has."""
+        """The column paths that every row of this layout has."""
         paths = {path for field, path in self.column_map.items() if field not in OPTIONAL}
         return paths | ({self.labels["column"]} if self.labels else set())
 
@@ -56,7 +56,7 @@ def _pku(column: str) -> Preset:
 
 
 def _messages(data: str) -> Preset:
-    """Lists of messages in ``chosen`` and ``rejected``, which ``auto`` reads too."""
+    """A layout with lists of messages in ``chosen`` and ``rejected``, which ``auto`` reads as well."""
     return Preset(data, "conversational", {"chosen": "chosen", "rejected": "rejected"}, telling=False)
 
 
@@ -153,14 +153,14 @@ PRESETS: dict[str, Preset] = {
     "dpo_mix": _messages("argilla/dpo-mix-7k, mlabonne/orpo-dpo-mix-40k"),
     "ultrafeedback_binarized": _messages("HuggingFaceH4/ultrafeedback_binarized and its cleaned forms"),
 }
-"""Name to layout."""
+"""The layouts by name."""
 
 
 def preset_named(name: object) -> Preset:
-    """The preset of a name.
+    """Look up a preset.
 
     Raises:
-        ConfigError: if there is none.
+        ConfigError: if there is no preset of that name.
     """
     if not isinstance(name, str) or name not in PRESETS:
         raise ConfigError(f"preset must be one of {', '.join(PRESETS)}, got {name!r}")
@@ -168,7 +168,7 @@ def preset_named(name: object) -> Preset:
 
 
 def fitting_presets(available: Collection[str]) -> list[str]:
-    """Names of the presets whose columns the data has, judged by the columns alone."""
+    """Names of the presets whose columns the data has. Only the names of columns are compared."""
     return [
         name
         for name, preset in PRESETS.items()

@@ -1,9 +1,9 @@
-"""What a reference says of a data set, on disk: a log-probability or the last hidden state for every answer token.
+"""The results of a reference on a data set, on disk: a log-probability or the last hidden state of every answer token.
 
-A folder of safetensors shards, for hidden states with the LM head beside them, and ``metadata.json``, which is written last: a
-folder without it is unfinished and can be continued. The name of a shard ends with the checksum of its bytes, so that also the
-shards of an unfinished folder can be told from damaged ones. What makes the numbers (model, weights, data) is a part of the
-folder's name: another reference, or the same one over other data, has a folder of its own.
+A store is a folder of safetensors shards. With hidden states it also holds the LM head. ``metadata.json`` is written last, so a
+folder without it is unfinished and can be continued. The name of a shard ends with the checksum of its bytes, so that damaged
+shards of an unfinished folder are recognised too. The name of the folder depends on everything that determines the numbers
+(model, weights, data), so another reference, or the same one on other data, has another folder.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ from tokenpref.stats import SIDES
 __all__ = ["STORED_KINDS", "ReferenceStore", "ReferenceWriter", "StoreLayout", "StoredAnswers"]
 
 STORED_KINDS = ("logps", "hidden")
-"""Log-probabilities, one number a token; or last hidden states, D numbers a token, from which a KL can be made."""
+"""Log-probabilities, one number per token, or last hidden states, D numbers per token, from which a KL can be computed."""
 
 log = logging.getLogger("tokenpref")
 
 FORMAT = "tokenpref-reference/1"
 METADATA, JOB, LOCK = "metadata.json", "job.json", ".lock"
 VALUES, HEAD = "values", "head"
-# Many shards, so that many processes share the work, and small ones, so that a killed build loses little; but enough pairs
-# in each for a forward that is worth its while.
+# Many shards can be shared among many processes, and of small shards a killed build loses little. But a shard has enough pairs
+# for an efficient forward pass.
 _SHARDS, _FEWEST_PAIRS, _MOST_PAIRS = 64, 8, 64
 _OPEN_SHARDS = 64
 _NAMES_OF_DTYPES = {"float64": "F64", "float32": "F32", "bfloat16": "BF16"}
@@ -52,12 +52,12 @@ _AGAIN = "remove it and start again: missing files are computed again"
 
 @dataclass(frozen=True)
 class StoredAnswers:
-    """The answers of a data set, as far as a store has to know them. Build it with :meth:`of`.
+    """What a store has to know of a data set's answers. Build it with :meth:`of`.
 
     Args:
-        rows: row of each pair in the data's source.
-        lengths: ``[P, 2]``, scored tokens of the chosen and the rejected answer.
-        sequence_tokens: tokens of all sequences, the prompt counted in both answers: what a forward over all of them reads.
+        rows: for each pair, the number of its row in the data's source.
+        lengths: ``[P, 2]``, scored tokens of the chosen and the rejected answer of each pair.
+        sequence_tokens: tokens of all sequences that the reference reads. The prompt counts for both answers.
     """
 
     rows: Sequence[int]
@@ -92,13 +92,13 @@ class StoredAnswers:
 
 @dataclass(frozen=True)
 class StoreLayout:
-    """Where a store lies and how it is cut; a function of what it holds, so that any number of processes agrees.
+    """The folder of a store and its division into shards. It depends on the content only, so all processes agree on it.
 
     Args:
         folder: holds the stores of several references and data sets.
-        kind: of :data:`STORED_KINDS`.
-        job: everything that would change the numbers, as plain data.
-        answers: of the data set.
+        kind: what is stored, one of :data:`STORED_KINDS`.
+        job: everything that the numbers depend on, as plain data.
+        answers: the answers of the data set.
     """
 
     folder: Path
@@ -117,7 +117,7 @@ class StoreLayout:
 
     @cached_property
     def record(self) -> dict[str, Any]:
-        """What is compared when the store is opened."""
+        """The entries of ``metadata.json`` that are compared when the store is opened."""
         record = {
             "format": FORMAT,
             "kind": self.kind,
@@ -126,46 +126,46 @@ class StoreLayout:
             "tokens": self.answers.tokens,
             "shard_pairs": self.shard_pairs,
         }
-        # Through JSON: what a config may hold beside plain data is described as text, as it will be read.
+        # Converted to JSON and back, because values of a config that are not plain data are read back as text.
         plain: dict[str, Any] = json.loads(json.dumps(record, default=str))
         return plain
 
     @property
     def shard_pairs(self) -> int:
-        """Pairs in a shard; the last one may have fewer."""
+        """The number of pairs in a shard. The last shard may have fewer."""
         return min(max(-(-len(self.answers.rows) // _SHARDS), _FEWEST_PAIRS), _MOST_PAIRS)
 
     @property
     def shards(self) -> int:
-        """How many shards make the store complete."""
+        """The number of shards of the complete store."""
         return -(-len(self.answers.rows) // self.shard_pairs)
 
     def pairs(self, shard: int) -> range:
-        """Positions of a shard's pairs in the data set."""
+        """The positions of a shard's pairs in the data set."""
         return range(shard * self.shard_pairs, min((shard + 1) * self.shard_pairs, len(self.answers.rows)))
 
     @property
     def stems(self) -> list[str]:
-        """Names of the files that make the store complete, without checksums."""
+        """The names of the files of the complete store, without their checksums."""
         return [_stem(n) for n in range(self.shards)] + ([HEAD] if self.kind == "hidden" else [])
 
     def found(self) -> dict[str, Path]:
-        """The files that are there already, by their stem."""
+        """The files that exist, by their name without checksum."""
         files = sorted(self.path.glob("*-*.safetensors"))
         by_stem = {file.name.rpartition("-")[0]: file for file in files}
         return {stem: by_stem[stem] for stem in self.stems if stem in by_stem}
 
     def missing(self) -> list[int]:
-        """Shards that are not there yet."""
+        """The shards that do not exist yet."""
         found = self.found()
         return [n for n in range(self.shards) if _stem(n) not in found]
 
     def is_complete(self) -> bool:
-        """Whether every file is there, and the seal."""
+        """Whether all files and ``metadata.json`` exist."""
         return (self.path / METADATA).is_file() and len(self.found()) == len(self.stems)
 
     def refuse_if_locked(self) -> None:
-        """Find out early that another process is at work here.
+        """Check early that no other process is writing the store.
 
         Raises:
             ConfigError: if one is.
@@ -188,15 +188,15 @@ def _stem(shard: int) -> str:
 
 
 def _digest_in(name: str) -> str:
-    """The checksum in a file's name."""
+    """The checksum that a file's name contains."""
     return name.removesuffix(".safetensors").rpartition("-")[2]
 
 
 class ReferenceWriter:
-    """Writes a store shard by shard; what is there already is kept.
+    """Writes a store shard by shard, and keeps shards that exist already.
 
     Args:
-        layout: of the store.
+        layout: the store's folder and shards.
     """
 
     def __init__(self, layout: StoreLayout) -> None:
@@ -204,10 +204,10 @@ class ReferenceWriter:
         self._lock: int | None = None
 
     def begin(self) -> list[int]:
-        """Make the folder and keep other writers out of it; for the main process.
+        """Create the folder and lock it against other writers. Only the main process calls this.
 
         Returns:
-            Shards to write: those that are not there, or were damaged before the store was finished.
+            The shards to write: those that do not exist, or were damaged before the store was finished.
 
         Raises:
             ConfigError: if another process is writing here.
@@ -226,7 +226,7 @@ class ReferenceWriter:
         return self.layout.missing()
 
     def _drop_damaged(self) -> None:
-        """Remove files that are not as they were written, before an unfinished store goes on; every byte is read."""
+        """Remove the damaged files of an unfinished store before it is continued. Every byte is read."""
         for file in self.layout.found().values():
             if digest_of(file) != _digest_in(file.name):
                 log.warning(f"{file} is not what was written (its checksum differs); it is computed again")
@@ -237,13 +237,13 @@ class ReferenceWriter:
 
         Args:
             shard: its number.
-            answers: for each of its pairs the chosen and the rejected answer, ``[n]`` or ``[n, D]``.
+            answers: the values of the chosen and the rejected answer of each of its pairs, ``[n]`` or ``[n, D]``.
 
         Returns:
-            Name and size of the file.
+            The name of the file and its size in bytes.
 
         Raises:
-            ValueError: if the answers are not as long as the data's.
+            ValueError: if the lengths of the answers are not those of the data.
         """
         wanted = self.layout.answers.lengths[self.layout.pairs(shard)].flatten().tolist()
         lengths = [len(answer) for answer in answers]
@@ -252,7 +252,7 @@ class ReferenceWriter:
         return self._write(_stem(shard), {VALUES: torch.cat(list(answers))})
 
     def write_head(self, weight: Tensor) -> dict[str, int]:
-        """Write the LM head ``[V, D]`` that belongs to hidden states; name and size of the file."""
+        """Write the LM head ``[V, D]`` that belongs to hidden states. Returns the name of the file and its size in bytes."""
         return self._write(HEAD, {VALUES: weight.cpu().contiguous()})
 
     def _write(self, stem: str, tensors: dict[str, Tensor]) -> dict[str, int]:
@@ -262,15 +262,15 @@ class ReferenceWriter:
         return {name: len(content)}
 
     def seal(self, written: Mapping[str, int], *, dtype: torch.dtype, width: int | None) -> None:
-        """Mark the store as complete; for the main process.
+        """Write ``metadata.json``, which marks the store as complete. Only the main process calls this.
 
         Args:
-            written: names and sizes of the files that this start of all processes wrote.
-            dtype: of the values.
+            written: names and sizes of the files that all processes have written since they started.
+            dtype: dtype of the values.
             width: D of hidden states; None for log-probabilities.
 
         Raises:
-            DataError: if shards are missing, such as those that another machine wrote to a disk of its own.
+            DataError: if a shard is missing, for example because another machine wrote it to a disk of its own.
         """
         layout = self.layout
         files = {file.name: file.stat().st_size for file in layout.found().values()} | dict(written)
@@ -281,7 +281,7 @@ class ReferenceWriter:
         write_record(layout.path / METADATA, {**layout.record, VALUES: values, "files": files})
 
     def close(self) -> None:
-        """Let other writers in."""
+        """Unlock the store."""
         if self._lock is not None:
             os.close(self._lock)
             self._lock = None
@@ -290,12 +290,12 @@ class ReferenceWriter:
 class ReferenceStore:
     """A finished store. Build it with :meth:`open`.
 
-    Nothing is held in memory but the places of the answers; what is asked for is read from the disk.
+    Only the positions of the answers are held in memory. Their values are read from the disk when they are needed.
 
     Attributes:
-        layout: where it lies and what it holds.
+        layout: its folder and shards.
         width: D of hidden states; None for log-probabilities.
-        nbytes: of its files.
+        nbytes: bytes of its files.
     """
 
     def __init__(self, layout: StoreLayout, metadata: Mapping[str, Any]) -> None:
@@ -304,22 +304,22 @@ class ReferenceStore:
         self.dtype: torch.dtype = getattr(torch, metadata[VALUES]["dtype"])
         self.nbytes = sum(metadata["files"].values())
         self._files = {name.rpartition("-")[0]: layout.path / name for name in metadata["files"]}
-        # Where each answer begins, in tokens from the beginning of the data; chosen and rejected in turn.
+        # The first token of each answer, counted over the whole data. Chosen and rejected answers alternate.
         self._starts = np.concatenate([[0], layout.answers.lengths.flatten().cumsum()])
         self._positions = {row: position for position, row in enumerate(layout.answers.rows)}
         self._open: OrderedDict[int, Any] = OrderedDict()
 
     @classmethod
     def open(cls, layout: StoreLayout, *, rank: int = 0, world_size: int = 1) -> ReferenceStore:
-        """Open a finished store, and compare every byte with what was written.
+        """Open a finished store, and compare its files with their sizes and checksums.
 
         Args:
-            layout: of the store.
-            rank: this process; the checksums of the shards are shared out.
-            world_size: number of processes.
+            layout: the store's folder and shards.
+            rank: the rank of this process. Each process verifies the checksums of a part of the files.
+            world_size: the number of processes.
 
         Raises:
-            DataError: if it is unfinished, damaged, or of another job; the message names the file.
+            DataError: if the store is unfinished, damaged, or of another job. The message names the file.
         """
         metadata = _read_metadata(layout)
         for number, (name, size) in enumerate(sorted(metadata["files"].items())):
@@ -336,11 +336,11 @@ class ReferenceStore:
 
     @property
     def head_digest(self) -> str:
-        """Checksum of the LM head: equal for stores of one model."""
+        """The checksum of the LM head, which is the same for all stores of a model."""
         return _digest_in(self._files[HEAD].name)
 
     def head_weight(self, device: torch.device | str) -> Tensor:
-        """The LM head ``[V, D]``, on a device and in memory of its own."""
+        """The LM head ``[V, D]`` on a device, as a copy."""
         with self._reader(self._files[HEAD]) as file:
             weight: Tensor = file.get_tensor(VALUES)
         if weight.dtype != self.dtype or weight.dim() != 2 or weight.shape[1] != self.width:
@@ -348,14 +348,18 @@ class ReferenceStore:
                 f"{self._files[HEAD]}: holds {list(weight.shape)} of {weight.dtype}, expected [V, {self.width}] of {self.dtype}; "
                 f"{_AGAIN}"
             )
-        # Out of the file's mapping, whose pages the system may take away at any time.
+        # Copied, because the system may drop the pages of a mapped file at any time.
         return weight.clone() if torch.device(device).type == "cpu" else weight.to(device)
 
     def answer(self, row: int, side: str) -> Tensor:
-        """What is stored of an answer: ``[n]`` log-probabilities, or hidden states ``[n, D]``.
+        """The stored values of an answer: log-probabilities ``[n]`` or hidden states ``[n, D]``.
+
+        Args:
+            row: number of the row in the data's source.
+            side: ``chosen`` or ``rejected``.
 
         Raises:
-            ValueError: for a row or side that the data set does not have.
+            ValueError: if the data set does not have that row or side.
         """
         position = self._positions.get(row)
         if position is None or side not in SIDES:
@@ -369,7 +373,7 @@ class ReferenceStore:
         return values
 
     def _shard(self, number: int) -> Any:
-        """A shard's values as a slice of the file; the last ones used stay open."""
+        """The values of a shard, to be sliced. The files of the shards that were used last stay open."""
         if number in self._open:
             self._open.move_to_end(number)
             return self._open[number][1]
@@ -401,10 +405,10 @@ class ReferenceStore:
 
 
 def _read_metadata(layout: StoreLayout) -> dict[str, Any]:
-    """The seal of a store.
+    """Read and check ``metadata.json``.
 
     Raises:
-        DataError: if it is missing, cannot be read, or is of another store.
+        DataError: if it is missing, cannot be read, or belongs to another store.
     """
     file = layout.path / METADATA
     if not file.is_file():
@@ -420,7 +424,7 @@ def _read_metadata(layout: StoreLayout) -> dict[str, Any]:
 
 
 def _fault_of(metadata: Mapping[str, Any], layout: StoreLayout) -> str | None:
-    """What is wrong with a seal's own entries."""
+    """The reason why the further entries of ``metadata.json`` are wrong; None if they are not."""
     files, values = metadata.get("files"), metadata.get(VALUES)
     dtype, width = (values.get(name) if isinstance(values, dict) else None for name in ("dtype", "width"))
     if dtype not in _NAMES_OF_DTYPES:

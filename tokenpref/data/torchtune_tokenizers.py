@@ -1,4 +1,4 @@
-"""torchtune's tokenizers behind this package's protocol: character spans, BOS rule and conversations."""
+"""Adapts torchtune's tokenizers to this package's protocol: character spans, the rule for BOS, and conversations."""
 
 from __future__ import annotations
 
@@ -25,12 +25,12 @@ _SPACE_MARK = "\u2581"
 
 @dataclass(frozen=True)
 class ChatTokens:
-    """A conversation tokenised by torchtune's own rules.
+    """A conversation that torchtune's tokenizer has tokenised.
 
     Attributes:
         ids: all token ids.
-        start: index of the answer's first token; the header before it belongs to the prompt.
-        spans: characters of ``text`` that each answer token covers.
+        start: index of the answer's first token. The header of the answer's message belongs to the prompt.
+        spans: the characters of ``text`` that each answer token covers.
         text: the answer's text.
         has_eos: whether the answer ends with the token that ends a turn.
     """
@@ -43,7 +43,7 @@ class ChatTokens:
 
 
 class _Codec(Protocol):
-    """Text to ids and back for one family of vocabularies, without BOS and EOS."""
+    """Converts between text and token ids for one family of vocabularies, without BOS and EOS."""
 
     def encode(self, text: str) -> tuple[list[int], list[Span]]: ...
 
@@ -55,9 +55,9 @@ class _Codec(Protocol):
 
 
 def spans_from_bytes(text: str, pieces: Sequence[bytes]) -> list[Span]:
-    """Character spans of byte pieces that together are the UTF-8 encoding of a text.
+    """The character spans of pieces of bytes whose concatenation is a text in UTF-8.
 
-    A piece that ends or begins inside a character covers that whole character.
+    A piece that begins or ends inside a character covers the whole character.
 
     Raises:
         ValueError: if the pieces do not add up to the text.
@@ -84,7 +84,7 @@ def _at(char_of_byte: Sequence[int], position: int) -> int:
 
 
 class _TiktokenCodec:
-    """torchtune's TikTokenBaseTokenizer: special tokens in a text are read as ordinary text."""
+    """Vocabulary of torchtune's TikTokenBaseTokenizer. It reads special tokens in a text as ordinary text."""
 
     def __init__(self, base: Any) -> None:
         self._base = base
@@ -108,7 +108,7 @@ class _TiktokenCodec:
 
 
 class _ByteLevelCodec:
-    """Byte-level BPE from vocab.json and merges.txt: torchtune's Qwen2Tokenizer and GPT2BaseTokenizer."""
+    """Vocabulary of torchtune's Qwen2Tokenizer and GPT2BaseTokenizer: byte-level BPE from vocab.json and merges.txt."""
 
     def __init__(self, base: Any, special_tokens: Mapping[str, int]) -> None:
         self._base = base
@@ -125,7 +125,7 @@ class _ByteLevelCodec:
         composed = unicodedata.normalize("NFC", text)
         if b"".join(pieces) == text.encode("utf-8"):
             return ids, spans_from_bytes(text, pieces)
-        # Qwen's tokenizer composes characters (NFC) first; its spans are taken back to the text as written.
+        # Qwen's tokenizer first composes characters (NFC). Its spans are translated to the text before that.
         origin = _composed_origin(text)
         return ids, [_through(origin, span) for span in spans_from_bytes(composed, pieces)]
 
@@ -143,12 +143,12 @@ class _ByteLevelCodec:
 
 
 def _composed_origin(text: str) -> list[Span]:
-    """For each character of the NFC form of a text, the span of the characters that it was made from."""
+    """For each character of the NFC form of a text, the span of the characters that were composed into it."""
     clusters: list[tuple[int, int, str]] = []  # start, end, composed form
     for i, char in enumerate(text):
         composed = unicodedata.normalize("NFC", char)
         start = i
-        # A character that changes together with what stands before it belongs to one cluster with it.
+        # A character that changes when it is composed with the characters before it belongs to their cluster.
         while (
             clusters
             and unicodedata.normalize("NFC", text[clusters[-1][0] : i + 1]) != clusters[-1][2] + composed
@@ -168,7 +168,7 @@ def _through(origin: Sequence[Span], span: Span) -> Span:
 
 
 class _SentencePieceCodec:
-    """torchtune's SentencePieceBaseTokenizer."""
+    """Vocabulary of torchtune's SentencePieceBaseTokenizer."""
 
     def __init__(self, base: Any) -> None:
         self._model = base.spm_model
@@ -180,7 +180,7 @@ class _SentencePieceCodec:
         spans, position, pending = [], 0, 0
         for token_id, piece in zip(ids, pieces, strict=True):
             if self._model.is_byte(token_id):
-                # The first byte of a UTF-8 character says how many bytes it has; all of them cover that character.
+                # The first byte of a UTF-8 character tells how many bytes it has. Each of them covers that character.
                 pending = pending or _utf8_length(int(piece[3:5], 16))
                 spans.append((origin[position], origin[position + 1]))
                 pending -= 1
@@ -217,10 +217,10 @@ def _utf8_length(first_byte: int) -> int:
 
 
 class TorchtuneTokenizer:
-    """A torchtune tokenizer as this package uses it.
+    """A torchtune tokenizer with the protocol of this package.
 
-    Plain text goes through the tokenizer's own ``encode``, a conversation through its ``tokenize_messages`` (its prompt
-    template and special tokens included). Its ``max_seq_len`` is ignored: the data set truncates, and counts what it cut.
+    The tokenizer's own ``encode`` tokenises plain text, and its ``tokenize_messages`` tokenises conversations, with its prompt
+    template and special tokens. Its ``max_seq_len`` is ignored, because the data set truncates and counts what it cut.
 
     Args:
         tokenizer: the torchtune tokenizer.
@@ -248,7 +248,7 @@ class TorchtuneTokenizer:
         self.has_chat = hasattr(tokenizer, "tokenize_messages")
 
     def encode_with_offsets(self, text: str, add_bos: bool | None = None) -> tuple[list[int], list[Span]]:
-        """See :class:`~tokenpref.data.tokenizers.Tokenizer`; None adds BOS when the tokenizer has one, as torchtune does.
+        """See :class:`~tokenpref.data.tokenizers.Tokenizer`. None adds BOS if the tokenizer has one, as torchtune does.
 
         Raises:
             ConfigError: if ``add_bos`` is True and the tokenizer has no BOS token.
@@ -266,14 +266,14 @@ class TorchtuneTokenizer:
         return ids, spans
 
     def _written_bos(self, text: str) -> int:
-        """Characters of the BOS that a text begins with; torchtune's tokenizers would read it as ordinary text."""
+        """Length of the BOS that a text begins with, in characters. torchtune's tokenizers would read it as ordinary text."""
         bos = self.decode_special(self.bos_id) if self.bos_id is not None else ""
         return len(bos) if bos and text.startswith(bos) else 0
 
     def decode(self, ids: list[int]) -> str:
-        """See :class:`~tokenpref.data.tokenizers.Tokenizer`; bytes that are no character come out as U+FFFD."""
+        """See :class:`~tokenpref.data.tokenizers.Tokenizer`. Bytes that form no character become U+FFFD."""
         text = b"".join(self._bytes(i) for i in ids if i not in self.special_ids).decode("utf-8", "replace")
-        # SentencePiece models put a space before the first word; it is not part of the text.
+        # SentencePiece models put a space before the first word, which is not part of the text.
         return text[1:] if isinstance(self._codec, _SentencePieceCodec) and text.startswith(" ") else text
 
     def _bytes(self, token_id: int) -> bytes:
@@ -288,11 +288,11 @@ class TorchtuneTokenizer:
     def render_chat(
         self, messages: list[dict], add_generation_prompt: bool, tools: list[dict] | None = None
     ) -> str:
-        """The text of the tokens that torchtune makes of a conversation, special tokens included.
+        """The text of torchtune's tokens for a conversation, with its special tokens.
 
         Raises:
-            ValueError: if there are tools, or messages with calls or reasoning: torchtune's ``tokenize_messages`` has no
-                place for them.
+            ValueError: if there are tools, or messages with calls or reasoning, because torchtune's ``tokenize_messages``
+                cannot render them.
         """
         if tools:
             raise ValueError(f"the row has tools, {self._no_place()}")
@@ -303,19 +303,19 @@ class TorchtuneTokenizer:
         return b"".join(self._bytes(i) for i in ids).decode("utf-8", "replace")
 
     def encode_chat(self, prompt: Sequence[Mapping], answer: Mapping, append_eos: bool) -> ChatTokens:
-        """A conversation with its answer.
+        """Tokenise a conversation with its answer.
 
-        torchtune leaves the header of the assistant's message unmasked; here it counts as prompt, so that the prompt
-        is exactly what the model is given when it generates.
+        torchtune does not mask the header of the assistant's message. Here the header belongs to the prompt, so that the
+        prompt is exactly what the model gets when it generates.
 
         Args:
             prompt: messages before the answer.
             answer: the assistant's message.
-            append_eos: keep the tokens that end the answer's turn.
+            append_eos: whether the answer keeps the tokens that end its turn.
 
         Raises:
             ConfigError: if the tokenizer has no ``tokenize_messages``.
-            ValueError: if a message holds calls or reasoning.
+            ValueError: if a message has calls or reasoning.
         """
         if not self.has_chat:
             raise ConfigError(
@@ -323,7 +323,7 @@ class TorchtuneTokenizer:
                 "model's tokenizer such as torchtune.models.llama3.llama3_tokenizer, or tokenpref.data.tokenizer_json"
             )
         ids, mask = self._tokenize([*prompt, answer], masked=len(prompt), end=True)
-        # What stays when the content is another one is the header.
+        # The tokens that stay the same with another content are the header.
         probe, _ = self._tokenize(
             [*prompt, {**answer, "content": "" if answer["content"] else "a"}], len(prompt), end=True
         )
@@ -372,7 +372,7 @@ class TorchtuneTokenizer:
         return method(built, **({flag: end} if flag else {}))
 
     def _without_end(self, ids: list[int]) -> list[int]:
-        """The answer without the special tokens that end it, and without white space between and after those."""
+        """The answer without the special tokens at its end, and without white space between and after them."""
         keep = index = len(ids)
         while index > 0:
             index -= 1
@@ -383,7 +383,7 @@ class TorchtuneTokenizer:
         return ids[:keep]
 
     def _through_end(self, ids: list[int]) -> list[int]:
-        """The answer up to its last special token, if only white space follows that."""
+        """The answer up to its last special token, if only white space follows it."""
         for index in range(len(ids), 0, -1):
             if ids[index - 1] in self.special_ids:
                 return ids[:index]
@@ -392,7 +392,7 @@ class TorchtuneTokenizer:
         return ids
 
     def _answer_spans(self, ids: Sequence[int], content: str) -> tuple[list[Span], str]:
-        """Spans in the answer as written; where the tokenizer rewrote it, in what it made of it."""
+        """Spans in the answer as it was written, or in the tokenizer's form of it if the tokenizer rewrote it."""
         pieces = [b"" if i in self.special_ids else self._bytes(i) for i in ids]
         whole = b"".join(pieces)
         for variant in (content, content.strip()):
@@ -435,15 +435,15 @@ def _clipped_spans(pieces: Sequence[bytes], at: int, variant: str, offset: int) 
 
 
 def _usable(token_id: int | None) -> int | None:
-    """SentencePiece says -1 for a token that the model does not have."""
+    """A token id, or None. SentencePiece gives -1 for a token that the model does not have."""
     return None if token_id is None or token_id < 0 else token_id
 
 
 def adapt_torchtune(tokenizer: Any) -> Tokenizer:
-    """This package's tokenizer for one of torchtune's, recognised by its parts.
+    """Adapt one of torchtune's tokenizers, which is recognised by its parts.
 
     Raises:
-        ConfigError: if it is none of torchtune's, or has no EOS token.
+        ConfigError: if it is not a tokenizer of torchtune's, or has no EOS token.
     """
     special = dict(getattr(tokenizer, "special_tokens", None) or {})
     backend = getattr(tokenizer, "tokenizer", None)
@@ -475,7 +475,7 @@ def adapt_torchtune(tokenizer: Any) -> Tokenizer:
 
 
 def _adapt_hugging_face(tokenizer: Any) -> Tokenizer:
-    """torchtune's HuggingFaceBaseTokenizer: the same library and files as ``tokenizer_json``."""
+    """Adapt torchtune's HuggingFaceBaseTokenizer, which uses the same library and files as ``tokenizer_json``."""
     backend = tokenizer.tokenizer
     config = tokenizer.config or {}
     pad = config.get("pad_token")

@@ -1,11 +1,11 @@
-"""The weight store: raw scores of every answer token on disk, so that transforms can change without a model.
+"""The weight store: the raw scores of every answer token on disk, so that transforms can change without a model.
 
-A folder of Parquet shards and ``metadata.json``, which is written last: a folder without it is unfinished. It has the sizes
-and checksums of the shards, so that a damaged one is never read. They are taken when a shard is written and kept in
-``shards.jsonl``, one line a shard, so that an unfinished store is never continued over a damaged shard.
+A store is a folder of Parquet shards. ``metadata.json`` is written last, so a folder without it is unfinished. It contains the
+sizes and checksums of the shards, so that a damaged shard is never read. Each checksum is computed when its shard is written,
+and recorded at once as a line of ``shards.jsonl``, so that an unfinished store is never continued over a damaged shard.
 
 Each row holds a hash of the training token ids that the scores belong to, the scores of both answers, and the texts with each
-token's characters, so that a row can be read without the data or the tokenizer.
+token's characters. A row can therefore be read without the data or the tokenizer.
 """
 
 from __future__ import annotations
@@ -43,12 +43,12 @@ FORMAT = "tokenpref-weights/1"
 METADATA, JOB, WRITTEN = "metadata.json", "job.json", "shards.jsonl"
 CHECKSUM, CHANGED = "checksum", "is not what was written (its checksum differs)"
 _AGAIN = "estimate the weights again"
-# Of a column in a shard: a gigabyte of scores.
+# The largest column of a shard: a gigabyte of scores.
 _MOST_VALUES = 1 << 28
 _MOST_BYTES = 1 << 30
 
 _SCORES = datasets.Sequence(datasets.Value("float32"))
-_SPANS = datasets.Sequence(datasets.Value("int32"))  # start and end in turn
+_SPANS = datasets.Sequence(datasets.Value("int32"))  # starts and ends alternate
 _FEATURES = datasets.Features(
     {
         "row": datasets.Value("int64"),
@@ -66,20 +66,20 @@ _FEATURES = datasets.Features(
 
 @dataclass(frozen=True)
 class StoredRow:
-    """Scores of one pair.
+    """The scores of one pair.
 
     Args:
-        row: row in the data's source.
+        row: number of the row in the data's source.
         key: hash of the training token ids (``PairExample.key``).
-        prompt: text before the answers.
+        prompt: the text before the answers.
         chosen_text: text of the chosen answer.
         rejected_text: text of the rejected answer.
-        chosen: float32 raw scores, one for each token of the chosen answer; of kind "log_ratio" they are
-            log pi+ - log pi- on both sides.
-        rejected: likewise.
-        chosen_spans: characters of the answer's text that each token covers; an empty span for EOS. Tokens that are
-            parts of one character all have that character's span.
-        rejected_spans: likewise.
+        chosen: ``[n]`` float32, the raw scores of the chosen answer's tokens. Scores of kind "log_ratio" are log pi+ - log pi-
+            for both answers.
+        rejected: the raw scores of the rejected answer's tokens.
+        chosen_spans: for each token, the characters of the chosen answer's text that it covers. The span of EOS is empty.
+            Tokens that are parts of one character all have that character's span.
+        rejected_spans: the same for the rejected answer.
     """
 
     row: int
@@ -94,16 +94,16 @@ class StoredRow:
 
 
 class StoreWriter:
-    """Writes a store shard by shard; a folder that holds shards of the same job already is continued.
+    """Writes a store shard by shard. A folder that already holds shards of the same job is continued.
 
-    A shard counts as written if it is as its checksum says, which was taken before it went to the disk. A damaged one is named in
-    the log and belongs to :meth:`missing`.
+    A shard counts as written if it agrees with its checksum, which was computed before the shard was written. A damaged shard is
+    named in the log and belongs to :meth:`missing`.
 
     Args:
-        path: the store's folder; made if it does not exist.
-        kind: one of :data:`SCORE_KINDS`.
-        job: what the scores are made from, as plain data: everything that would change them.
-        shards: number of shards that make the store complete.
+        path: the store's folder, which is created if it does not exist.
+        kind: the kind of the scores, one of :data:`SCORE_KINDS`.
+        job: everything that the scores depend on, as plain data.
+        shards: the number of shards of the complete store.
 
     Raises:
         DataError: if the folder holds scores of another job, or its record of the job is damaged.
@@ -126,7 +126,7 @@ class StoreWriter:
 
     @staticmethod
     def is_begun(path: Path) -> bool:
-        """Whether a folder holds a store, or a part of one."""
+        """Whether a folder holds a store or a part of one."""
         return (path / JOB).is_file()
 
     def _check_job(self) -> None:
@@ -165,7 +165,7 @@ class StoreWriter:
         return missing
 
     def write(self, shard: int, rows: Sequence[StoredRow]) -> None:
-        """Write a shard; it gets its name only when it is whole and on the disk, and counts when its checksum is there too."""
+        """Write a shard. It gets its name when all of it is on the disk, and counts as written when its checksum is recorded."""
         columns: dict[str, list[Any]] = {name: [] for name in _FEATURES}
         for row in rows:
             for name, column in columns.items():
@@ -186,10 +186,10 @@ class StoreWriter:
             os.fsync(lines.fileno())
 
     def finish(self) -> WeightStore:
-        """Seal the store and open it.
+        """Write ``metadata.json`` and open the store.
 
         Raises:
-            DataError: if shards are missing or damaged; one of them is named.
+            DataError: if a shard is missing or damaged; the first one is named.
         """
         names = [shard_name(shard) for shard in range(self._record["shards"])]
         for name in names:
@@ -238,7 +238,7 @@ class WeightStore:
 
     Attributes:
         path: its folder.
-        metadata: what made it: estimator, tokenizer, template, truncation and data fingerprints.
+        metadata: what the scores were computed from: estimator, tokenizer, template, truncation, and fingerprints of the data.
     """
 
     def __init__(self, path: Path, metadata: dict[str, Any], table: datasets.Dataset) -> None:
@@ -278,13 +278,13 @@ class WeightStore:
                 f"{folder / METADATA} {CHANGED}. The scores are whole, but what it says of their origin may be wrong; "
                 f"{_AGAIN} if in doubt"
             )
-        # Read directly: datasets' own reader would first copy every shard into its cache.
+        # pyarrow reads the shards, because the reader of datasets would first copy each into its cache.
         table = pyarrow.concat_tables([_read_shard(file) for file in files])
         return cls(folder, metadata, datasets.Dataset(table))
 
     @property
     def kind(self) -> str:
-        """What the scores are, one of :data:`SCORE_KINDS`."""
+        """The kind of the scores, one of :data:`SCORE_KINDS`."""
         return str(self.metadata["kind"])
 
     def __len__(self) -> int:
@@ -302,19 +302,19 @@ class WeightStore:
         return {row: position for position, row in enumerate(self._table["row"])}
 
     def find(self, key: str) -> StoredRow | None:
-        """The row whose training token ids have this hash, if it is there."""
+        """The row whose training token ids have this hash; None if there is none."""
         position = self._by_key.get(key)
         return None if position is None else self._read(position)
 
     def has_row(self, number: int) -> bool:
-        """Whether a row of the data's source is there."""
+        """Whether the store has scores of a row, given by its number in the data's source."""
         return number in self._by_row
 
     def row(self, number: int) -> StoredRow:
-        """A row by its number in the data's source.
+        """A row, by its number in the data's source.
 
         Raises:
-            DataError: if it is not there.
+            DataError: if the store does not have it.
         """
         if number not in self._by_row:
             rows = sorted(self._by_row)
@@ -360,10 +360,11 @@ def _checked_shards(folder: Path, metadata: dict[str, Any]) -> list[Path]:
 
 
 def _read_shard(file: Path) -> pyarrow.Table:
-    """A shard with exactly the columns of a store.
+    """Read a shard, which must have exactly the columns of a store.
 
     Raises:
-        DataError: if it is damaged, or holds something else or absurdly much; then nothing of it has been read.
+        DataError: if it is damaged, has other columns, or declares more values than a shard may have. Its values have not been
+            read then.
     """
     mend = "remove it and run the command that makes the store again"
     wanted = _FEATURES.arrow_schema
@@ -379,7 +380,7 @@ def _read_shard(file: Path) -> pyarrow.Table:
                         f"{file}: column {name!r} holds {kind}, expected {wanted.field(name).type}; {mend}"
                     )
             _check_counts(file, shard.metadata, mend)
-            # Without the file's own description of its columns, which could ask for more than reading numbers.
+            # The description of columns in the file is not used, because it could ask for more than reading numbers.
             table = shard.read(columns=wanted.names).select(wanted.names).cast(wanted)
     except (pyarrow.ArrowException, OSError) as error:
         raise DataError(f"{file}: the shard cannot be read ({error}); {mend}") from error
@@ -408,7 +409,7 @@ def _check_counts(file: Path, metadata: Any, mend: str) -> None:
 
 
 def _same_type(one: Any, other: Any) -> bool:
-    """Whether two columns hold the same; what the elements of a list are called does not matter."""
+    """Whether two columns have the same type. The name that Arrow gives to the elements of a list does not matter."""
     if pyarrow.types.is_list(one) and pyarrow.types.is_list(other):
         return bool(one.value_type == other.value_type)
     return bool(one == other)
@@ -421,7 +422,7 @@ def shard_name(number: int) -> str:
 
 @contextmanager
 def _no_progress_bar() -> Iterator[None]:
-    """A shard takes milliseconds; the bar would break the one of the estimation."""
+    """Hide the progress bar of datasets. A shard takes milliseconds, and the bar would break the one of the estimation."""
     shown = not datasets.are_progress_bars_disabled()
     datasets.disable_progress_bars()
     try:
