@@ -70,7 +70,9 @@ def test_the_home_directory_of_another_user():
         ("a" * 300, "a name of 300 bytes"),
         ("é" * 130, "260 bytes"),
         ("a/" * 2100, "4200 bytes long"),
-        ("a\0b", "NUL"),
+        ("a\0b", "control character"),
+        ("\n", "control character"),
+        ("a\tb", "control character"),
     ],
 )
 def test_what_no_file_system_takes_is_refused(value, words):

@@ -72,8 +72,11 @@ def _resolved_path(text: str, key: str) -> str:
             f"{key}: {text!r} is in the home directory of a user {name[1:]!r}, and there is no such user; write ./{name} for a "
             "folder of that name"
         )
-    if "\0" in path:
-        raise ConfigError(f"{key}: {text!r} holds a NUL, which no path does; remove it")
+    # Only NUL is impossible, but a line break or a tab in a path is a slip of the shell or of YAML, and would make a folder.
+    if control := [character for character in path if ord(character) < ord(" ")]:
+        raise ConfigError(
+            f"{key}: {text!r:.60} holds the control character {control[0]!r}; remove it from the path"
+        )
     longest = max(len(os.fsencode(part)) for part in path.split("/"))
     if longest > _LONGEST_NAME or len(os.fsencode(path)) > _LONGEST_PATH:
         raise ConfigError(
