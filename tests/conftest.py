@@ -1,10 +1,15 @@
 """Fixtures of several folders."""
 
+import multiprocessing
+
 import pytest
 
 from tokenpref.data.cache import CACHE_VARIABLE
 from tokenpref.models import cpu
 from tokenpref.ops import products
+
+# The ranks of run_distributed are forked from a process that has imported these, which takes seconds.
+multiprocessing.set_forkserver_preload(["torch._dynamo", "tokenpref.training"])
 
 
 @pytest.fixture(scope="session", autouse=True)

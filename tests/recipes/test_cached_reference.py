@@ -2,11 +2,10 @@
 
 import os
 import signal
-import subprocess
 import time
 
 import pytest
-from support.commands import TUNE, kill_all, logged, tune, weights
+from support.commands import TUNE, kill_all, logged, start, tune, weights
 
 TDPO = ["recipes/tdpo_distributed", "--config", "tiny/tdpo"]
 CACHED = ["reference=cached", "reference_cache_dir=kept"]
@@ -51,14 +50,7 @@ def test_a_build_that_is_killed_goes_on(folder):
     words.append("run_val_every_n_steps=null")
     tune(folder, *words, "output_dir=whole")
     with (folder / "log.txt").open("w") as log:
-        process = subprocess.Popen(
-            [TUNE, "run", *words, "output_dir=killed"],
-            cwd=folder,
-            env={**os.environ, "OMP_NUM_THREADS": "1"},
-            stdout=log,
-            stderr=subprocess.STDOUT,
-            start_new_session=True,
-        )
+        process = start(folder, TUNE, "run", *words, "output_dir=killed", stdout=log)
     deadline = time.monotonic() + 120
     while not list(folder.glob("killed/reference/*/shard-*.safetensors")):
         assert process.poll() is None and time.monotonic() < deadline, (folder / "log.txt").read_text()

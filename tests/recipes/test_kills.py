@@ -1,13 +1,11 @@
 """Runs that are killed or stopped from outside, as a cluster does it, and then go on."""
 
-import os
 import random
 import signal
-import subprocess
 import time
 
 import pytest
-from support.commands import TUNE, kill_all, logged, tune, weights
+from support.commands import TUNE, kill_all, logged, start, tune, weights
 
 RUN = [
     "recipes/tdpo_distributed",
@@ -28,18 +26,10 @@ def folder(tmp_path_factory):
     return folder
 
 
-def started(folder, *words):
+def started(folder, *words, fresh=False):
     """The command, once it has written its first checkpoint; its output goes to a file."""
-    log = (folder / "log.txt").open("w")
-    env = {**os.environ, "OMP_NUM_THREADS": "1"}
-    process = subprocess.Popen(
-        [TUNE, "run", *words],
-        cwd=folder,
-        env=env,
-        stdout=log,
-        stderr=subprocess.STDOUT,
-        start_new_session=True,
-    )
+    with (folder / "log.txt").open("w") as log:
+        process = start(folder, TUNE, "run", *words, stdout=log, fresh=fresh)
     run = next(w.removeprefix("output_dir=") for w in words if w.startswith("output_dir="))
     deadline = time.monotonic() + 120
     while not (folder / run / "checkpoints/latest").exists():
@@ -69,7 +59,7 @@ def test_sigkill_at_any_instant(folder):
 
 def test_a_signal_lets_the_step_end_and_saves(folder):
     words = [*RUN, "checkpoint_every_n_steps=1", "resume_from_checkpoint=auto", "output_dir=stopped"]
-    process = started(folder, *words)
+    process = started(folder, *words, fresh=True)
     process.send_signal(signal.SIGTERM)
     assert process.wait(60) == 75
     output = (folder / "log.txt").read_text()
@@ -112,7 +102,7 @@ def test_another_number_of_processes_goes_on(folder, ranks, batch_size):
 def test_workers_do_not_outlive_their_launcher(folder):
     """torchrun is killed and cannot tell them; they save at the step's end, stop, and let the folder go."""
     words = [*RUN, "checkpoint_every_n_steps=1", "resume_from_checkpoint=auto", "output_dir=orphans"]
-    process = started(folder, "--nproc_per_node", "2", *words, "batch_size=4")
+    process = started(folder, "--nproc_per_node", "2", *words, "batch_size=4", fresh=True)
     process.kill()
     process.wait()
     deadline = time.monotonic() + 60

@@ -1,12 +1,11 @@
-"""The commands that users type, in subprocesses, away from the repository."""
+"""The commands that users type, away from the repository."""
 
 import json
 import re
 import shutil
-import subprocess
 
 import pytest
-from support.commands import TUNE, logged, tune, weights
+from support.commands import TUNE, logged, run, tune, weights
 
 from tokenpref._paths import data_root
 
@@ -20,7 +19,7 @@ def folder(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def single(folder):
-    tune(folder, *TDPO, "output_dir=one")
+    tune(folder, *TDPO, "output_dir=one", fresh=True)
     return folder
 
 
@@ -41,7 +40,7 @@ def test_one_process_trains_logs_and_exports(single):
 
 
 def test_two_processes_give_the_same_curve_and_weights(single):
-    tune(single, "--nproc_per_node", "2", *TDPO, "output_dir=two", "batch_size=4")
+    tune(single, "--nproc_per_node", "2", *TDPO, "output_dir=two", "batch_size=4", fresh=True)
     one = [m for m in logged(single, "one") if "loss" in m]
     two = [m for m in logged(single, "two") if "loss" in m]
     for a, b in zip(one, two, strict=True):
@@ -52,15 +51,15 @@ def test_two_processes_give_the_same_curve_and_weights(single):
 
 
 def test_continued_run_ends_at_the_same_bits(single):
-    run = [*TDPO, "output_dir=stopped", "epochs=2"]
+    words = [*TDPO, "output_dir=stopped", "epochs=2"]
     tune(single, *TDPO, "output_dir=whole", "epochs=2")
     # Stop after the first epoch by making the second one's checkpoint the last thing wanted: train it, then go back.
-    tune(single, *run, "checkpoint_every_n_steps=5", "keep_last=2")
+    tune(single, *words, "checkpoint_every_n_steps=5", "keep_last=2")
     left = sorted(p.name for p in (single / "stopped" / "checkpoints").glob("step_*"))
     assert left == ["step_15", "step_16"]
     shutil.rmtree(single / "stopped" / "checkpoints" / "step_16")
     before = weights(single, "stopped", 1)
-    tune(single, *run, "checkpoint_every_n_steps=5", "resume_from_checkpoint=true")
+    tune(single, *words, "checkpoint_every_n_steps=5", "resume_from_checkpoint=true")
     for name, tensor in weights(single, "whole", 1).items():
         assert tensor.equal(before[name]), name
         assert tensor.equal(weights(single, "stopped", 1)[name]), name
@@ -72,7 +71,7 @@ def test_users_copy_and_users_loss_run_in_both_launch_modes(single):
     )
     (single / "my_loss.py").write_text(example.replace("early =", "print('my loss at work'); early ="))
     for source, target in (("recipes/tdpo_distributed", "my_tdpo.py"), ("tiny/tdpo", "my.yaml")):
-        subprocess.run([TUNE, "cp", source, target], cwd=single, check=True, capture_output=True)
+        assert run(single, TUNE, "cp", source, target).returncode == 0
     recipe = (single / "my_tdpo.py").read_text()
     assert "trainer.setup()" in recipe
     (single / "my_tdpo.py").write_text(recipe.replace("trainer.setup()", "print('my copy'); trainer.setup()"))
@@ -131,9 +130,9 @@ def test_evaluation_of_the_trained_model(single):
         "checkpointer.checkpoint_files=[model-00001-of-00001.safetensors]",
     ]
     evaluate = ["recipes/evaluate_distributed", "--config", "tiny/evaluate"]
-    tune(single, *evaluate, "output_dir=before")
+    tune(single, *evaluate, "output_dir=before", fresh=True)
     tune(single, *evaluate, "output_dir=after", *trained, "sampling.compare_to=before/samples.jsonl")
-    tune(single, "--nproc_per_node", "2", *evaluate, "output_dir=after_two", *trained)
+    tune(single, "--nproc_per_node", "2", *evaluate, "output_dir=after_two", *trained, fresh=True)
     before, after, two = (
         json.loads((single / name / "evaluation.json").read_text())
         for name in ("before", "after", "after_two")

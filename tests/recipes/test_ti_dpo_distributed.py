@@ -51,7 +51,7 @@ def folder(tmp_path_factory):
             middle = ["", row["chosen"], row["rejected"], row["chosen"].split()[0]][number % 4]
             file.write(json.dumps({**row, "middle": middle}) + "\n")
     (folder / "my_weights.py").write_text(OWN_WEIGHTS)
-    tune(folder, *TI)
+    tune(folder, *TI, fresh=True)
     tune(folder, *ESTIMATE)
     return folder
 
@@ -86,7 +86,7 @@ def test_the_run_logs_weights_triplet_anchors_and_times(folder):
 
 
 def test_two_processes_follow_the_same_curve(folder):
-    tune(folder, *TWO, *TI, *SHORT, "batch_size=4", "output_dir=two")
+    tune(folder, *TWO, *TI, *SHORT, "batch_size=4", "output_dir=two", fresh=True)
     for key, tolerance in (("loss", 1e-5), ("weights/std", 1e-5), ("anchors/tokens", 0.0)):
         one, two = curve(folder, "outputs/tiny_ti_dpo", key), curve(folder, "two", key)
         steps = 1 if key == "anchors/tokens" else 3  # later a last bit may turn one sampled token
