@@ -31,8 +31,8 @@ def config(name: str, *overrides: str) -> OmegaConf:
 
 def bare(estimation: WeightEstimation, batches: list[list[tuple[int, int]]]) -> float:
     """Seconds of one plain forward pass per model and batch."""
-    estimator = estimation.estimator
-    assert isinstance(estimator, ContrastiveEstimator)
+    source = estimation.source
+    assert isinstance(source, ContrastiveEstimator)
     examples = estimation.dataset
     prepared = []
     for batch in batches:
@@ -44,7 +44,7 @@ def bare(estimation: WeightEstimation, batches: list[list[tuple[int, int]]]) -> 
     start = time.perf_counter()
     with torch.no_grad():
         for tokens in prepared:
-            for scorer in (estimator._positive, estimator._negative):
+            for scorer in source.scorers(estimation._models):
                 logits_of(scorer.model, tokens)
     return time.perf_counter() - start
 

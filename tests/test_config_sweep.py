@@ -135,7 +135,7 @@ CANNOT_TRAIN = [
     ("tis_dpo_online", "token_weights.positive_prompt", "good " * 300, "with the side's prompt in front the longest"),
     ("ti_dpo", "anchors.max_new_tokens", 10**6, "anchors.max_new_tokens: 1000000 after the longest beginning"),
     ("ti_dpo", "anchors.top_p", 2, "anchors .*top_p must be"),
-    ("estimate_weights", "estimator", {"_component_": "tokenpref.losses.DPOLoss"}, "estimator .*has no kind and no describe"),
+    ("estimate_weights", "estimator", {"_component_": "tokenpref.losses.DPOLoss"}, "estimator .*its kind is None"),
     ("evaluate", "sampling.max_new_tokens", 10**6, "sampling.max_new_tokens: 1000000 after the longest opening"),
 ]  # fmt: skip
 

@@ -31,7 +31,7 @@ from tokenpref.training import TripletTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.credit.anchors import AnchorSampler
 from tokenpref.training.credit.attribution import Attribution
-from tokenpref.training.credit.live import LiveModels
+from tokenpref.training.credit.live import LiveModels, RefreshedScores
 from tokenpref.training.loading.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step.train_step import StepResult, no_anchors, train_step
 from tokenpref.weights.attribution import AnswerLogp
@@ -254,7 +254,7 @@ def attribution(world: World, split: list[list[list[int]]], tied: bool) -> dict[
     other = small.batch([5, 6])
     scorer.token_stats(other.tokens, other.labels, needs=frozenset()).policy_logps.sum().backward()
     before = [p.grad.to_local().clone() for p in policy.parameters() if p.grad is not None]
-    source = Attribution(AnswerLogp(), refresh="once")
+    source = RefreshedScores(Attribution(AnswerLogp(), refresh="once"))
     models = LiveModels(scorer, NoReference(), world, pad_id=0, eos_id=1, step=0)
     found: dict[int, list[list[float]]] = {}
     for _ in range(2):  # the second time all rows are known, on every rank

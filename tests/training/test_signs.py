@@ -10,7 +10,7 @@ from tokenpref.losses import TISDPOLoss
 from tokenpref.ops import token_stats_from_logits
 from tokenpref.stats import split_pair
 from tokenpref.training.config.fields import Component
-from tokenpref.training.credit.weighing import TokenWeights, Weighing
+from tokenpref.training.credit.weighing import KnownScores, TokenWeights, Weighing
 
 TOKEN = 1  # the answer token whose score changes
 
@@ -42,7 +42,9 @@ def scored_store(folder, data, score):
 def pushes(data, source, transform="exponential"):
     """How far a step of gradient descent would move the label's logit of each pair's scored token: chosen, rejected."""
     component = Component("weight_transform", f"tokenpref.weights.transforms.{transform}", {})
-    weights = TokenWeights(data, source, Weighing("log_ratio", component, "none", 1.0))
+    known = KnownScores(source)
+    known.bind(data)
+    weights = TokenWeights(data, known, Weighing("log_ratio", component, "none", 1.0))
     batch = collate_pairs(list(data), pad_id=0)
     generator = torch.Generator().manual_seed(0)
     shape = (*batch.tokens.shape, data.tokenizer.vocab_size)

@@ -36,6 +36,7 @@ class PairBatch:
         num_pairs: number of real pairs.
         num_tokens: tokens of real pairs without padding; a prompt counts in both answers.
         sides: the sides of the rows, in order.
+        row_sides: for a batch whose answers are no whole pairs: the side of each answer. ``rows`` then has one entry for each.
     """
 
     tokens: Tensor
@@ -45,6 +46,14 @@ class PairBatch:
     num_pairs: int
     num_tokens: int
     sides: tuple[str, ...] = SIDES
+    row_sides: tuple[str, ...] = ()
+
+    @property
+    def answers(self) -> list[tuple[int, str]]:
+        """The row in the data set (-1 for a filler) and the side of each row of ``tokens``."""
+        if self.row_sides:
+            return list(zip(self.rows, self.row_sides, strict=True))
+        return [(row, side) for side in self.sides for row in self.rows]
 
     def only(self, side: str) -> PairBatch:
         """The rows of one side, cut to the longest of them, for a loss that uses no other side."""

@@ -100,6 +100,7 @@ class Run:
     stopwatch: Stopwatch
     profiler: Any
     logger: Any
+    maker: ModelMaker
 
     def live(self) -> LiveModels:
         """The current models, for weights and anchors that are computed during training."""
@@ -110,6 +111,7 @@ class Run:
             pad_id=self.tokenizer.pad_id,
             eos_id=self.tokenizer.eos_id,
             step=self.progress.step,
+            maker=self.maker,
         )
 
 
@@ -244,6 +246,7 @@ def set_up(
         stopwatch=stopwatch,
         profiler=profiler,
         logger=logger,
+        maker=maker,
     )
     return run
 
@@ -278,6 +281,9 @@ def _check(
 
     world.together(lambda: check_device(config.compute(trainable=True), world))
     world.together(check_contexts)
+    for source in kept.values():
+        if hasattr(source, "check_models"):
+            source.check_models(maker, tokenizer)
     # Only the main process looks: all processes have the same disk and, as far as is known, the same memory.
     lines = world.together(
         lambda: (

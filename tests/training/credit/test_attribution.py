@@ -13,7 +13,7 @@ from tokenpref.models.reference import NoReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.credit.attribution import Attribution
 from tokenpref.training.credit.gradients import token_importances
-from tokenpref.training.credit.live import LiveModels
+from tokenpref.training.credit.live import LiveModels, RefreshedScores
 from tokenpref.weights.attribution import AnswerLogp, MaxLogit, PreferenceMargin
 
 WORLD = single_process_world()
@@ -181,7 +181,7 @@ def test_refresh():
         ({"refresh": "every_n_steps", "every_n_steps": 3}, [0, 0, 0, 1]),
         ({"refresh": "once"}, [0, 0, 0, 0]),
     ):
-        source = Attribution(**settings)
+        source = RefreshedScores(Attribution(**settings))
         for step, want in enumerate(expected):
             found = scored(source, one if step == 0 else other, step)
             assert all(torch.equal(a, b) for a, b in zip(found, fresh[want], strict=True)), (settings, step)

@@ -10,7 +10,7 @@ from support.evaluating import pairs, tokenizer
 from tokenpref.data import collate_pairs, preference_dataset
 from tokenpref.errors import ConfigError, DataError
 from tokenpref.training.config.fields import Component
-from tokenpref.training.credit.weighing import TokenWeights, Weighing
+from tokenpref.training.credit.weighing import KnownScores, TokenWeights, Weighing
 from tokenpref.training.step.pair_loss import clipped_share
 
 EXPONENTIAL = Component("weight_transform", "tokenpref.weights.transforms.exponential", {})
@@ -39,9 +39,15 @@ def weighing(kind="log_ratio", transform=EXPONENTIAL, normalize="none", eos_weig
     return Weighing(kind, None if kind == "weight" else transform, normalize, eos_weight, **more)
 
 
+def weights_of(data, source, weighing):
+    known = KnownScores(source)
+    known.bind(data)
+    return TokenWeights(data, known, weighing)
+
+
 def test_each_token_has_its_weight_in_its_column():
     data = pairs(3)
-    weights = TokenWeights(data, Source(), weighing())
+    weights = weights_of(data, Source(), weighing())
     batch = collate_pairs([data[2], data[0]], pad_id=0)
     found = weights(batch)
     assert found.weights.shape == (4, batch.labels.shape[1] - 1)
@@ -61,7 +67,7 @@ def test_each_token_has_its_weight_in_its_column():
 def test_clipped_share_counts_both_answers():
     data = pairs(1)
     # 0.6, 1.2, 1.8, ... against the upper bound 1.5: all from the third token on are cut
-    weights = TokenWeights(data, Source(factor=0.6), weighing())
+    weights = weights_of(data, Source(factor=0.6), weighing())
     batch = collate_pairs([data[0]], pad_id=0)
     counts = [
         len(data[0].chosen_ids) - data[0].chosen_start,
@@ -74,15 +80,15 @@ def test_clipped_share_counts_both_answers():
 def test_release_scores_are_the_negated_log_ratio():
     data = pairs(2)
     batch = collate_pairs(list(data), pad_id=0)
-    ours = TokenWeights(data, Source(factor=0.1), weighing())(batch).weights
-    release = TokenWeights(data, Source("tis_release", factor=-0.1), weighing("tis_release"))(batch).weights
+    ours = weights_of(data, Source(factor=0.1), weighing())(batch).weights
+    release = weights_of(data, Source("tis_release", factor=-0.1), weighing("tis_release"))(batch).weights
     assert ours.equal(release)
 
 
 def test_mean_one():
     data = pairs(4)
     batch = collate_pairs(list(data), pad_id=0)
-    weights = TokenWeights(data, Source(), weighing(normalize="answer"))(batch).weights
+    weights = weights_of(data, Source(), weighing(normalize="answer"))(batch).weights
     mask = batch.labels[:, 1:] != -100
     torch.testing.assert_close(weights.sum(-1) / mask.sum(-1), torch.ones(8))
 
@@ -98,24 +104,24 @@ def test_eos_without_score_gets_its_own_weight():
     batch = collate_pairs(list(data), pad_id=0)
     ends = [len(e.chosen_ids) - 2 for e in data]  # column of the last token's prediction
     for source, more in ((Source(change=without_eos), {}), (Source(), {"use_eos_score": False})):
-        weights = TokenWeights(data, source, weighing(eos_weight=0.25, **more))(batch).weights
+        weights = weights_of(data, source, weighing(eos_weight=0.25, **more))(batch).weights
         assert [weights[row, end].item() for row, end in enumerate(ends)] == [0.25, 0.25]
         assert weights[0, ends[0] - 1].item() > 1
-    scored = TokenWeights(data, Source(), weighing(eos_weight=0.25))(batch).weights
+    scored = weights_of(data, Source(), weighing(eos_weight=0.25))(batch).weights
     assert scored[0, ends[0]].item() > 1
 
 
 def test_a_filler_has_no_weight():
     data = pairs(2)
     batch = collate_pairs([], pad_id=0, filler=True)
-    weights = TokenWeights(data, Source(), weighing())(batch)
+    weights = weights_of(data, Source(), weighing())(batch)
     assert not weights.weights.any() and clipped_share(weights, batch)["weights/clipped"].item() == 0
 
 
 def test_random_weights_belong_to_the_row():
     data = pairs(4)
     drawn = Component("weight_transform", "tokenpref.weights.transforms.random", {})
-    weights = TokenWeights(data, Source(), weighing(transform=drawn))
+    weights = weights_of(data, Source(), weighing(transform=drawn))
     one = weights(collate_pairs([data[3]], pad_id=0)).weights[0]
     two = weights(collate_pairs([data[1], data[3]], pad_id=0)).weights[1]
     assert one[one > 0].equal(two[two > 0]) and one.any()
@@ -146,7 +152,7 @@ def put(value, token=0):
 )
 def test_bad_scores_are_refused(kind, change, message):
     with pytest.raises(DataError, match=message):
-        TokenWeights(pairs(3), Source(kind, change=change), weighing(kind))
+        weights_of(pairs(3), Source(kind, change=change), weighing(kind))
 
 
 def test_kind_and_transform_must_fit():
@@ -160,5 +166,5 @@ def test_negative_weights_of_a_transform_are_said():
     thresholds = Component(
         "weight_transform", "tokenpref.weights.transforms.threshold", {"lower": -1.0, "upper": 1.0}
     )
-    weights = TokenWeights(pairs(2), Source(), weighing(transform=thresholds))
+    weights = weights_of(pairs(2), Source(), weighing(transform=thresholds))
     assert "% are negative, which reverses the gradient of these tokens" in weights.summary

@@ -32,10 +32,10 @@ def base(tmp_path):
     )
 
 
-def maker(**arguments):
+def maker(base, **arguments):
     config = read_config(EstimateConfig, load_config(["--config", "tiny/estimate_weights_attribution"]))
     model = Component("model", "tokenpref.models.tiny_llama", arguments)
-    return ModelMaker(config, single_process_world(), model=model)
+    return ModelMaker(config, single_process_world(), model=model, checkpointer=base)
 
 
 @pytest.fixture
@@ -48,7 +48,7 @@ def pair(tmp_path, base):
         folder,
         method="dpo",
         tokenizer=TOKENIZER,
-        model=config_numbers(maker().on_meta()),
+        model=config_numbers(maker(base).on_meta()),
         base=base_digest(base),
         sides={side: {"checkpoint": f"{side}/epoch_0", "prompt": None} for side in SIDES},
         config={"method": "dpo"},
@@ -76,7 +76,7 @@ def former(base):
 def test_round_trip(pair, base):
     found = read_pair(pair)
     assert found.method == "dpo" and found.tokenizer == TOKENIZER and not found.shares_weights
-    found.check(maker(), base, TOKENIZER)
+    found.check(maker(base), TOKENIZER)
     readers = [found.reader(side, base) for side in SIDES]
     assert readers[0].path == base.path and readers[0].kwargs["model_type"] == "LLAMA3_2"
     assert readers[0].kwargs["checkpoint_dir"] == str(pair / "positive" / "epoch_0")
@@ -104,31 +104,30 @@ def test_what_a_config_names_must_be_the_pairs(pair, base, form, tmp_path):
         changed(pair, of_prompts)
         changed(pair, former(base))
     found = read_pair(pair)
-    found.check(maker(), base, TOKENIZER)
+    found.check(maker(base), TOKENIZER)
     with pytest.raises(DataError, match="another tokenizer .ffffffffffff, here 000000000000"):
-        found.check(maker(), base, "0" * 64)
+        found.check(maker(base), "0" * 64)
     with pytest.raises(DataError, match=r"another model .num_.*layers is .* there and 3 here.*; set model"):
-        found.check(maker(num_layers=3), base, TOKENIZER)
+        found.check(maker(base, num_layers=3), TOKENIZER)
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"other")
     other = Component(base.key, base.path, {**base.kwargs, "checkpoint_dir": str(tmp_path / "other")})
     with pytest.raises(DataError, match="another base model .*; set checkpointer to the pair's"):
-        found.check(maker(), other, TOKENIZER)
+        found.check(maker(other), TOKENIZER)
 
 
 def test_every_number_of_the_model_is_compared(pair, base):
     changed(pair, lambda r: r["model"].update(rope_theta=1000.0))
     with pytest.raises(DataError, match="another model .rope_theta is 1000.0 there and 10000"):
-        read_pair(pair).check(maker(), base, TOKENIZER)
+        read_pair(pair).check(maker(base), TOKENIZER)
 
 
 def test_trained_sides_of_the_former_format_may_have_lost_their_base(pair, base, tmp_path):
     changed(pair, former(base))
     moved = (tmp_path / "base").rename(tmp_path / "moved")
     found = read_pair(pair)
-    found.check(
-        maker(), Component(base.key, base.path, {**base.kwargs, "checkpoint_dir": str(moved)}), TOKENIZER
-    )
+    elsewhere = Component(base.key, base.path, {**base.kwargs, "checkpoint_dir": str(moved)})
+    found.check(maker(elsewhere), TOKENIZER)
 
 
 @pytest.mark.parametrize(

@@ -1,4 +1,4 @@
-"""Token weights from gradients at the embeddings: along the training, and as an estimator for a weight store."""
+"""Token weights from gradients at the embeddings, for a training or for a weight store."""
 
 from __future__ import annotations
 
@@ -9,11 +9,10 @@ import torch
 from torch import Tensor
 
 from tokenpref._checks import check_choice, check_number
-from tokenpref.data import IGNORE_INDEX, PairBatch, PreferenceDataset
-from tokenpref.errors import ConfigError, TrainingDiverged
-from tokenpref.models.scoring import ScoringModel
+from tokenpref.data import IGNORE_INDEX, PairBatch
+from tokenpref.errors import ConfigError, TokenprefError, TrainingDiverged
 from tokenpref.training.credit.gradients import token_importances
-from tokenpref.training.credit.live import LiveModels, Refresh, RowCache
+from tokenpref.training.credit.live import LiveModels, Refresh
 from tokenpref.weights.attribution import (
     NORMS,
     SPANS,
@@ -26,68 +25,12 @@ from tokenpref.weights.attribution import (
 __all__ = ["Attribution"]
 
 
-class _AttributedWeights:
-    """Computes weights from a model and its answers; shared by live attribution and the estimator."""
+class Attribution:
+    """Weights from attribution on a model (TI-DPO, arXiv 2505.19653, Eq. 5 to 8), for a training or for a weight store.
 
-    kind = "weight"
-
-    def __init__(
-        self,
-        target: Target | None = None,
-        norm: str = "l1",
-        span: str = "answer",
-        mixture: float = 0.7,
-        prior: Callable[[Tensor], Tensor] | None = None,
-    ) -> None:
-        self.target: Target = MaxLogit() if target is None else target
-        if not callable(self.target) or not isinstance(getattr(self.target, "needs_pair", None), bool):
-            raise ConfigError(
-                f"target: must be a component with needs_pair (true or false) that can be called, such as "
-                f"tokenpref.weights.attribution.MaxLogit; found {target!r}"
-            )
-        self.norm = check_choice("norm", norm, NORMS)
-        self.span = check_choice("span", span, SPANS)
-        self.mixture = check_number("mixture (lambda)", mixture, at_least=0, at_most=1)
-        self.prior = GaussianPrior() if prior is None else prior
-        if not callable(self.prior):
-            raise ConfigError(
-                f"prior: must be a component such as tokenpref.weights.attribution.GaussianPrior; found {prior!r}"
-            )
-
-    def settings(self) -> dict[str, Any]:
-        """Everything except the model that changes the weights, as plain data."""
-        return {
-            "target": _described(self.target),
-            "norm": self.norm,
-            "span": self.span,
-            "mixture": self.mixture,
-            "prior": _described(self.prior),
-        }
-
-    def weights(
-        self, scorer: ScoringModel, tokens: Tensor, labels: Tensor, sides: tuple[str, ...]
-    ) -> tuple[list[Tensor], list[int]]:
-        """Weights of each row's answer, and the rows whose importances are not finite (their weights are nan)."""
-        found = token_importances(scorer, tokens, labels, target=self.target, norm=self.norm, sides=sides)
-        answer = labels != IGNORE_INDEX
-        span = answer
-        if self.span == "prompt_and_answer":
-            places = torch.arange(labels.shape[1], device=labels.device)
-            last = torch.where(answer, places, -1).amax(-1, keepdim=True)
-            span = places <= last
-        bad = (torch.where(span, found, 0).isfinite().logical_not()).any(-1)
-        weights = attribution_weights(
-            torch.where(bad[:, None], 0, found), answer, span, mixture=self.mixture, prior=self.prior
-        )
-        weights = torch.where(bad[:, None], torch.nan, weights)
-        return [row[kept] for row, kept in zip(weights, answer, strict=True)], bad.nonzero()[:, 0].tolist()
-
-
-class Attribution(_AttributedWeights):
-    """Weights from attribution on the current model (TI-DPO, arXiv 2505.19653, Eq. 5 to 8), for ``token_weights``.
-
-    It costs about half a DPO step: another forward pass of both answers, and a backward pass without parameter gradients, before
-    the step builds its own graph.
+    In a training it costs about half a DPO step: another forward pass of both answers, and a backward pass without parameter
+    gradients, before the step builds its own graph. A store holds final weights (kind weight), each computed once by the
+    config's model, so ``model`` and ``refresh`` do not matter there. Train on a store with ``weight_transform=null``.
 
     Args:
         target: what is differentiated: MaxLogit (default), AnswerLogp or PreferenceMargin of
@@ -105,6 +48,7 @@ class Attribution(_AttributedWeights):
         ConfigError, ValueError: for a value out of its range.
     """
 
+    kind = "weight"
     timed_as = "attribution"
 
     def __init__(
@@ -118,40 +62,72 @@ class Attribution(_AttributedWeights):
         refresh: str = "every_step",
         every_n_steps: int | None = None,
     ) -> None:
-        super().__init__(target, norm, span, mixture, prior)
+        self.target: Target = MaxLogit() if target is None else target
+        if not callable(self.target) or not isinstance(getattr(self.target, "needs_pair", None), bool):
+            raise ConfigError(
+                f"target: must be a component with needs_pair (true or false) that can be called, such as "
+                f"tokenpref.weights.attribution.MaxLogit; found {target!r}"
+            )
+        self.norm = check_choice("norm", norm, NORMS)
+        self.span = check_choice("span", span, SPANS)
+        self.mixture = check_number("mixture (lambda)", mixture, at_least=0, at_most=1)
+        self.prior = GaussianPrior() if prior is None else prior
+        if not callable(self.prior):
+            raise ConfigError(
+                f"prior: must be a component such as tokenpref.weights.attribution.GaussianPrior; found {prior!r}"
+            )
         self._model = check_choice("model", model, ("policy", "reference"))
         self.asks_reference = model == "reference"
-        self._cache: RowCache[list[Tensor]] = RowCache(Refresh(refresh, every_n_steps), list, list)
-        self.state_dict, self.load_state_dict = self._cache.state_dict, self._cache.load_state_dict
+        self.refresh = Refresh(refresh, every_n_steps)
+        self.whole_pairs = self.target.needs_pair
 
-    def bind(self, dataset: PreferenceDataset) -> None:
-        """See :class:`tokenpref.training.credit.live.LiveScores`."""
+    def settings(self) -> dict[str, Any]:
+        """Everything except the model that changes the weights, as plain data."""
+        return {
+            "name": "attribution",
+            "target": _described(self.target),
+            "norm": self.norm,
+            "span": self.span,
+            "mixture": self.mixture,
+            "prior": _described(self.prior),
+        }
 
     def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
-        """See :class:`tokenpref.training.credit.live.LiveScores`.
+        """See :class:`tokenpref.training.credit.live.TokenScores`.
 
         Raises:
-            TrainingDiverged: on every rank, with the rows, if a gradient is not finite on any.
+            TrainingDiverged, TokenprefError: on every rank, with the rows, if a gradient is not finite on any.
         """
-        per_row = self._cache.get(batch.rows, models, lambda places: self._make(batch, models, places))
-        nothing = [torch.zeros(0)] * len(batch.sides)
-        by_pair = [nothing if found is None else found for found in per_row]
-        return [pair[side] for side in range(len(batch.sides)) for pair in by_pair]
-
-    def _make(self, batch: PairBatch, models: LiveModels, places: list[int]) -> list[list[Tensor]]:
         scorer = models.policy if self._model == "policy" else models.frozen("token_weights.model")
-        # All rows of the batch, so that every rank runs the same forwards; each rank then uses the rows that it needs.
-        weights, bad = self.weights(scorer, batch.tokens, batch.labels, batch.sides)
-        pairs = len(batch.rows)
-        _stop_if_any({batch.rows[row % pairs] for row in bad} - {-1}, models)
-        return [[weights[side * pairs + place] for side in range(len(batch.sides))] for place in places]
+        labels = batch.labels
+        found = token_importances(
+            scorer, batch.tokens, labels, target=self.target, norm=self.norm, sides=batch.sides
+        )
+        answer = labels != IGNORE_INDEX
+        span = answer
+        if self.span == "prompt_and_answer":
+            places = torch.arange(labels.shape[1], device=labels.device)
+            last = torch.where(answer, places, -1).amax(-1, keepdim=True)
+            span = places <= last
+        bad = (torch.where(span, found, 0).isfinite().logical_not()).any(-1)
+        rows = {
+            row for (row, _), is_bad in zip(batch.answers, bad.tolist(), strict=True) if is_bad and row >= 0
+        }
+        _stop_if_any(rows, models)
+        weights = attribution_weights(
+            torch.where(bad[:, None], 0, found), answer, span, mixture=self.mixture, prior=self.prior
+        )
+        return [row[kept] for row, kept in zip(weights, answer, strict=True)]
 
 
 def _stop_if_any(bad: set[int], models: LiveModels) -> None:
     if not models.world.any(bool(bad)):
         return
     rows = sorted(set().union(*models.world.gather_objects(bad)))
-    raise TrainingDiverged(models.step + 1, f"the attribution of rows {rows} is nan or infinite", rows, rows)
+    fault = f"the attribution of rows {rows} is nan or infinite"
+    if not models.trained:
+        raise TokenprefError(f"{fault}; inspect the model's weights")
+    raise TrainingDiverged(models.step + 1, fault, rows, rows)
 
 
 def _described(component: Any) -> dict[str, Any]:

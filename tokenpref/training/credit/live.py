@@ -1,10 +1,10 @@
-"""Sources of weights and anchors that use the current models, and how often they refresh their results."""
+"""The contracts of sources of scores and of anchors, and how often they refresh their results during a training."""
 
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
-from typing import Generic, Protocol, TypeVar
+from typing import Any, Generic, Protocol, TypeVar
 
 import torch
 from torch import Tensor
@@ -16,7 +16,7 @@ from tokenpref.errors import ConfigError
 from tokenpref.models.reference import CachedReference, FrozenReference, Reference
 from tokenpref.models.scoring import ScoringModel
 
-__all__ = ["AnchorSource", "LiveModels", "LiveScores", "Refresh", "RowCache"]
+__all__ = ["AnchorSource", "LiveModels", "Refresh", "RefreshedScores", "RowCache", "TokenScores"]
 
 T = TypeVar("T")
 REFRESH = ("every_step", "every_n_steps", "once")
@@ -24,15 +24,17 @@ REFRESH = ("every_step", "every_n_steps", "once")
 
 @dataclass(frozen=True)
 class LiveModels:
-    """The models of a run at one moment.
+    """The models of a run at one moment, as a source sees them.
 
     Args:
-        policy: the model in training.
-        reference: the reference of the run.
+        policy: the model in training. In an estimation: the config's model, or None if the source opens its own weights.
+        reference: the reference of the run. In an estimation: the same model.
         world: the run's processes.
         pad_id: padding token.
         eos_id: token that ends an answer.
         step: optimizer steps done.
+        maker: makes further models (:class:`tokenpref.training.loading.models.ModelMaker`).
+        trained: False in an estimation, where nothing is trained.
     """
 
     policy: ScoringModel
@@ -41,6 +43,8 @@ class LiveModels:
     pad_id: int
     eos_id: int
     step: int
+    maker: Any = None
+    trained: bool = True
 
     def frozen(self, key: str) -> ScoringModel:
         """The reference's own model.
@@ -64,24 +68,37 @@ class LiveModels:
         return self.reference.scorer
 
 
-class LiveScores(Protocol):
-    """Scores of tokens from the current models. Configs name it (``token_weights``) by its dotted path.
+class TokenScores(Protocol):
+    """A source of scores of tokens: attribution, prompts, a contrastive pair, a store, columns of the data, or your own.
 
-    One that calls :meth:`LiveModels.frozen` says so with an attribute ``asks_reference`` that is true: a run that has no such
-    model is then refused before anything is built.
+    Configs name it by its dotted path: as ``token_weights`` of a training, which asks it for every micro-batch, or as
+    ``estimator`` of ``recipes/estimate_weights_distributed``, which asks it once for every answer and writes a store. It needs no
+    base class, and only the two members below. It may also have:
+
+    - ``bind(dataset)``: receives the data set of the batches that follow, before any model is built.
+    - ``refresh``: a :class:`Refresh`, if a training may use its results for more than one step.
+    - ``timed_as``: a training logs its time as ``time/<timed_as>``; "weights" by default.
+    - ``asks_reference``: true if it calls :meth:`LiveModels.frozen`, so that a training without such a model is refused early.
+    - ``check_context(limit)``: raises if a sequence that it makes exceeds a model's context of so many tokens.
+    - ``whole_pairs``: false if it does not need both answers of a pair at once; an estimation then batches answers by length.
+    - ``runs_model``: false if it runs no model, so that an estimation needs none.
+    - ``settings()``: what decides its scores beside data and model, as plain data, for the record of a store. By default these
+      are its dotted path and its arguments.
+
+    A source that runs further weights than those of the run, as a contrastive pair does, has ``check_models(maker, tokenizer)``,
+    ``open(models)`` and ``describe(maker)``, which take the place of ``settings()`` and of the config's own weights. One that
+    knows all scores before any model runs has ``load(dataset)`` in the place of ``score``; see
+    :class:`tokenpref.data.ScoreSource`.
     """
 
     kind: str
     """``weight``, ``log_ratio`` or ``tis_release``; see :data:`tokenpref.weights.SCORE_KINDS`."""
-    timed_as: str
-    """Its time is logged as ``time/<timed_as>``."""
-
-    def bind(self, dataset: PreferenceDataset) -> None:
-        """Receive the data set of the batches that follow."""
-        ...
 
     def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
-        """One vector for each of the batch's 2B answers, in its order, as long as the answer; called on every rank."""
+        """One vector for each row of the batch's tokens, as long as the answer (empty for a filler); called on every rank.
+
+        ``batch.answers`` says which row of the data and which side each of them is.
+        """
         ...
 
 
@@ -219,6 +236,37 @@ class RowCache(Generic[T]):
         self._rank, self._ranks = models.world.rank, models.world.size
         for state in models.world.gather_objects(_joined(made)):
             self._kept.update(_separated(state))
+
+
+class RefreshedScores:
+    """A source whose results by row are kept as its ``refresh`` says, for a training.
+
+    Args:
+        source: a source of scores that has ``refresh``.
+    """
+
+    def __init__(self, source: Any) -> None:
+        self._source = source
+        self._cache: RowCache[list[Tensor]] = RowCache(source.refresh, list, list)
+        self.state_dict, self.load_state_dict = self._cache.state_dict, self._cache.load_state_dict
+
+    def check_context(self, limit: int) -> None:
+        """See :class:`TokenScores`."""
+        if hasattr(self._source, "check_context"):
+            self._source.check_context(limit)
+
+    def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
+        """See :class:`TokenScores`."""
+        pairs, sides = len(batch.rows), range(len(batch.sides))
+
+        def make(places: list[int]) -> list[list[Tensor]]:
+            # All rows of the batch, so that every rank runs the same forwards; each rank then uses the rows that it needs.
+            scores = self._source.score(batch, models)
+            return [[scores[side * pairs + place] for side in sides] for place in places]
+
+        nothing = [torch.zeros(0)] * len(sides)
+        by_pair = [nothing if found is None else found for found in self._cache.get(batch.rows, models, make)]
+        return [pair[side] for side in sides for pair in by_pair]
 
 
 def _keep(step: int, parts: Sequence[Tensor]) -> _Kept:

@@ -1,4 +1,4 @@
-"""Token weights from a pair of prompts on the reference model, scored batch by batch: no store, no further model."""
+"""Scores from two models, or from one model under two prompts: log pi+ - log pi- of every answer token."""
 
 from __future__ import annotations
 
@@ -10,13 +10,75 @@ from tokenpref.data import Answer, PairBatch, PreferenceDataset, padded
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_answer_ids
+from tokenpref.stats import SIDES
 from tokenpref.training.credit.live import LiveModels
 from tokenpref.weights import contrastive_log_ratios
 
-__all__ = ["OnlinePrompts", "check_context", "prompted_answers"]
+__all__ = ["ContrastiveScores", "OnlinePrompts"]
 
 
-class OnlinePrompts:
+class ContrastiveScores:
+    """log pi+ - log pi- of every answer token. Subclasses say which models pi+ and pi- are.
+
+    Args:
+        prompts: precede the data's own prompts, for pi+ and for pi-; None for none.
+    """
+
+    kind = "log_ratio"
+    whole_pairs = False
+
+    def __init__(self, prompts: tuple[str | None, str | None]) -> None:
+        self._prompts = prompts
+
+    def bind(self, dataset: PreferenceDataset) -> None:
+        """See :class:`tokenpref.training.credit.live.TokenScores`."""
+        self._dataset = dataset
+        self._places = {row: place for place, row in enumerate(dataset.rows().tolist())}
+
+    def check_context(self, limit: int) -> None:
+        """Check that every answer with its prompt fits a model's context of ``limit`` tokens.
+
+        Raises:
+            ConfigError: if the longest does not.
+        """
+        for prompt in self._prompts:
+            _check_lengths([self._answer(row, side, prompt) for row in self._places for side in SIDES], limit)
+
+    def scorers(self, models: LiveModels) -> tuple[ScoringModel, ScoringModel]:
+        """pi+ and pi-."""
+        raise NotImplementedError
+
+    def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
+        """See :class:`tokenpref.training.credit.live.TokenScores`.
+
+        Raises:
+            ConfigError: if an answer with its prompt is longer than the model's context.
+        """
+        scorers = self.scorers(models)
+        filler: Answer = ([models.pad_id] * 2, 2)
+        sides: list[tuple[Tensor, Tensor]] = []
+        for prompt, scorer in zip(self._prompts, scorers, strict=True):
+            answers = [self._answer(row, side, prompt) if row >= 0 else filler for row, side in batch.answers]
+            _check_lengths(answers, scorer.model.max_seq_len)
+            check_answer_ids(
+                answers, scorer.model.tok_embeddings.num_embeddings, key="dataset, with the side's prompt"
+            )
+            tokens, labels = padded(answers, models.pad_id)
+            sides.append((tokens.to(batch.tokens.device), labels.to(batch.tokens.device)))
+        return contrastive_log_ratios(scorers[0].logps, scorers[1].logps, sides[0], sides[1])
+
+    def _answer(self, row: int, side: str, prompt: str | None) -> Answer:
+        """An answer as in training, or after a prompt of the model's side."""
+        place = self._places[row]
+        if prompt is not None:
+            return self._dataset.with_side_prompt(place, side, prompt)
+        example = self._dataset[place]
+        if side == "chosen":
+            return example.chosen_ids, example.chosen_start
+        return example.rejected_ids, example.rejected_start
+
+
+class OnlinePrompts(ContrastiveScores):
     """log pi+ - log pi- of one model, the reference, under two prompts in front of the data's own prompts.
 
     It costs two forward passes per step instead of a pass over the data beforehand.
@@ -29,8 +91,6 @@ class OnlinePrompts:
         ConfigError: if the two are equal, or one is empty text.
     """
 
-    kind = "log_ratio"
-    timed_as = "weights"
     asks_reference = True
 
     def __init__(self, positive_prompt: str, negative_prompt: str) -> None:
@@ -39,68 +99,15 @@ class OnlinePrompts:
                 "positive_prompt and negative_prompt must be two different texts, got "
                 f"{positive_prompt!r} and {negative_prompt!r}"
             )
-        self._prompts = (positive_prompt, negative_prompt)
-        self._answers: dict[int, list[list[Answer]]] = {}
+        super().__init__((positive_prompt, negative_prompt))
 
-    def bind(self, dataset: PreferenceDataset) -> None:
-        """Tokenise the data's answers after both prompts."""
-        for index, example in enumerate(dataset):
-            self._answers[example.row] = [
-                [prompted_answers(dataset, index, prompt)[side] for side in (0, 1)]
-                for prompt in self._prompts
-            ]
-
-    def check_context(self, limit: int) -> None:
-        """Check that every answer with its prompt fits a model's context of ``limit`` tokens.
-
-        Raises:
-            ConfigError: if the longest does not.
-        """
-        check_lengths([answer for row in self._answers.values() for side in row for answer in side], limit)
-
-    def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
-        """See :class:`tokenpref.training.credit.live.LiveScores`: every rank runs the same two forwards of the reference.
-
-        Raises:
-            ConfigError: if an answer with its prompt is longer than the model's context.
-        """
+    def scorers(self, models: LiveModels) -> tuple[ScoringModel, ScoringModel]:
+        """The reference, twice."""
         scorer = models.frozen("token_weights")
-        filler: Answer = ([models.pad_id, models.pad_id], 2)
-        sides: list[tuple[Tensor, Tensor]] = []
-        for number in (0, 1):
-            answers = [
-                self._answers[row][number][side] if row >= 0 else filler
-                for side in (0, 1)
-                for row in batch.rows
-            ]
-            check_context(answers, scorer)
-            tokens, labels = padded(answers, models.pad_id)
-            sides.append((tokens.to(batch.tokens.device), labels.to(batch.tokens.device)))
-        return contrastive_log_ratios(scorer.logps, scorer.logps, sides[0], sides[1])
+        return scorer, scorer
 
 
-def prompted_answers(dataset: PreferenceDataset, index: int, prompt: str | None) -> list[Answer]:
-    """Both answers of a pair (chosen, rejected) as in training, or after a side's prompt."""
-    example = dataset[index]
-    if prompt is None:
-        return [(example.chosen_ids, example.chosen_start), (example.rejected_ids, example.rejected_start)]
-    return [dataset.with_side_prompt(index, side, prompt) for side in ("chosen", "rejected")]
-
-
-def check_context(answers: Sequence[Answer], scorer: ScoringModel) -> None:
-    """Check that answers with their prompts fit the model's context and vocabulary.
-
-    Raises:
-        ConfigError: if one does not.
-    """
-    check_lengths(answers, scorer.model.max_seq_len)
-    check_answer_ids(
-        answers, scorer.model.tok_embeddings.num_embeddings, key="dataset, with the side's prompt"
-    )
-
-
-def check_lengths(answers: Sequence[Answer], limit: int) -> None:
-    """As :func:`check_context`, for a context of ``limit`` tokens."""
+def _check_lengths(answers: Sequence[Answer], limit: int) -> None:
     longest = max(len(ids) for ids, _ in answers)
     if longest > limit:
         raise ConfigError(

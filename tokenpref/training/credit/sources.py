@@ -23,14 +23,15 @@ from tokenpref.data import (
 from tokenpref.errors import ConfigError
 from tokenpref.models.token_ids import check_answer_ids
 from tokenpref.stats import SIDES
+from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import TrainConfig, TripletConfig, WeightedConfig
-from tokenpref.training.credit.live import AnchorSource, LiveModels, LiveScores
-from tokenpref.training.credit.weighing import TokenWeights, Weighing, in_columns
+from tokenpref.training.credit.live import AnchorSource, LiveModels, Refresh, RefreshedScores
+from tokenpref.training.credit.weighing import KnownScores, TokenWeights, Weighing, in_columns
 from tokenpref.training.step.metrics import Stopwatch
 from tokenpref.training.step.pair_loss import BatchAnchors, BatchWeights
 from tokenpref.weights import SCORE_KINDS, TransformedWeights
 
-__all__ = ["Source", "SourceContext", "anchors", "schema_with", "token_weights"]
+__all__ = ["Source", "SourceContext", "anchors", "as_source", "schema_with", "token_weights"]
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -92,6 +93,41 @@ def schema_with(schema: type[TrainConfig], sources: Sequence[Source]) -> type[Tr
     return widest
 
 
+def as_source(named: Component) -> Any:
+    """Build the source of scores that a config names. This is the only place that tells its forms apart.
+
+    Args:
+        named: a component with ``kind`` and either ``score(batch, models)`` or ``load(dataset)``.
+
+    Returns:
+        The source; see :class:`tokenpref.training.credit.live.TokenScores`.
+
+    Raises:
+        ConfigError: if it has neither.
+    """
+    source = named.build()
+    kind = getattr(source, "kind", None)
+    if kind not in SCORE_KINDS:
+        raise ConfigError(
+            f"{named.key} ({named.path}): its kind is {kind!r}; a source of scores says one of {', '.join(SCORE_KINDS)}"
+        )
+    if hasattr(source, "setup"):
+        raise ConfigError(
+            f"{named.key} ({named.path}): has the form that estimators had before, with setup(config, dataset, tokenizer, world) "
+            "and score(answers). Give it score(batch, models) instead, which finds the tokens in the batch and the model in "
+            "models.policy; bind(dataset) receives the data set, and settings() takes the place of describe(config)"
+        )
+    if hasattr(source, "load") and not hasattr(source, "bind"):
+        return KnownScores(source)
+    if hasattr(source, "score"):
+        return source
+    raise ConfigError(
+        f"{named.key} ({named.path}): has neither a method score(batch, models) nor load(dataset); name a source of scores such "
+        "as tokenpref.data.StoredScores, tokenpref.data.ColumnScores, tokenpref.training.OnlinePrompts or "
+        "tokenpref.training.Attribution"
+    )
+
+
 def _load_weights(context: SourceContext, dataset: PreferenceDataset) -> BatchWeights:
     """Load the weights of all rows, or a function that scores each batch.
 
@@ -99,52 +135,41 @@ def _load_weights(context: SourceContext, dataset: PreferenceDataset) -> BatchWe
         TokenprefError: if the scores do not belong to the data, or the transform does not fit them.
     """
     config: WeightedConfig = context.config
-    source = config.token_weights.build()
-    kind = getattr(source, "kind", None)
-    if kind not in SCORE_KINDS:
-        raise ConfigError(
-            f"token_weights ({config.token_weights.path}): its kind is {kind!r}; a source of scores says one of "
-            f"{', '.join(SCORE_KINDS)}"
-        )
+    source = as_source(config.token_weights)
     weighing = Weighing(
-        kind, config.weight_transform, config.normalize_weights, config.eos_weight, config.use_eos_score
+        source.kind,
+        config.weight_transform,
+        config.normalize_weights,
+        config.eos_weight,
+        config.use_eos_score,
     )
     if config.reference == "cached" and getattr(source, "asks_reference", False):
         raise ConfigError(
             f"reference: cached keeps the reference's answers alone, and token_weights ({config.token_weights.path}) looks "
             "at the model; set reference=model"
         )
-    if hasattr(source, "score") and hasattr(source, "bind"):
+    if hasattr(source, "bind"):
         source.bind(dataset)
-        context.keep("weights", source)
-        return _live_weights(context, source, weighing, dataset)
-    if not hasattr(source, "load"):
-        raise ConfigError(
-            f"token_weights ({config.token_weights.path}): has neither a method load(dataset) nor bind(dataset) and "
-            "score(batch, models); name a source of scores such as tokenpref.data.StoredScores, "
-            "tokenpref.data.ColumnScores, tokenpref.training.OnlinePrompts or tokenpref.training.Attribution"
-        )
-    weights = TokenWeights(dataset, source, weighing)
-    context.say(weights.summary)
-    return weights
-
-
-def _live_weights(
-    context: SourceContext, source: LiveScores, weighing: Weighing, dataset: PreferenceDataset
-) -> BatchWeights:
+    if isinstance(source, KnownScores):
+        weights = TokenWeights(dataset, source, weighing)
+        context.say(weights.summary)
+        return weights
+    timed_as = getattr(source, "timed_as", "weights")
+    scores = RefreshedScores(source) if isinstance(getattr(source, "refresh", None), Refresh) else source
+    context.keep("weights", scores)
     ends = {
         side: dict(zip(dataset.rows().tolist(), dataset.has_eos()[:, number].tolist(), strict=True))
         for number, side in enumerate(SIDES)
     }
 
     def weigh(batch: PairBatch) -> TransformedWeights:
-        with context.stopwatch.time(getattr(source, "timed_as", "weights")):
-            scores = [vector.cpu() for vector in source.score(batch, context.live())]
+        with context.stopwatch.time(timed_as):
+            vectors = [vector.cpu() for vector in scores.score(batch, context.live())]
         count = len(batch.rows)
         answers = []
         for number, side in enumerate(batch.sides):
             answers += weighing(
-                scores[number * count : (number + 1) * count],
+                vectors[number * count : (number + 1) * count],
                 side=side,
                 keys=batch.rows,
                 ends=[ends[side].get(row, False) for row in batch.rows],
@@ -199,8 +224,8 @@ def _load_anchors(context: SourceContext, dataset: PreferenceDataset) -> BatchAn
 token_weights = Source(statistic="weights", schema=WeightedConfig, load=_load_weights)
 """Weights from the config's ``token_weights``: stored, from columns of the data, or computed during training.
 
-A user's component needs ``kind`` and either ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says, or
-``bind(dataset)`` and ``score(batch, models)``, as :class:`tokenpref.training.credit.live.LiveScores` says.
+A user's component needs ``kind`` and either ``score(batch, models)``, as :class:`tokenpref.training.credit.live.TokenScores`
+says, or ``load(dataset)``, as :class:`tokenpref.data.ScoreSource` says.
 """
 
 anchors = Source(statistic="anchor", schema=TripletConfig, load=_load_anchors, faults=_anchors_missing)

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 import torch
@@ -17,7 +18,7 @@ from tokenpref.stats import SIDES
 from tokenpref.training.config.fields import Component
 from tokenpref.weights import TransformedWeights, normalized
 
-__all__ = ["TokenWeights", "Weighing", "in_columns"]
+__all__ = ["KnownScores", "TokenWeights", "Weighing", "in_columns"]
 
 _CHUNK = 1024  # answers transformed at a time
 
@@ -91,44 +92,45 @@ class Weighing:
         return [(w[:n], c[:n]) for w, c, n in zip(weights, clipped, lengths.tolist(), strict=True)]
 
 
-class TokenWeights:
-    """Weights of a data set's answer tokens, made once before training.
+class KnownScores:
+    """Scores that are known before any model runs, such as those of a store: a source with ``load(dataset)``.
 
     Args:
-        dataset: the pairs.
-        source: their scores.
-        weighing: from scores to weights.
-
-    Raises:
-        DataError: for a weight that is negative where the kind forbids it, or not finite.
-        ConfigError: if the transform refuses its settings.
+        source: loads the scores of a data set.
     """
 
-    def __init__(self, dataset: PreferenceDataset, source: ScoreSource, weighing: Weighing) -> None:
-        scores = source.load(dataset)
+    whole_pairs = False
+    runs_model = False
+
+    def __init__(self, source: ScoreSource) -> None:
+        self._source, self.kind = source, source.kind
+
+    def bind(self, dataset: PreferenceDataset) -> None:
+        """Load and check the scores of all pairs.
+
+        Raises:
+            DataError: for a score that is negative where the kind forbids it, or not finite, and if there are too few.
+        """
+        scores = self._source.load(dataset)
         if len(scores) != len(dataset):
-            raise DataError(f"{type(source).__name__} gave scores of {len(scores)} pairs for {len(dataset)}")
-        rows, has_eos = dataset.rows().tolist(), dataset.has_eos()
-        lengths = dataset.lengths() - dataset.starts()
-        self._position = {row: i for i, row in enumerate(rows)}
-        self._sides: list[list[tuple[Tensor, Tensor]]] = []
+            raise DataError(
+                f"{type(self._source).__name__} gave scores of {len(scores)} pairs for {len(dataset)}"
+            )
+        has_eos, lengths = dataset.has_eos(), dataset.lengths() - dataset.starts()
+        self._position = {row: i for i, row in enumerate(dataset.rows().tolist())}
+        self.answers: dict[str, list[Tensor]] = {}
         for number, side in enumerate(SIDES):
             answers = [torch.from_numpy(np.asarray(pair[number])) for pair in scores]
             ends = has_eos[:, number].tolist()
-            self._check(answers, lengths[:, number].tolist(), ends, dataset, side, weighing.kind)
-            weighed: list[tuple[Tensor, Tensor]] = []
-            for start in range(0, len(answers), _CHUNK):
-                part = slice(start, start + _CHUNK)
-                weighed += weighing(answers[part], side=side, keys=rows[part], ends=ends[part])
-            self._sides.append(weighed)
-        every = torch.cat([w for side in self._sides for w, _ in side]).double()
-        self.summary = (
-            f"token weights of {len(dataset)} pairs: mean {every.mean():.3f}, "
-            f"from {every.min():.3f} to {every.max():.3f}"
-        )
-        if bool((every < 0).any()):
-            share = 100 * float((every < 0).double().mean())
-            self.summary += f"; {share:.1f} % are negative, which reverses the gradient of these tokens"
+            self._check(answers, lengths[:, number].tolist(), ends, dataset, side, self.kind)
+            self.answers[side] = answers
+
+    def score(self, batch: PairBatch, _models: Any = None) -> list[Tensor]:
+        """See :class:`tokenpref.training.credit.live.TokenScores`."""
+        nothing = torch.zeros(0)
+        return [
+            self.answers[side][self._position[row]] if row >= 0 else nothing for row, side in batch.answers
+        ]
 
     @staticmethod
     def _check(
@@ -158,14 +160,45 @@ class TokenWeights:
                     f"finite{' and, as weights, not negative' if kind == 'weight' else ''}"
                 )
 
+
+class TokenWeights:
+    """Weights of a data set's answer tokens, made once before training from scores that are known.
+
+    Args:
+        dataset: the pairs.
+        source: their scores, loaded.
+        weighing: from scores to weights.
+
+    Raises:
+        ConfigError: if the transform refuses its settings.
+    """
+
+    def __init__(self, dataset: PreferenceDataset, source: KnownScores, weighing: Weighing) -> None:
+        rows, has_eos = dataset.rows().tolist(), dataset.has_eos()
+        self._position = {row: i for i, row in enumerate(rows)}
+        self._sides: dict[str, list[tuple[Tensor, Tensor]]] = {}
+        for number, (side, answers) in enumerate(source.answers.items()):
+            ends = has_eos[:, number].tolist()
+            weighed: list[tuple[Tensor, Tensor]] = []
+            for start in range(0, len(answers), _CHUNK):
+                part = slice(start, start + _CHUNK)
+                weighed += weighing(answers[part], side=side, keys=rows[part], ends=ends[part])
+            self._sides[side] = weighed
+        every = torch.cat([w for side in self._sides.values() for w, _ in side]).double()
+        self.summary = (
+            f"token weights of {len(dataset)} pairs: mean {every.mean():.3f}, "
+            f"from {every.min():.3f} to {every.max():.3f}"
+        )
+        if bool((every < 0).any()):
+            share = 100 * float((every < 0).double().mean())
+            self.summary += f"; {share:.1f} % are negative, which reverses the gradient of these tokens"
+
     def __call__(self, batch: PairBatch) -> TransformedWeights:
         """Weights ``[2B, T]`` of a micro-batch, 0 outside the answers, and which of them were clipped at a bound."""
-        answers: list[tuple[Tensor, Tensor]] = []
-        for side in batch.sides:
-            weighed = self._sides[SIDES.index(side)]
-            for row in batch.rows:
-                nothing = torch.zeros(0)
-                answers.append(weighed[self._position[row]] if row >= 0 else (nothing, nothing.bool()))
+        nothing = (torch.zeros(0), torch.zeros(0, dtype=torch.bool))
+        answers = [
+            self._sides[side][self._position[row]] if row >= 0 else nothing for row, side in batch.answers
+        ]
         return in_columns(answers, batch)
 
 

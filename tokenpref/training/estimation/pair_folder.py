@@ -99,12 +99,11 @@ class ContrastivePair:
             }
         return Component(f"pair's {side} side", base.path, {**base.kwargs, **own})
 
-    def check(self, maker: ModelMaker, base: Component, tokenizer: str) -> None:
+    def check(self, maker: ModelMaker, tokenizer: str) -> None:
         """Compare what a config names with the fingerprints of the pair.
 
         Args:
-            maker: of the config's model.
-            base: the config's checkpointer.
+            maker: of the config's model and the weights of its checkpointer.
             tokenizer: fingerprint of the config's tokenizer.
 
         Raises:
@@ -119,8 +118,8 @@ class ContrastivePair:
             raise DataError(
                 f"{self.folder}: the pair was built with another model ({differing}); set model to the pair's"
             )
-        # Only the main process reads checkpoints, because other nodes may not have the files.
-        maker.world.together(lambda: self._check_base(base) if maker.world.is_main else None)
+        if maker.world.is_main:  # other nodes may not have the files
+            self._check_base(maker.base)
 
     def _other_model(self, maker: ModelMaker) -> str:
         """What differs between the pair's model and the config's, in words."""
@@ -225,11 +224,9 @@ def read_pair(folder: Path) -> ContrastivePair:
             raise DataError(f"{file}: {key} is {value!r:.60}, expected {words}; build the pair again")
     if record["method"] not in METHODS:
         raise DataError(f"{file}: method is {record['method']!r}, expected one of {', '.join(METHODS)}")
-    return ContrastivePair(
-        folder=folder,
-        **{key: record[key] for key in shapes if key not in SIDES},
-        **{side: _side(file, side, record[side]) for side in SIDES},
-    )
+    sides = [_side(file, side, record[side]) for side in SIDES]
+    fingerprints = {key: record[key] for key in shapes if key not in SIDES}
+    return ContrastivePair(folder, **fingerprints, positive=sides[0], negative=sides[1])
 
 
 def _side(file: Path, side: str, node: Mapping[Any, Any]) -> PairSide:

@@ -137,9 +137,18 @@ class ModelMaker:
         Raises:
             ValueError: if there is none.
         """
+        return self.base.build()
+
+    @property
+    def base(self) -> Component:
+        """The component of :attr:`checkpointer`.
+
+        Raises:
+            ValueError: if there is none.
+        """
         if self._checkpointer is None:
             raise ValueError("no checkpointer: the config has none, so name one with checkpointer=")
-        return self._checkpointer.build()
+        return self._checkpointer
 
     def policy(self, *, trainable: bool = False) -> ScoringModel:
         """The model with the checkpointer's weights.
@@ -158,9 +167,7 @@ class ModelMaker:
         Raises:
             ConfigError: see :meth:`side`.
         """
-        reader = self._ref_checkpointer or self._checkpointer
-        if reader is None:
-            raise ValueError("no checkpointer: the config has none, so name one with checkpointer=")
+        reader = self._ref_checkpointer or self.base
         return FrozenReference(self.side(reader, reader.key))
 
     def side(self, checkpointer: Component, key: str) -> ScoringModel:
