@@ -81,12 +81,12 @@ def test_a_folder_of_everything_is_not_searched(tmp_path, monkeypatch):
     """Such as a home directory."""
     for number in range(4):
         (tmp_path / "deep" / str(number)).mkdir(parents=True)
-    monkeypatch.setattr(sources, "_MOST_ENTRIES", 5)
+    monkeypatch.setattr(sources, "_MOST_ENTRIES", 6)
     with pytest.raises(DataError, match="holds no data file"):
         load_rows(str(tmp_path))
     (tmp_path / "train.jsonl").write_text(json.dumps(ROWS[0]))
     with pytest.raises(
-        DataError, match=f"{tmp_path} holds more than 5 files and folders.*; set source to the folder"
+        DataError, match=f"{tmp_path} holds more than 6 files and folders.*; set source to the folder"
     ):
         load_rows(str(tmp_path))
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import os
 import re
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field, replace
@@ -32,7 +33,7 @@ _HUB_NAME = re.compile(r"[\w.-]+/[\w.-]+|[\w-]+")
 # Files in `save_to_disk` and Hugging Face folders that are not data.
 _NOT_DATA = {"dataset_info.json", "state.json", "dataset_dict.json", "dataset_infos.json", "metadata.json"}
 _TABLE_FILE = "rows.arrow"
-# Files and folders in a folder of data. A home directory may hold millions, and to search them would take minutes.
+# Files and folders in a folder of data. A home directory may hold millions, and searching them would take minutes.
 _MOST_ENTRIES = 100_000
 
 
@@ -240,15 +241,17 @@ def _data_files(folder: Path) -> list[Path]:
     Raises:
         DataError: if the folder holds too many files to be a folder of data.
     """
-    found = []
-    for count, path in enumerate(folder.rglob("*")):
-        if count == _MOST_ENTRIES:
+    found: list[Path] = []
+    seen = 0
+    for parent, _, names in os.walk(folder):
+        seen += 1 + len(names)
+        if seen > _MOST_ENTRIES:
             raise DataError(
                 f"{folder} holds more than {_MOST_ENTRIES:,} files and folders, so it is not searched for data; set source to "
                 "the folder or the file that holds the data"
             )
-        if format_of(path) is not None and path.name not in _NOT_DATA:
-            found.append(path)
+        files = (Path(parent, name) for name in names if name not in _NOT_DATA)
+        found += [file for file in files if format_of(file) is not None]
     return sorted(found)
 
 
