@@ -10,7 +10,7 @@ from __future__ import annotations
 import json
 import math
 import re
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -18,7 +18,7 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor, nn
+from torch import Tensor
 
 from tokenpref._files import follow_umask, sampled_digest, weight_files, write_json
 from tokenpref._torchtune import Phi3RotaryPositionalEmbeddings, TransformerDecoder
@@ -62,7 +62,8 @@ _PARTS = {
     "lora_b.weight": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
-_WRAPPERS = re.compile(r"_checkpoint_wrapped_module\.|_orig_mod\.")
+
+_CHECKPOINTED = "_checkpoint_wrapped_module."  # what activation checkpointing adds to the names of modules
 
 
 @dataclass(frozen=True)
@@ -140,8 +141,10 @@ class AdapterLayout:
         Raises:
             ConfigError: if the decoder has no adapters, or if PEFT's format has no place for them.
         """
-        modules = {_WRAPPERS.sub("", name): module for name, module in decoder.named_modules()}
-        adapted = {n: m for n, m in modules.items() if callable(getattr(m, "adapter_params", None))}
+        modules = {name.replace(_CHECKPOINTED, ""): module for name, module in decoder.named_modules()}
+        adapted: dict[str, Any] = {
+            n: m for n, m in modules.items() if callable(getattr(m, "adapter_params", None))
+        }
         if not adapted:
             raise ConfigError(f"{key}: the model has no adapters; name one of torchtune's lora_ builders")
         for name, module in adapted.items():
@@ -161,7 +164,7 @@ class AdapterLayout:
             alpha=alphas.pop(),
             dora=kinds.pop(),
             linears=linears,
-            targets=_targets(adapted, modules, linears),
+            targets=_targets(adapted, decoder, linears),
             attention={"q_proj": int(attention.num_heads), "k_proj": int(attention.num_kv_heads)},
         )
 
@@ -228,11 +231,12 @@ def _linear(name: str, module: Any, decoder: TransformerDecoder, key: str) -> Ad
 
 
 def _targets(
-    adapted: Mapping[str, Any], modules: Mapping[str, nn.Module], linears: tuple[AdaptedLinear, ...]
+    adapted: Collection[str], decoder: TransformerDecoder, linears: tuple[AdaptedLinear, ...]
 ) -> tuple[str, ...]:
     """Short names if all layers have the same adapters; otherwise the full names, which PEFT also accepts."""
-    kinds = {_short(name) or name for name in adapted}
-    if all(name in adapted for name in modules if (_short(name) or name) in kinds):
+    kinds = {_short(name) for name in adapted} - {""}
+    alike = {f"layers.{number}.{kind}" for number in range(len(decoder.layers)) for kind in kinds}
+    if alike <= set(adapted):
         return tuple(dict.fromkeys(linear.hf_name.rpartition(".")[2] for linear in linears))
     return tuple(linear.hf_name for linear in linears)
 
@@ -291,7 +295,7 @@ def write_adapter(
     )
     follow_umask(file)
     alpha = int(layout.alpha) if layout.alpha == int(layout.alpha) else layout.alpha
-    record = {
+    record: dict[str, Any] = {
         "alpha_pattern": {},
         "auto_mapping": None,
         "base_model_name_or_path": base.path if base is not None else None,

@@ -19,11 +19,13 @@ from safetensors import safe_open
 from torch import Tensor
 
 from tokenpref._files import follow_umask
+from tokenpref._paths import resolve_path
 from tokenpref.data import JsonTokenizer, Tokenizer
 from tokenpref.data.tokenizers import TOKENIZER_FILES, TOOL_TEMPLATE, named_template
+from tokenpref.models.peft_format import Base
 from tokenpref.models.tied_head import HEAD, HEAD_IN_FILES
 
-__all__ = ["describe_export", "forget_tied_head"]
+__all__ = ["base_of", "describe_adapter", "describe_export", "forget_tied_head"]
 
 log = logging.getLogger("tokenpref")
 
@@ -61,6 +63,39 @@ def describe_export(folder: Path, state: Mapping[str, Tensor], tokenizer: Tokeni
         return
     for name in ("config.json", "generation_config.json"):
         _write_ids(folder / name, tokenizer)
+    _describe_tokenizer(folder, tokenizer)
+
+
+def describe_adapter(folder: Path, base: Base | None, tokenizer: Tokenizer | None) -> None:
+    """Write the tokenizer and the chat template of the training beside an adapter, so that its folder is complete.
+
+    Args:
+        folder: contains the adapter.
+        base: the weights under it, whose tokenizer is copied; None if they are unknown.
+        tokenizer: the tokenizer of the training, which takes precedence; None if it is unknown.
+    """
+    if base is not None:
+        _copy_tokenizer(Path(base.path) / "tokenizer.json", folder)
+    if tokenizer is not None:
+        _describe_tokenizer(folder, tokenizer)
+
+
+def base_of(config: Mapping[str, Any]) -> Base | None:
+    """The weights from which a run's policy starts; None if its checkpointer is not one that reads from a folder.
+
+    Args:
+        config: the run's config as plain data.
+
+    Raises:
+        ConfigError: if a file of the weights is missing.
+    """
+    checkpointer = config.get("checkpointer")
+    if not isinstance(checkpointer, Mapping) or not checkpointer.get("checkpoint_dir"):
+        return None
+    return Base.of(resolve_path(str(checkpointer["checkpoint_dir"])), checkpointer.get("checkpoint_files"))
+
+
+def _describe_tokenizer(folder: Path, tokenizer: Tokenizer) -> None:
     if isinstance(tokenizer, JsonTokenizer):
         if tokenizer.file is not None:
             _copy_tokenizer(tokenizer.file, folder)
@@ -131,7 +166,7 @@ def _write_ids(file: Path, tokenizer: Tokenizer) -> None:
 
 
 def _copy_tokenizer(source: Path, folder: Path) -> None:
-    """Replace the tokenizer files of the starting weights by those of the training."""
+    """Replace a folder's tokenizer files by those beside another ``tokenizer.json``."""
     for name in TOKENIZER_FILES:
         file = source if name == "tokenizer.json" else source.parent / name
         (folder / name).unlink(missing_ok=True)
