@@ -8,6 +8,7 @@ from safetensors.torch import load_file, save_file
 from support.peft_models import FAMILIES, TOKENS, randomise
 from torchtune.models.convert_weights import tune_to_peft_adapter_config, tune_to_peft_adapter_weights
 
+from tokenpref._sealed import seal
 from tokenpref.errors import ConfigError
 from tokenpref.models.peft_format import (
     ADAPTER_CONFIG,
@@ -292,6 +293,17 @@ def test_files_that_are_missing_or_damaged_are_named(folder, change, fault):
     with pytest.raises(ConfigError, match=fault) as error:
         read_adapter(folder, LLAMA.decoder(**QUERIES), "adapter_checkpoint")
     assert str(error.value).startswith(f"adapter_checkpoint: {folder}")
+
+
+def test_a_folder_that_changed_since_it_was_sealed_is_refused(folder):
+    seal(folder)
+    decoder = LLAMA.decoder(**QUERIES)
+    assert read_adapter(folder, decoder, "adapter_checkpoint")
+    change_tensor(folder, lambda tensors: tensors[FIRST].mul_(2))
+    with pytest.raises(
+        ConfigError, match=rf"is not as it was written: {ADAPTER_WEIGHTS}.*remove manifest.json"
+    ):
+        read_adapter(folder, decoder, "adapter_checkpoint")
 
 
 def test_an_adapter_of_other_weights_is_refused(folder, tmp_path):
