@@ -17,14 +17,14 @@ from typing import Any
 import xxhash
 
 from tokenpref._files import sync, write_json
-from tokenpref.errors import DataError
+from tokenpref.errors import ConfigError, DataError
 
 __all__ = [
     "MANIFEST",
     "SHA256",
     "Written",
+    "check_if_sealed",
     "digest_of",
-    "fault_if_sealed",
     "fault_of",
     "read_files",
     "read_record",
@@ -206,13 +206,25 @@ def fault_of(folder: Path, *, others: bool = False) -> str | None:
     return f"{surplus[0]} does not belong to it" if surplus else None
 
 
-def fault_if_sealed(folder: Path) -> str | None:
-    """:func:`fault_of` for a folder that may come from elsewhere, such as a model's: it needs no manifest of ours."""
+def check_if_sealed(folder: Path, key: str) -> None:
+    """Compare a folder of weights with its manifest. Folders from elsewhere, which have no manifest of ours, are not compared.
+
+    Args:
+        folder: the folder.
+        key: what names it in the config, for errors.
+
+    Raises:
+        ConfigError: if a file is missing or not as it was written.
+    """
     manifest = folder / MANIFEST
     content = manifest.read_bytes() if manifest.is_file() else b"{}"
     # Other programs write files of this name too, in formats of their own.
     ours = not content or XXH3.encode() in content
-    return fault_of(folder, others=True) if ours else None
+    if ours and (fault := fault_of(folder, others=True)):
+        raise ConfigError(
+            f"{key}: {folder} holds damaged weights: {fault}; restore the folder from a copy, or make it again. If you changed "
+            f"that file yourself, remove {manifest}"
+        )
 
 
 def _files(folder: Path) -> dict[str, Path]:

@@ -9,6 +9,7 @@ from safetensors import safe_open
 from safetensors.torch import load_file, save_file
 from support.peft_models import FAMILIES, TOKENS
 
+from tokenpref._sealed import seal
 from tokenpref.cli import main
 from tokenpref.errors import TokenprefError
 from tokenpref.models.merging import merge_adapter
@@ -151,6 +152,14 @@ def test_bad_input_is_refused_by_name(pair, tmp_path, capsys):
     assert capsys.readouterr().err.startswith(f"error: {adapter}")
     assert not output.exists()
     merge_adapter(adapter, output, base)  # nothing was left broken
+
+
+def test_a_base_that_changed_since_a_run_exported_it_is_refused(pair, tmp_path):
+    base, adapter = pair
+    seal(base)
+    file = base / "model.safetensors"
+    file.write_bytes(file.read_bytes()[:-1] + b"\xff")
+    refused(f"{base} holds damaged weights: model.safetensors is not", adapter, tmp_path / "merged", base)
 
 
 def test_a_base_of_another_shape_or_dtype_is_refused(pair, tmp_path):

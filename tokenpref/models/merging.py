@@ -14,6 +14,7 @@ from safetensors.torch import save_file
 from torch import Tensor
 
 from tokenpref._files import WEIGHT_SUFFIXES, follow_umask, sampled_digest, writing
+from tokenpref._sealed import MANIFEST, check_if_sealed
 from tokenpref.data.tokenizers import TOKENIZER_FILES, TOOL_TEMPLATE
 from tokenpref.errors import TokenprefError
 from tokenpref.models.peft_format import (
@@ -29,7 +30,7 @@ __all__ = ["merge_adapter"]
 INDEX = "model.safetensors.index.json"
 _KEY = "merge"
 _PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")
-_NOT_COPIED = (ADAPTER_CONFIG, BASE_RECORD, "manifest.json")
+_NOT_COPIED = (ADAPTER_CONFIG, BASE_RECORD, MANIFEST)
 _OTHER_WEIGHTS = (*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
 
 
@@ -55,6 +56,7 @@ def merge_adapter(adapter: Path, output: Path, base: Path | None = None) -> Path
         raise TokenprefError(f"{output} exists; remove it or choose another --output")
     found = PeftFolder.read(adapter, _KEY)
     folder = _base_folder(found, base)
+    check_if_sealed(folder, _KEY)
     files = _weight_files(folder)
     _check_base(found, folder, files)
     output.parent.mkdir(parents=True, exist_ok=True)

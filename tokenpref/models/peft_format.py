@@ -21,7 +21,7 @@ from safetensors.torch import load_file, save_file
 from torch import Tensor
 
 from tokenpref._files import follow_umask, sampled_digest, weight_files, write_json
-from tokenpref._sealed import MANIFEST, fault_if_sealed
+from tokenpref._sealed import check_if_sealed
 from tokenpref._torchtune import Phi3RotaryPositionalEmbeddings, TransformerDecoder
 from tokenpref.errors import ConfigError
 from tokenpref.models.agreement import pairs_interleaved
@@ -376,10 +376,7 @@ class PeftFolder:
         """
         where = f"{key}: {folder}"
         settings = _read_settings(folder, where)
-        if fault := fault_if_sealed(folder):
-            raise ConfigError(
-                f"{where} is not as it was written: {fault}; restore it, or remove {MANIFEST} if you changed it"
-            )
+        check_if_sealed(folder, key)
         layers = _read_tensors(folder, where)
         magnitudes = any("lora_magnitude_vector" in parts for parts in layers.values())
         # PEFT always writes use_dora, torchtune never does.

@@ -14,7 +14,7 @@ from torch.autograd.graph import saved_tensors_hooks
 
 from tokenpref._memory import free_memory
 from tokenpref._paths import resolve_path
-from tokenpref._sealed import MANIFEST, fault_if_sealed
+from tokenpref._sealed import check_if_sealed
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.data.samples import read_openings
@@ -204,11 +204,7 @@ def _check_folders(
     """Check the folders that weights come from, by their names in messages; see :func:`check_architecture`."""
     folders = {Path(str(reader.kwargs.get("checkpoint_dir", ""))): key for key, reader in readers.items()}
     for folder, key in folders.items():
-        if fault := fault_if_sealed(folder):
-            raise ConfigError(
-                f"{key}: {folder} holds damaged weights: {fault}; restore the folder from a copy, or make it again. If you "
-                f"changed that file yourself, remove {folder / MANIFEST}"
-            )
+        check_if_sealed(folder, key)
     return [
         note
         for key, reader in readers.items()
