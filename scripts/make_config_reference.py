@@ -91,7 +91,14 @@ SECTIONS: list[tuple[str, str, list[type]]] = [
 COMPONENTS: list[tuple[str, tuple[str, ...], list[str]]] = [
     ("`dataset`, `dataset_val`", ("tokenizer",), ["tokenpref.data.preference_dataset"]),
     ("`tokenizer`", (), ["tokenpref.data.tokenizer_json"]),
-    ("`model`", (), ["tokenpref.models.tiny_llama", "tokenpref.models.smollm2_135m"]),
+    (
+        "`model`",
+        (),
+        [
+            f"tokenpref.models.{name}"
+            for name in ("tiny_llama", "smollm2_135m", "lora_tiny_llama", "lora_smollm2_135m")
+        ],
+    ),
     (
         "`loss`, `loss_val`",
         (),

@@ -24,10 +24,11 @@ from tokenpref.distributed import (
 )
 from tokenpref.distributed.world import end_threads
 from tokenpref.errors import TokenprefError
+from tokenpref.models.adapters import adapter_state
 from tokenpref.models.float8 import Float8, convert_to_float8
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training import TripletTrainer
+from tokenpref.training import PreferenceTrainer, TripletTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.credit.anchors import AnchorSampler
 from tokenpref.training.credit.attribution import Attribution
@@ -331,6 +332,23 @@ def float8_shards(world: World, folder: str) -> dict[str, Any]:
     again = full_state_dict(model, world)
     found["same"] = all(torch.equal(state[name], again[name]) for name in state)
     return found
+
+
+def lora_training(world: World, words: list[str]) -> dict[str, Any]:
+    """Train tiny DPO with adapters; returns the losses by step, and the whole adapters on the main process."""
+    trainer = PreferenceTrainer(load_config(["--config", "tiny/dpo", *words]), world)
+    logged: list[dict[str, float]] = []
+    trainer._log = logged.append  # type: ignore[method-assign]
+    try:
+        trainer.setup()
+        trainer.train()
+        adapters = adapter_state(trainer.policy.model, world)
+    finally:
+        trainer.close()
+    return {
+        "losses": [metrics["loss"] for metrics in logged],
+        "adapters": {name: tensor.numpy() for name, tensor in adapters.items()},
+    }
 
 
 def ti_trainings(world: World, folder: str, runs: list[list[str]]) -> list[int]:

@@ -22,6 +22,7 @@ from torch.distributed.checkpoint.state_dict import (
     set_state_dict,
 )
 from torch.distributed.tensor import DTensor
+from torch.distributed.tensor._dtensor_spec import DTensorSpec, TensorMeta
 from torch.optim import Optimizer
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
@@ -130,8 +131,10 @@ def _load_quantised(model: nn.Module, state: dict[str, Tensor], world: World) ->
     """Copy whole parameters into a model of which some weights are NF4, one parameter at a time.
 
     PyTorch's functions for sharded state dicts do not take NF4. Every process quantises the whole weight and keeps its part, so
-    that the numbers do not depend on the number of processes.
+    that the numbers do not depend on the number of processes. NF4 weights are replaced, because a tensor that was made on the
+    meta device lacks their table of values.
     """
+    quantised: dict[str, Tensor] = {}
     for name, parameter in state_parameters(model).items():
         own = _local(parameter)
         if world.is_main:
@@ -142,12 +145,24 @@ def _load_quantised(model: nn.Module, state: dict[str, Tensor], world: World) ->
             torch.distributed.broadcast(whole, src=0)
         if isinstance(own, NF4Tensor):
             whole = to_nf4(whole, own.block_size, own.scaler_block_size)
+        mine = whole
         if isinstance(parameter, DTensor):
-            rows = whole.chunk(world.size)
-            if world.rank < len(rows):
-                own.copy_(rows[world.rank])
+            parts = whole.chunk(world.size)
+            mine = parts[world.rank] if world.rank < len(parts) else whole[:0]
+        if isinstance(own, NF4Tensor):
+            quantised[name] = _as_shard(mine, parameter) if isinstance(parameter, DTensor) else mine
         else:
-            own.copy_(whole)
+            own.copy_(mine)
+    model.load_state_dict(quantised, strict=False, assign=True)
+
+
+def _as_shard(mine: Tensor, like: DTensor) -> DTensor:
+    """This process's part of an NF4 weight as a DTensor, without the operations on DTensors that NF4 lacks."""
+    part = mine.new_zeros(mine.shape)  # memory of its own, so that the whole weight is freed
+    part.copy_(mine)
+    meta = TensorMeta(shape=like.shape, stride=like.stride(), dtype=like.dtype)
+    spec = DTensorSpec(mesh=like.device_mesh, placements=like.placements, tensor_meta=meta)
+    return DTensor(part, spec, requires_grad=False)
 
 
 @contextmanager

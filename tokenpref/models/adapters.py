@@ -12,8 +12,6 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -21,9 +19,9 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from tokenpref._torchtune import DoRALinear, LoRALinear, TransformerDecoder
 from tokenpref.distributed import World, state_parameters
+from tokenpref.models.peft_format import merged_weight
 
 __all__ = [
-    "AdapterSettings",
     "adapter_layers",
     "adapter_names",
     "adapter_state",
@@ -37,36 +35,6 @@ __all__ = [
 
 _OF_CHECKPOINTING = "_checkpoint_wrapped_module."
 """What activation checkpointing puts into the names of modules; it is not part of the names in a state dict."""
-
-
-@dataclass(frozen=True)
-class AdapterSettings:
-    """What an adapter must share with the decoder that it is loaded into.
-
-    Args:
-        rank: the number of rows of ``A``.
-        alpha: the adapter's output is multiplied by ``alpha / rank``.
-        targets: names of the linear layers with an adapter, without the path that leads to them.
-        dora: whether it is DoRA.
-    """
-
-    rank: int
-    alpha: float
-    targets: tuple[str, ...]
-    dora: bool
-
-    @classmethod
-    def of(cls, decoder: TransformerDecoder) -> AdapterSettings | None:
-        """Those of a decoder that :func:`check_adapters` accepts; None if it has no adapters."""
-        layers = adapter_layers(decoder)
-        if not layers:
-            return None
-        rank, scale, dora = next(_kind_of(layer) for layer in layers.values())
-        return cls(rank, scale * rank, tuple(sorted({name.rpartition(".")[2] for name in layers})), dora)
-
-    def record(self) -> dict[str, Any]:
-        """The same as plain data, for JSON."""
-        return {"rank": self.rank, "alpha": self.alpha, "targets": list(self.targets), "dora": self.dora}
 
 
 def adapter_layers(decoder: nn.Module) -> dict[str, nn.Module]:
@@ -185,16 +153,13 @@ def merged(state: Mapping[str, Tensor], decoder: nn.Module) -> dict[str, Tensor]
     Returns:
         The base's tensors, with the adapters added to those that have one, in their own dtype.
     """
-    found = {name: tensor for name, tensor in state.items() if name not in set(adapter_names(decoder))}
+    adapters = set(adapter_names(decoder))
+    found = {name: tensor for name, tensor in state.items() if name not in adapters}
     for name, layer in adapter_layers(decoder).items():
-        _, scale, dora = _kind_of(layer)
-        weight, down, up = (state[f"{name}.{part}"] for part in ("weight", "lora_a.weight", "lora_b.weight"))
-        wide = torch.promote_types(weight.dtype, torch.float32)
-        changed = weight.to(wide) + scale * (up.to(wide) @ down.to(wide))
-        if dora:
-            length = torch.linalg.norm(changed, dim=1, keepdim=True)
-            changed *= state[f"{name}.magnitude"].to(wide)[:, None] / length
-        found[f"{name}.weight"] = changed.to(weight.dtype)
+        _, scale, _ = _kind_of(layer)
+        down, up = state[f"{name}.lora_a.weight"], state[f"{name}.lora_b.weight"]
+        magnitude = state.get(f"{name}.magnitude")
+        found[f"{name}.weight"] = merged_weight(state[f"{name}.weight"], down, up, scale, magnitude)
     return found
 
 

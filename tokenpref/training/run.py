@@ -23,6 +23,7 @@ from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_token_ids
 from tokenpref.training.config.compute import check_device
+from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.config.parts import build_logger, build_optimizer, build_profiler, build_scheduler
 from tokenpref.training.config.written import environment_unread, plain_without_environment
@@ -191,7 +192,7 @@ def set_up(
     if held_out is not None and config.run_val_every_n_steps:
         data["dataset_val"] = (held_out, validation.needs)
     caches = plan_caches(config, data, world)
-    saver = Saver(config, folder, world, _facts(cfg, config, world, dataset, steps_per_epoch))
+    saver = Saver(config, folder, world, _facts(cfg, config, maker, dataset, steps_per_epoch))
     if start is not None:
         saver.check(start, total_steps)
     compared = bool((needs | validation.needs) & FrozenReference.provides)
@@ -203,7 +204,7 @@ def set_up(
             _open_caches(config, maker, caches, folder, tokenizer) if config.reference == "cached" else None
         )
         policy = maker.policy(trainable=True)
-        reference, reference_val = cached or (_build_reference(maker, compared=compared),) * 2
+        reference, reference_val = cached or (_build_reference(maker, policy, compared=compared),) * 2
         optimizer = build_optimizer(config.optimizer, policy.trainable_parameters())
         scheduler = build_scheduler(config.lr_scheduler, optimizer, total_steps)
         state = TrainState(policy.model, optimizer, scheduler, kept)
@@ -293,7 +294,7 @@ def _check(
                 dataset,
                 dataset_val,
                 folder.path,
-                reference=compared and config.reference == "model",
+                reference=compared and config.reference == "model" and not maker.reference_is_base,
                 rows_per_pair=3 if "anchor" in needs else 2,
                 caches=list(caches.values()),
             )
@@ -311,10 +312,13 @@ def _check(
         raise DryRun(f"dry run: nothing stands against this run, nothing was written to {folder.path}")
 
 
-def _build_reference(maker: ModelMaker, *, compared: bool) -> Reference:
-    """The reference of a run: a second, frozen copy of the model, or none if it is not needed."""
+def _build_reference(maker: ModelMaker, policy: ScoringModel, *, compared: bool) -> Reference:
+    """The reference of a run: the policy with its adapters switched off, a second model, or none if it is not needed."""
     if not compared:
         return NoReference()
+    if maker.reference_is_base:
+        _say(maker.world, "reference: the policy with its adapters switched off, and no second model")
+        return maker.reference(policy)
     size = size_text(maker.reference_nbytes)
     _say(maker.world, f"reference: a second model of {size} a process beside the policy")
     return maker.reference()
@@ -344,34 +348,41 @@ def _open_caches(
         forwards = " and ".join(
             f"{cache.layout.answers.sequence_tokens:,} tokens {times[key]}" for key, cache in caches.items()
         )
-        size = size_text(maker.reference_nbytes)
-        _say(
-            maker.world,
-            f"reference: cached, in the place of a second model of {size} a process and a forward of {forwards}",
-        )
+        instead = f"a forward of {forwards}"
+        if not maker.reference_is_base:
+            instead = f"a second model of {size_text(maker.reference_nbytes)} a process and {instead}"
+        _say(maker.world, f"reference: cached, in the place of {instead}")
     return found.get("dataset", NoReference()), found.get("dataset_val", NoReference())
 
 
 def _facts(
-    cfg: DictConfig, config: TrainConfig, world: World, dataset: PreferenceDataset, steps_per_epoch: int
+    cfg: DictConfig, config: TrainConfig, maker: ModelMaker, dataset: PreferenceDataset, steps_per_epoch: int
 ) -> dict[str, Any]:
     """Facts that a resumed run must share; see :class:`tokenpref.training.saving.saver.Saver`."""
-    reference = config.ref_checkpointer or config.checkpointer
+    world = maker.world
 
-    def digest() -> str | None:
+    def digest(reader: Component) -> str | None:
         # Only the main process reads checkpoints, because other nodes may not have the files.
-        there = world.is_main and "checkpoint_dir" in reference.kwargs
-        return weights_digest(reference) if there else None
+        def read() -> str | None:
+            return weights_digest(reader) if world.is_main and "checkpoint_dir" in reader.kwargs else None
 
-    return {
+        found: str | None = world.broadcast_object(world.together(read))
+        return found
+
+    adapters = world.together(lambda: maker.adapters)
+    facts = {
         "pairs_per_step": config.batch_size * config.gradient_accumulation_steps * world.size,
         "steps_per_epoch": steps_per_epoch,
         "seed": config.seed,
         "shuffle": config.shuffle,
         "data": dataset.fingerprint(),
-        "reference": world.broadcast_object(world.together(digest)),
+        "reference": digest(config.ref_checkpointer or config.checkpointer),
         "config": plain_without_environment(cfg),
     }
+    if adapters is not None:
+        # The checkpoint holds the adapters alone.
+        facts |= {"base": digest(config.checkpointer), "adapters": adapters}
+    return facts
 
 
 def _say(world: World, message: str) -> None:

@@ -2,15 +2,20 @@
 
 from __future__ import annotations
 
+import math
 from pathlib import Path
+from typing import Any
 
 import torch
 
+from tokenpref._paths import resolve_path
 from tokenpref.errors import ConfigError
 from tokenpref.losses import LossTraits
 from tokenpref.training.config.fields import Component
 
-__all__ = ["checkpoint_faults", "loss_faults", "transform_faults"]
+__all__ = ["adapter_faults", "checkpoint_faults", "loss_faults", "transform_faults"]
+
+_WITH_ADAPTERS = ("q_proj", "k_proj", "v_proj", "output_proj")
 
 
 def checkpoint_faults(checkpointer: Component | None, model: Component | None) -> list[str]:
@@ -41,6 +46,52 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
     if missing:
         return [f"{checkpointer.key}.checkpoint_files: {missing[0]!r} is not in {folder.absolute()}"]
     return []
+
+
+def adapter_faults(model: Component | None, adapter: str | None) -> list[str]:
+    """Settings of a builder's adapters that cannot be trained, and a missing folder of a trained adapter.
+
+    Args:
+        model: the builder; its arguments are named as torchtune's.
+        adapter: the folder of ``adapter_checkpoint``.
+    """
+    faults = []
+    if model is not None:
+        given, key = model.kwargs, model.key
+        faults += _target_faults(key, given.get("lora_attn_modules", ["q_proj"]))
+        if _is_number(rank := given.get("lora_rank", 1)) and rank < 1:
+            faults.append(f"{key}.lora_rank: is {rank}, and such an adapter cannot learn; set at least 1")
+        if _is_number(alpha := given.get("lora_alpha", 1)) and not 0 < alpha < math.inf:
+            faults.append(
+                f"{key}.lora_alpha: is {alpha}, by which the adapter's output is multiplied; set a number above 0"
+            )
+        if given.get("apply_lora_to_output") is True:
+            faults.append(
+                f"{key}.apply_lora_to_output: an adapter of the head is not supported, because token statistics are computed "
+                "from a plain head; set it to false"
+            )
+    if adapter is not None and not (folder := resolve_path(adapter)).is_dir():
+        faults.append(
+            f"adapter_checkpoint: no folder at {folder.absolute()}; set the folder of a trained adapter, or null"
+        )
+    return faults
+
+
+def _target_faults(key: str, names: Any) -> list[str]:
+    if not isinstance(names, list):
+        return []  # its annotation refuses it
+    if not names:
+        return [f"{key}.lora_attn_modules: names no layer; name some of {', '.join(_WITH_ADAPTERS)}"]
+    return [
+        f"{key}.lora_attn_modules: {name!r} fits no module; name some of {', '.join(_WITH_ADAPTERS)} (the MLP's layers get "
+        "adapters with apply_lora_to_mlp=true)"
+        for name in names
+        if name not in _WITH_ADAPTERS
+    ]
+
+
+def _is_number(value: Any) -> bool:
+    return isinstance(value, (int, float)) and not isinstance(value, bool)
 
 
 def transform_faults(transform: Component | None) -> list[str]:

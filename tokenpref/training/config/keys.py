@@ -13,7 +13,7 @@ from tokenpref.components import COMPONENT
 from tokenpref.data.samples import read_openings, read_samples
 from tokenpref.errors import DataError
 from tokenpref.training.config.compute import DTYPES, Compute, ComputeConfig, compute_faults
-from tokenpref.training.config.faults import checkpoint_faults, transform_faults
+from tokenpref.training.config.faults import adapter_faults, checkpoint_faults, transform_faults
 from tokenpref.training.config.fields import (
     Component,
     component,
@@ -119,7 +119,11 @@ class ModelConfig(ScoringConfig):
     checkpointer: Component = component()
     """A torchtune checkpointer that reads the policy's starting weights and writes the trained ones."""
     ref_checkpointer: Component | None = component(optional=True)
-    """Reads the reference's weights. Null takes those that ``checkpointer`` starts from."""
+    """Reads the reference's weights. Null takes those that ``checkpointer`` starts from. If the model has adapters, the
+    reference is then the policy with its adapters switched off, and not a second model."""
+    adapter_checkpoint: str | None = text(None)
+    """Folder of a trained adapter in PEFT's format, which the policy's adapters start from. For models with adapters only.
+    Null: new adapters, which change nothing at first."""
     batch_size: int = integer()
     """Pairs per process and micro-batch."""
     log_stats: tuple[str, ...] = texts(choices=STATISTICS)
@@ -128,9 +132,15 @@ class ModelConfig(ScoringConfig):
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
         checkpointers = (self.checkpointer, self.ref_checkpointer)
-        return super().faults() + [
-            fault for c in checkpointers for fault in checkpoint_faults(c, self.model) + component_faults(c)
-        ]
+        return (
+            super().faults()
+            + [
+                fault
+                for c in checkpointers
+                for fault in checkpoint_faults(c, self.model) + component_faults(c)
+            ]
+            + adapter_faults(self.model, self.adapter_checkpoint)
+        )
 
 
 @dataclass(frozen=True, kw_only=True)

@@ -119,9 +119,11 @@ class Evaluator:
                 for c in (readers if self.world.is_main else ())
             ]
 
+        adapter = self.world.together(self._maker.adapter_digest)
         return {
             "config": OmegaConf.to_container(self._cfg, resolve=True),
             "weights": self.world.together(digests),
+            **({} if adapter is None else {"adapter": adapter}),
             "data": dataset.fingerprint() if dataset is not None else None,
             "openings": digest_of(resolve_path(sampling.prompts), SHA256) if sampling is not None else None,
         }
@@ -132,7 +134,7 @@ class Evaluator:
         loss = config.loss.build()
         metrics = evaluate_pairs(
             self.policy,
-            self._maker.reference(),
+            self._maker.reference(self.policy),
             loss,
             dataset,
             self.world,

@@ -113,7 +113,10 @@ def _general_builder(path: str) -> tuple[Any, str] | None:
         return None
     family = _GENERAL.get(parts[2], parts[2])
     module = import_module(f"torchtune.models.{family}")
-    return (module, family) if hasattr(module, family) else None
+    # Builders with adapters have a general builder of their own.
+    adapted = parts[3].startswith(("lora_", "qlora_"))
+    name = f"lora_{family}" if adapted else family
+    return (module, name) if hasattr(module, name) else None
 
 
 def _order_fault(checkpointer: Component, decoder: TransformerDecoder, key: str) -> str | None:

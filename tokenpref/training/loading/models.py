@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import hashlib
 import logging
 from functools import cached_property
 from pathlib import Path
@@ -10,17 +9,28 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torchao.dtypes.nf4tensor import NF4Tensor
 
+from tokenpref._files import sampled_digest, weight_files
+from tokenpref._paths import resolve_path
 from tokenpref._torchtune import (
     TransformerDecoder,
     compile_model,
     set_default_dtype,
     validate_no_params_on_meta_device,
 )
-from tokenpref.distributed import World, load_full_state_dict, shard
+from tokenpref.distributed import World, load_full_state_dict, shard, state_parameters
 from tokenpref.errors import ConfigError
 from tokenpref.models.activations import activation_offloading, checkpoint_layers, offload_layers
+from tokenpref.models.adapters import (
+    adapter_names,
+    base_tensors,
+    check_adapters,
+    has_adapters,
+    initial_adapters,
+)
 from tokenpref.models.float8 import convert_to_float8
+from tokenpref.models.peft_format import AdapterLayout, read_adapter
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.tied_head import check_unread_head, drop_tied_head, head_hint
@@ -29,13 +39,14 @@ from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import ModelConfig, ScoringConfig
 
 __all__ = [
-    "WEIGHT_SUFFIXES",
     "ModelMaker",
     "check_decoder",
     "check_state_fits",
     "choose_trainable",
+    "nbytes",
     "place_decoder",
     "read_weights",
+    "weight_nbytes",
     "weights_digest",
 ]
 
@@ -74,12 +85,12 @@ def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]
 
 
 def check_state_fits(state: dict[str, Tensor], model: TransformerDecoder, key: str) -> None:
-    """Compare names and shapes of a checkpoint with the model's.
+    """Compare names and shapes of a checkpoint with the model's, whose adapters are not part of it.
 
     Raises:
         ConfigError: naming the first differences.
     """
-    own = model.state_dict()
+    own = base_tensors(model)
     faults = [f"no tensor {name!r}" for name in own if name not in state]
     faults += [f"unexpected tensor {name!r}" for name in state if name not in own]
     faults += [
@@ -121,9 +132,12 @@ class ModelMaker:
     ) -> None:
         self.config, self.world = config, world
         self._ref_checkpointer: Component | None = None
+        self._adapter: Path | None = None
         if isinstance(config, ModelConfig):
             model, checkpointer = model or config.model, checkpointer or config.checkpointer
             self._ref_checkpointer = config.ref_checkpointer
+            if config.adapter_checkpoint is not None:
+                self._adapter = resolve_path(config.adapter_checkpoint)
         if model is None:
             raise ValueError("no model: the config has none, so name one with model=")
         self.model: Component = model
@@ -151,7 +165,7 @@ class ModelMaker:
         return self._checkpointer
 
     def policy(self, *, trainable: bool = False) -> ScoringModel:
-        """The model with the checkpointer's weights.
+        """The model with the checkpointer's weights, and with the adapter of ``adapter_checkpoint`` if it has adapters.
 
         Args:
             trainable: whether it will be trained; False freezes the parameters and sets evaluation mode.
@@ -159,29 +173,44 @@ class ModelMaker:
         Raises:
             ConfigError: see :meth:`side`.
         """
-        return self._filled(self.checkpointer, "checkpointer", trainable=trainable)
+        return self._filled(self.checkpointer, "checkpointer", trainable=trainable, adapter=self._adapter)
 
-    def reference(self) -> FrozenReference:
-        """The frozen model that the policy is compared with: the weights of ``ref_checkpointer``, or else the policy's.
+    def reference(self, policy: ScoringModel | None = None) -> FrozenReference:
+        """The frozen model that the policy is compared with.
+
+        It has the weights of ``ref_checkpointer``, or else those of ``checkpointer``, and no adapters.
+
+        Args:
+            policy: the run's policy. If the reference is its base (:attr:`reference_is_base`), no second model is made. None:
+                always a second model.
 
         Raises:
             ConfigError: see :meth:`side`.
         """
+        if policy is not None and self.reference_is_base:
+            return FrozenReference(policy.base(), shares_head=True)
         reader = self._ref_checkpointer or self.base
         return FrozenReference(self.side(reader, reader.key))
 
-    def side(self, checkpointer: Component, key: str) -> ScoringModel:
+    @property
+    def reference_is_base(self) -> bool:
+        """Whether the reference is the policy with its adapters switched off."""
+        return self._ref_checkpointer is None and has_adapters(self._policy_on_meta)
+
+    def side(self, checkpointer: Component, key: str, *, adapter: Path | None = None) -> ScoringModel:
         """The model, frozen, with another checkpointer's weights, such as a side of a contrastive pair.
 
         Args:
-            checkpointer: reads the weights.
+            checkpointer: reads the weights, of a model with adapters those of the base.
             key: what the weights are called in errors and in the log.
+            adapter: folder of a trained adapter; None: the adapters of a model that has some are off.
 
         Raises:
             ConfigError: if the weights do not fit the model, the model has no plain linear head, or float8 or activation
                 checkpointing do not fit it.
         """
-        return self._filled(checkpointer.build(), key, trainable=False)
+        scorer = self._filled(checkpointer.build(), key, trainable=False, adapter=adapter)
+        return scorer.base() if adapter is None and has_adapters(scorer.model) else scorer
 
     def on_meta(self, dtype: torch.dtype | None = None) -> TransformerDecoder:
         """The policy on the meta device, built by each call. ``requires_grad`` tells which parameters are trained.
@@ -190,11 +219,17 @@ class ModelMaker:
             dtype: dtype of the weights; None for the config's ``dtype``.
 
         Raises:
-            ConfigError: if the component does not build a decoder.
+            ConfigError: if the component does not build a decoder, if the decoder's adapters are not supported, or if it has
+            none and ``adapter_checkpoint`` is set.
         """
         with set_default_dtype(dtype or DTYPES[self.config.dtype]), torch.device("meta"):
             decoder: TransformerDecoder = self.model.build()
         check_decoder(decoder, self.model)
+        if self._adapter is not None and not has_adapters(decoder):
+            raise ConfigError(
+                f"adapter_checkpoint: {self.model.key} ({self.model.path}) makes a model without adapters; name a lora_ builder, "
+                "or set adapter_checkpoint=null"
+            )
         return choose_trainable(decoder, True)
 
     @cached_property
@@ -211,19 +246,63 @@ class ModelMaker:
         """The number of token ids that the model embeds."""
         return int(self._policy_on_meta.tok_embeddings.num_embeddings)
 
+    @cached_property
+    def adapters(self) -> dict[str, Any] | None:
+        """Everything about the model's adapters except their values, as plain data; None if it has none.
+
+        Raises:
+            ConfigError: if PEFT's format, in which they will be written, has no place for them.
+        """
+        decoder = self._policy_on_meta
+        if not has_adapters(decoder):
+            return None
+        layout = AdapterLayout.of(decoder, self.model.key)
+        quantised = any(isinstance(parameter, NF4Tensor) for parameter in decoder.parameters())
+        return {
+            "rank": layout.rank,
+            "alpha": layout.alpha,
+            "targets": list(layout.targets),
+            "dora": layout.dora,
+            "quantized_base": quantised,
+        }
+
     @property
     def reference_nbytes(self) -> int:
         """A process's share of the reference's weights, in bytes."""
-        count = sum(parameter.numel() for parameter in self._policy_on_meta.parameters())
-        return -(-count * self.config.compute(trainable=False).dtype.itemsize // self.world.size)
+        dtype = self.config.compute(trainable=False).dtype
+        return -(-weight_nbytes(self._policy_on_meta, dtype) // self.world.size)
 
-    def _filled(self, checkpointer: Any, key: str, *, trainable: bool) -> ScoringModel:
+    def check_adapter(self) -> None:
+        """Compare the adapter of ``adapter_checkpoint`` with the model and with the files of its base; no weights are read.
+
+        Raises:
+            ConfigError: if it does not fit.
+        """
+        if self._adapter is not None:
+            base = self._checkpointer
+            named = base is not None and "checkpoint_dir" in base.kwargs
+            digest = weights_digest(base) if base is not None and named else None
+            read_adapter(self._adapter, self._policy_on_meta, "adapter_checkpoint", base=digest)
+
+    def adapter_digest(self) -> str | None:
+        """A fingerprint of the adapter of ``adapter_checkpoint``; None without one, and on all processes except the main one.
+
+        Raises:
+            ConfigError: if a file is missing.
+        """
+        if self._adapter is None or not self.world.is_main:
+            return None
+        return sampled_digest(self._adapter, weight_files(self._adapter))
+
+    def _filled(
+        self, checkpointer: Any, key: str, *, trainable: bool, adapter: Path | None = None
+    ) -> ScoringModel:
         """Read weights, build the model on the meta device, shard it, and fill it."""
         config, world = self.config, self.world
         state = read_weights(checkpointer, key, world)
         compute = config.compute(trainable=trainable)
         decoder = self.on_meta(compute.dtype)
-        world.together(lambda: self._check_state(state, decoder, key))
+        world.together(lambda: self._complete_state(state, decoder, key, adapter, compute))
         place_decoder(
             decoder,
             compute,
@@ -246,7 +325,15 @@ class ModelMaker:
         except TypeError as error:
             raise ConfigError(f"model ({self.model.path}): {error}") from error
 
-    def _check_state(self, state: dict[str, Tensor], decoder: TransformerDecoder, key: str) -> None:
+    def _complete_state(
+        self,
+        state: dict[str, Tensor],
+        decoder: TransformerDecoder,
+        key: str,
+        adapter: Path | None,
+        compute: Compute,
+    ) -> None:
+        """Check the weights that were read, and add those of the adapters (in place; on the main process)."""
         if not self.world.is_main:
             return
         dropped = drop_tied_head(state, decoder, key)
@@ -255,11 +342,40 @@ class ModelMaker:
             self._said.add(dropped)
             log.info(dropped)
         check_state_fits(state, decoder, key)
+        if adapter is not None:
+            state |= read_adapter(adapter, decoder, "adapter_checkpoint")
+        elif has_adapters(decoder):
+            state |= initial_adapters(
+                decoder,
+                state,
+                seed=self.config.seed,
+                compute_dtype=compute.kept_dtype,
+                device=self.world.device,
+            )
+
+
+def weight_nbytes(decoder: TransformerDecoder, dtype: torch.dtype) -> int:
+    """Bytes of a decoder's weights, if those that are not quantised have some dtype."""
+    return sum(
+        nbytes(parameter) if hasattr(parameter, "__tensor_flatten__") else parameter.numel() * dtype.itemsize
+        for parameter in decoder.parameters()
+    )
+
+
+def nbytes(tensor: Tensor) -> int:
+    """Bytes of a tensor; of one that wraps others (quantised weights or states), of those."""
+    if hasattr(tensor, "__tensor_flatten__"):
+        return sum(nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
+    return tensor.nbytes
 
 
 def choose_trainable(decoder: TransformerDecoder, trainable: bool) -> TransformerDecoder:
-    """Mark the parameters to train (in place): all of a policy, and none of a frozen model."""
+    """Mark the parameters to train (in place): a policy's adapters if it has any, else all, and none of a frozen model."""
     decoder.requires_grad_(trainable)
+    if trainable and has_adapters(decoder):
+        trained = set(adapter_names(decoder))
+        for name, parameter in state_parameters(decoder).items():
+            parameter.requires_grad_(name in trained)
     return decoder
 
 
@@ -335,13 +451,17 @@ def check_decoder(decoder: Any, component: Component) -> None:
     """Check that a component made a model of torchtune's kind.
 
     Raises:
-        ConfigError: if it did not.
+        ConfigError: if it did not, or if the model's adapters are of a kind that is not supported.
     """
     if not isinstance(decoder, TransformerDecoder):
         raise ConfigError(
             f"{component.key} ({component.path}): makes a {type(decoder).__name__}, not a TransformerDecoder; name a model of "
             "torchtune.models or tokenpref.models, or a function of your own that makes one"
         )
+    try:
+        check_adapters(decoder)
+    except ValueError as error:
+        raise ConfigError(f"{component.key} ({component.path}): {error}") from error
     if len(decoder.layers) == 0:
         raise ConfigError(f"{component.key} ({component.path}): makes a model without layers; set num_layers")
     if not 2 <= decoder.max_seq_len <= LONGEST_CONTEXT:
@@ -351,31 +471,11 @@ def check_decoder(decoder: Any, component: Component) -> None:
         )
 
 
-WEIGHT_SUFFIXES = (".safetensors", ".bin", ".pt", ".pth")
-
-
 def weights_digest(checkpointer: Component) -> str:
     """A cheap fingerprint of a checkpoint's weights: names and sizes of its files, and a part of their bytes.
 
     Raises:
         ConfigError: if a file is missing.
     """
-    hasher = hashlib.sha256()
     folder = Path(str(checkpointer.kwargs.get("checkpoint_dir", "")))
-    files = checkpointer.kwargs.get("checkpoint_files")
-    if not isinstance(files, list):  # torchtune also takes a pattern of names
-        files = sorted(file.name for file in folder.glob("*") if file.suffix in WEIGHT_SUFFIXES)
-    for name in files:
-        file = folder / str(name)
-        if not file.is_file():
-            raise ConfigError(
-                f"no file {file}: the weights are gone; build the pair anew, or restore the model"
-            )
-        with file.open("rb") as stream:
-            size = file.stat().st_size
-            hasher.update(f"{name}:{size};".encode())
-            # The beginning (header), the middle and the end, because trained weights differ everywhere.
-            for at in (0, size // 2, max(size - 65536, 0)):
-                stream.seek(at)
-                hasher.update(stream.read(65536))
-    return hasher.hexdigest()
+    return sampled_digest(folder, weight_files(folder, checkpointer.kwargs.get("checkpoint_files")))

@@ -11,6 +11,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 from torch.autograd.graph import saved_tensors_hooks
+from torchao.dtypes.nf4tensor import NF4Tensor
 
 from tokenpref._memory import free_memory
 from tokenpref._paths import resolve_path
@@ -29,7 +30,7 @@ from tokenpref.training.config.keys import SamplingConfig, TrainConfig
 from tokenpref.training.config.parts import build_optimizer
 from tokenpref.training.loading.architecture import check_architecture
 from tokenpref.training.loading.memory import size_text as _size
-from tokenpref.training.loading.models import ModelMaker
+from tokenpref.training.loading.models import ModelMaker, nbytes, weight_nbytes
 from tokenpref.training.loading.reference_cache import ReferenceCache, cache_folder
 from tokenpref.training.step.batches import check_data_fits, check_tokens_per_batch
 
@@ -67,7 +68,7 @@ class MemoryEstimate:
         reference: its share of the reference, or the head that a cached one needs for a KL.
         activations: what the largest micro-batch keeps for the backward.
         head: logits that exist at a time.
-        copy: of weights and optimizer state, for saves in the background.
+        copy: of trained weights and optimizer state, for saves in the background.
     """
 
     weights: int
@@ -121,6 +122,7 @@ def preflight(
     """
     model, world_size, device = maker.on_meta(), maker.world.size, maker.world.device
     check_model(config.compute(trainable=True), model)
+    maker.check_adapter()
     longest = max(int(data.lengths().max()) for data in (dataset, dataset_val) if data is not None)
     readers = {r.key: r for r in (config.checkpointer, config.ref_checkpointer) if r is not None}
     notes = _check_folders(readers, config.model, model, longest)
@@ -138,6 +140,9 @@ def preflight(
         reference=reference,
         caches=caches,
     )
+    trained, count = trained_parameters(model)
+    if trained < count:
+        notes.append(f"trainable parameters: {trained:,} of {count:,} ({100 * trained / count:.2g} %)")
     lines = [f"memory a process: {memory}"]
     free = free_memory(device)
     if free is not None:
@@ -149,7 +154,8 @@ def preflight(
                 "enable_activation_offloading=true too, or use more processes"
             )
     model_bytes = memory.weights * world_size
-    checkpoint_bytes = model_bytes + memory.optimizer * world_size
+    # A checkpoint holds what is trained, and its gradients are as large.
+    checkpoint_bytes = (memory.gradients + memory.optimizer) * world_size
     lines.append(
         f"disk: {_size(model_bytes)} for the weights of an epoch, {_size(checkpoint_bytes)} for a checkpoint "
         f"({config.keep_last} kept); {_size(_free_disk(folder))} are free"
@@ -160,6 +166,12 @@ def preflight(
     lines += _cache_lines(config, model, caches, folder, model_bytes + checkpoint_bytes)
     warning = bf16_fault(config)
     return [*notes, *lines] if warning is None else [*notes, *lines, f"warning: {warning}"]
+
+
+def trained_parameters(model: TransformerDecoder) -> tuple[int, int]:
+    """How many numbers of a model are trained, and how many it has."""
+    sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
+    return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
 
 
 def check_scored(
@@ -188,7 +200,10 @@ def check_scored(
 
     def check() -> list[str]:
         # The main process alone reads checkpoints; other nodes need not have the files.
-        return _check_folders(readers, maker.model, decoder, longest) if world.is_main else []
+        if not world.is_main:
+            return []
+        maker.check_adapter()
+        return _check_folders(readers, maker.model, decoder, longest)
 
     lines = world.together(check)
     if data is not None:
@@ -279,9 +294,9 @@ def estimate_memory(
     """
     policy, beside = (config.compute(trainable=trainable) for trainable in (True, False))
     model, vocabulary = maker.on_meta(policy.kept_dtype), maker.vocabulary
-    count = sum(p.numel() for p in model.parameters())
-    trained = sum(p.numel() for p in model.parameters() if p.requires_grad)
-    share = -(-count * policy.dtype.itemsize // world_size)
+    trained, _ = trained_parameters(model)
+    share = -(-weight_nbytes(model, policy.dtype) // world_size)
+    gradients = -(-trained * policy.dtype.itemsize // world_size)
     optimizer = int(_optimizer_bytes_per_parameter(config) * trained / world_size)
     head_of_cache = max((c.head_nbytes(model, beside.kept_dtype.itemsize) for c in caches), default=0)
     # At most: a reference without a KL is scored by itself.
@@ -290,15 +305,15 @@ def estimate_memory(
         vocabulary * model.tok_embeddings.embedding_dim * policy.kept_dtype.itemsize,
         device,
     )
-    budget = of_one * (2 if reference or head_of_cache else 1)
+    budget = of_one * (2 if reference or head_of_cache or maker.reference_is_base else 1)
     return MemoryEstimate(
         weights=share,
-        gradients=-(-trained * policy.dtype.itemsize // world_size),
+        gradients=gradients,
         optimizer=optimizer,
-        reference=-(-count * beside.dtype.itemsize // world_size) if reference else head_of_cache,
+        reference=-(-weight_nbytes(model, beside.dtype) // world_size) if reference else head_of_cache,
         activations=int(_activation_bytes_per_token(model, policy, device) * tokens),
         head=min(budget, _LOGITS * tokens * vocabulary * 4),
-        copy=share + optimizer if config.enable_async_checkpointing else 0,
+        copy=gradients + optimizer if config.enable_async_checkpointing else 0,
     )
 
 
@@ -322,14 +337,7 @@ def _optimizer_bytes_per_parameter(config: TrainConfig) -> float:
         probe.grad = torch.zeros_like(probe)
         optimizer.step()
     state = optimizer.state[probe].values()
-    return sum(_nbytes(value) for value in state if isinstance(value, Tensor)) / _PROBE
-
-
-def _nbytes(tensor: Tensor) -> int:
-    """Bytes of a tensor; of one that wraps others (quantised state), of those."""
-    if hasattr(tensor, "__tensor_flatten__"):
-        return sum(_nbytes(getattr(tensor, name)) for name in tensor.__tensor_flatten__()[0])
-    return tensor.nbytes
+    return sum(nbytes(value) for value in state if isinstance(value, Tensor)) / _PROBE
 
 
 def _saved_bytes_per_token(model: TransformerDecoder, device: torch.device) -> float:
@@ -339,6 +347,11 @@ def _saved_bytes_per_token(model: TransformerDecoder, device: torch.device) -> f
             with torch.device("cpu"):
                 module.rope_init()
             module.to("meta")
+        weight = getattr(module, "weight", None)
+        if isinstance(weight, NF4Tensor):
+            # NF4 cannot be restored on the meta device, and autograd keeps as much with any frozen weight.
+            plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
+            module.weight = nn.Parameter(plain, requires_grad=False)
     constant = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 

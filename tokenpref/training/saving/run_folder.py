@@ -25,6 +25,7 @@ from tokenpref._yaml import check_yaml
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
+from tokenpref.models.adapters import merged
 from tokenpref.training.config.defaults import component_paths, without_defaults
 from tokenpref.training.saving.checkpoints import PROGRESS, Checkpoints, read_progress, step_of
 from tokenpref.training.saving.export import describe_export, forget_tied_head
@@ -358,12 +359,13 @@ class RunFolder:
             raise
 
     def export(self, checkpointer: Any, model: TransformerDecoder, epoch: int) -> None:
-        """Write a model in its checkpointer's format to ``epoch_N``, with a manifest as the last file."""
-        state = full_state_dict(model, self.world)
+        """Write a model in its checkpointer's format to ``epoch_N``, with a manifest as the last file. Adapters are merged."""
+        whole = full_state_dict(model, self.world)
 
         def write() -> None:
             if not self.world.is_main:
                 return
+            state = merged(whole, model)
             folder = self.path / f"epoch_{epoch}"
             with writing(f"{folder}: the model"):
                 (folder / MANIFEST).unlink(missing_ok=True)

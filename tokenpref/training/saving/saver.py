@@ -95,8 +95,8 @@ class Saver:
         folder: its folder.
         world: its processes.
         facts: what has to be the same when the run continues: ``pairs_per_step``, ``steps_per_epoch``, ``data`` (fingerprint),
-            ``reference`` (digest), ``seed``, ``shuffle``; and ``config``, whose differences are only logged. The run's id
-            is written with them.
+            ``reference`` (digest), ``seed``, ``shuffle``; for models with adapters ``base`` (digest) and ``adapters`` (rank,
+            alpha, targets); and ``config``, whose differences are only logged. The run's id is written with them.
     """
 
     def __init__(
@@ -204,11 +204,13 @@ class Saver:
             "seed": "set it as it was",
             "shuffle": "set it as it was",
             "reference": "restore the weights of ref_checkpointer (or checkpointer)",
+            "base": "a checkpoint of adapters needs the base that it was trained on: restore the weights of checkpointer",
+            "adapters": "set model as it was",
         }
         faults = [
-            f"{key} is {now[key]!r} and was {then.get(key)!r} when {checkpoint} was written; {mend}, or start a new run"
+            f"{key} is {now.get(key)!r} and was {then.get(key)!r} when {checkpoint} was written; {mend}, or start a new run"
             for key, mend in mends.items()
-            if now[key] != then.get(key)
+            if now.get(key) != then.get(key)
         ]
         # Within the first epoch of both runs, the end of the epoch does not matter.
         own, former = int(now["steps_per_epoch"]), then.get("steps_per_epoch")
