@@ -182,3 +182,10 @@ def outcome(name: str, key: tuple[str, ...], value: Any) -> str:
 def everything(folder: Path) -> list[str]:
     """What lies in a folder."""
     return sorted(path.relative_to(folder).as_posix() for path in folder.rglob("*"))
+
+
+def remove_new(folder: Path, before: Iterable[str]) -> None:
+    """Remove what was not in a folder before."""
+    for name in sorted(set(everything(folder)) - set(before), reverse=True):  # a folder after what lies in it
+        path = folder / name
+        path.rmdir() if path.is_dir() else path.unlink()
