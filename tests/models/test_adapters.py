@@ -181,6 +181,46 @@ def test_the_policys_base_is_the_reference_that_a_second_model_would_be(needs, c
             assert torch.equal(mine, theirs)
 
 
+@pytest.mark.parametrize("how", ["plain", "checkpointed", "padded"])
+@KINDS
+def test_another_adapter_scores_in_the_place_of_the_decoders_own(dora, how):
+    batch = small.batch([0, 1, 2])
+    decoder, twin = small.lora_decoder(dora=dora), small.lora_decoder(dora=dora)
+    state = other_adapter(twin)
+    if how == "checkpointed":
+        checkpoint_layers(decoder)
+    policy, other = (ScoringModel(d, padding_free=how != "padded") for d in (decoder, twin))
+    own, wanted = policy.logps(batch.tokens, batch.labels), other.logps(batch.tokens, batch.labels)
+    before = {name: tensor.clone() for name, tensor in adapter_state(decoder, WORLD).items()}
+    scorer = policy.with_adapter(state, WORLD)
+    for _ in range(2):
+        assert torch.equal(scorer.logps(batch.tokens, batch.labels), wanted)
+        assert torch.equal(policy.logps(batch.tokens, batch.labels), own)
+    assert torch.equal(
+        policy.base().logps(batch.tokens, batch.labels), scorer.base().logps(batch.tokens, batch.labels)
+    )
+    assert torch.equal(policy.base().with_adapter(state, WORLD).logps(batch.tokens, batch.labels), wanted)
+    with pytest.raises(RuntimeError, match="while it scores"), scorer.switched():
+        raise RuntimeError("while it scores")
+    for name, tensor in adapter_state(decoder, WORLD).items():
+        assert torch.equal(tensor, before[name]), name
+    assert scorer.trainable_parameters() == [] and scorer.model is decoder
+
+
+def test_a_model_without_adapters_takes_none():
+    with pytest.raises(ValueError, match="no adapters that could have other values"):
+        small.scorer().with_adapter({}, WORLD)
+
+
+def other_adapter(decoder):
+    """Give a decoder another adapter, and return it."""
+    generator = torch.Generator().manual_seed(7)
+    for name, parameter in decoder.named_parameters():
+        if name in adapter_names(decoder):
+            parameter.data.mul_(1 + 0.5 * torch.rand(parameter.shape, generator=generator))
+    return adapter_state(decoder, WORLD)
+
+
 def test_adapters_that_cannot_be_trained_are_refused():
     with torch.device("meta"):
         decoder = lora_tiny_llama(["q_proj"])

@@ -17,7 +17,15 @@ from torch.distributed.fsdp import (
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed.world import World
 
-__all__ = ["compute_dtype_of", "gradient_sync", "is_sharded", "register_forward", "shard", "unsharded"]
+__all__ = [
+    "compute_dtype_of",
+    "free_gathered_layers",
+    "gradient_sync",
+    "is_sharded",
+    "register_forward",
+    "shard",
+    "unsharded",
+]
 
 _COMPUTE_DTYPE = "_compute_dtype"
 
@@ -91,3 +99,13 @@ def unsharded(model: nn.Module) -> Iterator[None]:
         yield
     finally:
         model.reshard()
+
+
+def free_gathered_layers(model: nn.Module) -> None:
+    """Free the gathered parameters of a model's layers, so that the next forward gathers their present values.
+
+    The root's own parameters (embedding, norm, output) are left as they are.
+    """
+    for module in model.modules():
+        if isinstance(module, FSDPModule) and module is not model:
+            module.reshard()

@@ -31,6 +31,7 @@ from tokenpref._sealed import Written
 from tokenpref.distributed.float8_weights import plain_weights, refresh_float8_scales
 from tokenpref.distributed.plain_writing import Arena, PlainWriter
 from tokenpref.distributed.safe_reading import SafePlanner, SafeReader
+from tokenpref.distributed.sharding import free_gathered_layers
 from tokenpref.distributed.world import World
 from tokenpref.errors import TokenprefError
 
@@ -41,6 +42,8 @@ __all__ = [
     "full_state_dict",
     "load_full_state_dict",
     "load_sharded",
+    "other_values",
+    "own_parts",
     "sharded_state",
     "state_parameters",
     "write_sharded",
@@ -163,6 +166,66 @@ def _as_shard(mine: Tensor, like: DTensor) -> DTensor:
     meta = TensorMeta(shape=like.shape, stride=like.stride(), dtype=like.dtype)
     spec = DTensorSpec(mesh=like.device_mesh, placements=like.placements, tensor_meta=meta)
     return DTensor(part, spec, requires_grad=False)
+
+
+@torch.no_grad()
+def own_parts(
+    model: nn.Module, names: Iterable[str], state: Mapping[str, Tensor], world: World
+) -> dict[str, Tensor]:
+    """This process's parts of whole tensors, split as the parameters of these names are. Every process must call it.
+
+    Args:
+        model: the model with the parameters, sharded or not.
+        names: names of parameters in its state dict.
+        state: whole tensors by name on the main process; ignored elsewhere.
+        world: the run's processes.
+
+    Returns:
+        New tensors by name, in the dtype and on the device of the parameters.
+    """
+    free_gathered_layers(model)
+    own = state_parameters(model)
+    found: dict[str, Tensor] = {}
+    for name in names:
+        parameter = own[name]
+        if world.is_main:
+            whole = state[name].detach().to(world.device, parameter.dtype)
+        else:
+            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
+        if isinstance(parameter, DTensor):
+            mesh, placements = parameter.device_mesh, parameter.placements
+            whole = _local(torch.distributed.tensor.distribute_tensor(whole, mesh, placements))
+        elif world.is_distributed:
+            torch.distributed.broadcast(whole, src=0)
+        found[name] = whole.clone()
+    return found
+
+
+@contextmanager
+def other_values(model: nn.Module, parts: Mapping[str, Tensor]) -> Iterator[None]:
+    """Let parameters of a model's layers have other values inside the block. They are changed in place and restored bit by bit.
+
+    Args:
+        model: the model, sharded or not.
+        parts: values from :func:`own_parts`, by the parameters' names in the state dict.
+    """
+    # FSDP2 computes with gathered copies for as long as it keeps them, so they are freed after every change.
+    free_gathered_layers(model)
+    parameters = state_parameters(model)
+    own = {name: _local(parameters[name]).detach() for name in parts}
+    before = {name: tensor.clone() for name, tensor in own.items()}
+    try:
+        _copy_all(parts, own)
+        yield
+    finally:
+        free_gathered_layers(model)
+        _copy_all(before, own)
+
+
+@torch.no_grad()
+def _copy_all(source: Mapping[str, Tensor], target: Mapping[str, Tensor]) -> None:
+    for name, tensor in source.items():
+        target[name].copy_(tensor)
 
 
 @contextmanager

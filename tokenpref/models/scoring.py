@@ -8,7 +8,7 @@ exist and FSDP2 reduces the head's gradient like any other.
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from contextlib import AbstractContextManager, nullcontext
 from types import MethodType
 from typing import Any
@@ -18,9 +18,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
-from tokenpref.distributed import register_forward
+from tokenpref.distributed import World, other_values, own_parts, register_forward
 from tokenpref.models.activations import keep_gates_lean
-from tokenpref.models.adapters import adapters_off, has_adapters
+from tokenpref.models.adapters import adapter_names, adapters_off, has_adapters
 from tokenpref.models.cpu import install_on_cpu
 from tokenpref.models.padding_free import PackedRows, Segments, install_segments
 from tokenpref.ops import AnswerRows, score_tokens
@@ -178,6 +178,7 @@ class ScoringModel:
         self.padding_free = padding_free
         self.compiled = compiled
         self.is_base = False
+        self._other_adapter: Mapping[str, Tensor] | None = None
         keep_gates_lean(model)
         if next(model.parameters()).device.type == "cpu":
             install_on_cpu(model)
@@ -196,13 +197,46 @@ class ScoringModel:
         base.is_base = True
         return base
 
+    def with_adapter(self, state: Mapping[str, Tensor], world: World) -> ScoringModel:
+        """The same decoder, in the same memory, with the values of another adapter whenever this scores something.
+
+        Beside the decoder, only these values are kept. They are in the decoder's place during a call and no longer, so a backward
+        pass must not lie in between. Every process must call this.
+
+        Args:
+            state: whole tensors of an adapter of the same size on the main process, by their names in the decoder's state dict;
+                ignored elsewhere.
+            world: the run's processes.
+
+        Raises:
+            ValueError: if the model has no adapters.
+        """
+        if not has_adapters(self.model):
+            raise ValueError("the model has no adapters that could have other values")
+        other = copy.copy(self)
+        other.is_base = False
+        other._other_adapter = own_parts(self.model, adapter_names(self.model), state, world)
+        return other
+
     def switched(self) -> AbstractContextManager[None]:
-        """What the decoder's forward and backward pass run in: adapters off for a :meth:`base`, otherwise nothing special."""
-        return adapters_off(self.model) if self.is_base else nullcontext()
+        """What the decoder's forward and backward pass run in.
+
+        Adapters are off for a :meth:`base`, and have other values for a :meth:`with_adapter`.
+        """
+        if self.is_base:
+            return adapters_off(self.model)
+        if self._other_adapter is not None:
+            return other_values(self.model, self._other_adapter)
+        return nullcontext()
 
     def trainable_parameters(self) -> list[nn.Parameter]:
-        """What an optimizer updates and clipping bounds: the parameters that require a gradient. A :meth:`base` has none."""
-        return [p for p in self.model.parameters() if p.requires_grad and not self.is_base]
+        """What an optimizer updates and clipping bounds: the parameters that require a gradient.
+
+        A :meth:`base` and a :meth:`with_adapter` have none.
+        """
+        if self.is_base or self._other_adapter is not None:
+            return []
+        return [p for p in self.model.parameters() if p.requires_grad]
 
     @property
     def head_weight(self) -> Tensor:
