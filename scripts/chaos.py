@@ -3,7 +3,7 @@
     make chaos                                     # 30 kills, some minutes
     python scripts/chaos.py --kills 6 --jobs tdpo --seed 3
 
-The jobs are tiny: TDPO (also with background saves and with a cached reference), TIS-DPO, TI-DPO, a contrastive pair and
+The jobs are tiny: TDPO (also with background saves, with a cached reference and with LoRA), TIS-DPO, TI-DPO, a contrastive pair and
 weight estimation, in one process and in two. Results that are kept by row are also compared between two processes and one. Each
 start gets a random kind of kill: SIGKILL of all processes or of one rank at a random time (also during a write), SIGTERM, or
 a limit on the size of files that makes a save fail like a full disk. After the kills the job runs to its end. Its weights or
@@ -96,7 +96,7 @@ class Job:
 
 def trained(folder: Path) -> dict[str, bytes]:
     """The weights of every folder of weights below ``folder``."""
-    files = sorted(folder.rglob("epoch_*/model-*.safetensors"))
+    files = sorted(folder.rglob("epoch_*/*.safetensors"))
     return {
         f"{file.relative_to(folder)}:{name}": tensor.contiguous().numpy().tobytes()
         for file in files
@@ -139,6 +139,7 @@ JOBS = {
     "tdpo": Job(TDPO_WORDS, trained),
     "async": Job((*TDPO_WORDS, IN_BACKGROUND), trained),
     "cached": Job((*TDPO_WORDS, "reference=cached"), trained),
+    "lora": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo_lora", *QUIET), trained),
     "more": Job(TDPO_WORDS, trained, first=("epochs=2",)),
     "rate": Job(
         (
