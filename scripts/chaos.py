@@ -3,10 +3,10 @@
     make chaos                                     # 30 kills, some minutes
     python scripts/chaos.py --kills 6 --jobs tdpo --seed 3
 
-The jobs are tiny: TDPO (also with background saves, with a cached reference and with LoRA), TIS-DPO, TI-DPO, a contrastive pair and
-weight estimation, in one process and in two. Results that are kept by row are also compared between two processes and one. Each
-start gets a random kind of kill: SIGKILL of all processes or of one rank at a random time (also during a write), SIGTERM, or
-a limit on the size of files that makes a save fail like a full disk. After the kills the job runs to its end. Its weights or
+The jobs are tiny: TDPO (also with background saves, with a cached reference and with LoRA), TIS-DPO, TI-DPO, a contrastive pair
+and weight estimation, in one process and in two. Results that are kept by row are also compared between two processes and one.
+Each start gets a random kind of kill: SIGKILL of all processes or of one rank at a random time (also during a write), SIGTERM,
+or a limit on the size of files that makes a save fail like a full disk. After the kills the job runs to its end. Its weights or
 scores must equal those of the undisturbed run, bit for bit.
 
 In the damage jobs (`harmed_*`), a bit of a file that a killed job left is flipped, or the file is truncated or removed, before
