@@ -28,6 +28,8 @@ import tokenpref.cli
 from tokenpref._paths import data_root
 from tokenpref._sealed import MANIFEST, seal
 from tokenpref.errors import USER_ERROR_EXIT
+from tokenpref.models import lora_tiny_llama
+from tokenpref.models.peft_format import AdapterLayout, Base, write_adapter
 from tokenpref.training import ContrastiveReference, PreferenceTrainer, TripletTrainer, WeightEstimation
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.saving.checkpoints import PROGRESS
@@ -236,6 +238,19 @@ def weights(change: Callable[[dict[str, torch.Tensor]], Any]) -> Prepare:
         save_file(found, folder / "model.safetensors")
 
     return model(changed)
+
+
+def adapter(change: Prepare = lambda folder: None) -> Prepare:
+    """``adapter``, a folder in PEFT's format for the tiny model with the settings of ``ADAPTED``."""
+
+    def prepare(folder: Path) -> None:
+        decoder = lora_tiny_llama(["q_proj", "v_proj"], lora_rank=4, lora_alpha=8)
+        (folder / "adapter").mkdir()
+        base = Base.of(TINY / "model", ["model.safetensors"])
+        write_adapter(folder / "adapter", decoder.state_dict(), AdapterLayout.of(decoder), base)
+        change(folder)
+
+    return prepare
 
 
 def other_file(name: str) -> Prepare:
@@ -867,7 +882,39 @@ EXPORTS = [
         needs=("pair", "store"), prepare=store_in_place(record("never/weights/job.json", lambda r: r.update(dtype="fp3")))),
 ]  # fmt: skip
 
-TABLE = CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS + EXPORTS
+ADAPTED = (
+    "model._component_=tokenpref.models.lora_tiny_llama", "model.lora_attn_modules=[q_proj,v_proj]", "model.lora_rank=4",
+    "model.lora_alpha=8", "adapter_checkpoint=adapter",
+)  # fmt: skip
+OF_PEFT, OF_BASE, TENSORS = (
+    "adapter/adapter_config.json",
+    "adapter/tokenpref_base.json",
+    "adapter/adapter_model.safetensors",
+)
+ADAPTER_FOLDERS = [
+    Bad("adapter of another rank", "tdpo", "adapter_checkpoint: .*adapter has rank 4 .* set model.lora_rank=4",
+        (*ADAPTED, "model.lora_rank=2"), prepare=adapter()),
+    Bad("adapter of another alpha", "tdpo", "has alpha 8 .* set model.lora_alpha=8", (*ADAPTED, "model.lora_alpha=16"),
+        prepare=adapter()),
+    Bad("adapter of other targets", "tdpo", "adapts q_proj, v_proj and the model k_proj, q_proj; set model.lora_attn_modules",
+        (*ADAPTED, "model.lora_attn_modules=[q_proj,k_proj]"), prepare=adapter()),
+    Bad("LoRA for DoRA", "tdpo", "is a LoRA adapter and the model's are DoRA; set model.use_dora=false",
+        (*ADAPTED, "model.use_dora=true"), prepare=adapter()),
+    Bad("adapter of another base", "tdpo", "adapter is an adapter of other weights than these", ADAPTED,
+        prepare=adapter(record(OF_BASE, lambda r: r.update(digest="0" * 64)))),
+    Bad("adapter with trained biases", "tdpo", "adapter uses what is not read: bias is 'all'", ADAPTED,
+        prepare=adapter(record(OF_PEFT, lambda r: r.update(bias="all")))),
+    Bad("adapter without its config", "tdpo", "adapter has no adapter_config.json", ADAPTED, prepare=adapter(remove(OF_PEFT))),
+    Bad("adapter that is cut", "tdpo", "adapter_model.safetensors cannot be read", ADAPTED, prepare=adapter(cut(TENSORS))),
+    Bad("evaluated adapter of another rank", "evaluate", "has rank 4 .* set model.lora_rank=4",
+        (*ADAPTED, "model.lora_rank=2"), prepare=adapter()),
+    Bad("merged by a number", "tdpo", "save_adapter_weights_only", (*ADAPTED, "save_adapter_weights_only=2"),
+        prepare=adapter()),
+    Bad("adapters that PEFT cannot hold", "tdpo", "layers.0.attn.q_proj is a part of one larger matrix in transformers' Phi-3",
+        ("model._component_=torchtune.models.phi3.lora_phi3_mini", "model.lora_attn_modules=[q_proj]")),
+]  # fmt: skip
+
+TABLE = CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS + EXPORTS + ADAPTER_FOLDERS
 
 
 # --- the test -------------------------------------------------------------------------------------------------

@@ -256,6 +256,9 @@ class TrainConfig(ComputeConfig, ModelConfig):
     """Write resumable checkpoints while training goes on. This takes memory for a copy of weights and optimizer state."""
     keep_last: int = integer(1)
     """Resumable checkpoints to keep."""
+    save_adapter_weights_only: bool = flag(True)
+    """Of a model with adapters, write the adapter after each epoch. False also writes the merged model, to ``epoch_N/merged``.
+    Models without adapters are always written whole."""
     log_every_n_steps: int = integer(1)
     """Optimizer steps between lines of the log."""
     log_peak_memory_stats: bool = flag(False)

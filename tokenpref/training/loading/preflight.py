@@ -123,6 +123,7 @@ def preflight(
     model, world_size, device = maker.on_meta(), maker.world.size, maker.world.device
     check_model(config.compute(trainable=True), model)
     maker.check_adapter()
+    _check_merging(config, maker)
     longest = max(int(data.lengths().max()) for data in (dataset, dataset_val) if data is not None)
     readers = {r.key: r for r in (config.checkpointer, config.ref_checkpointer) if r is not None}
     notes = _check_folders(readers, config.model, model, longest)
@@ -153,8 +154,9 @@ def preflight(
                 "gradient_accumulation_steps, set enable_activation_checkpointing=true, on a GPU "
                 "enable_activation_offloading=true too, or use more processes"
             )
-    model_bytes = memory.weights * world_size
-    # A checkpoint holds what is trained, and its gradients are as large.
+    # Gradients are as large as what is trained, which a checkpoint holds, and which is all that is exported of adapters.
+    only_trained = maker.adapters is not None and config.save_adapter_weights_only
+    model_bytes = (memory.gradients if only_trained else memory.weights) * world_size
     checkpoint_bytes = (memory.gradients + memory.optimizer) * world_size
     lines.append(
         f"disk: {_size(model_bytes)} for the weights of an epoch, {_size(checkpoint_bytes)} for a checkpoint "
@@ -166,6 +168,20 @@ def preflight(
     lines += _cache_lines(config, model, caches, folder, model_bytes + checkpoint_bytes)
     warning = bf16_fault(config)
     return [*notes, *lines] if warning is None else [*notes, *lines, f"warning: {warning}"]
+
+
+def _check_merging(config: TrainConfig, maker: ModelMaker) -> None:
+    """Refuse to write a merged model over a quantised base.
+
+    Raises:
+        ConfigError: if the config asks for it.
+    """
+    adapters = maker.adapters
+    if adapters is not None and adapters["quantized_base"] and not config.save_adapter_weights_only:
+        raise ConfigError(
+            "save_adapter_weights_only: is false, and adapters are not merged into a quantised base; set it to true, and "
+            "merge the adapter into the weights from which the base was quantised with `tokenpref merge`"
+        )
 
 
 def trained_parameters(model: TransformerDecoder) -> tuple[int, int]:

@@ -10,11 +10,13 @@ import shutil
 import uuid
 from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
+from functools import cached_property
 from pathlib import Path
 from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
+from torch import Tensor
 
 from tokenpref import __version__
 from tokenpref._files import move_aside, try_lock, write_json, writing
@@ -25,10 +27,11 @@ from tokenpref._yaml import check_yaml
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
 from tokenpref.errors import ConfigError
-from tokenpref.models.adapters import merged
+from tokenpref.models.adapters import adapter_state, has_adapters, merged
+from tokenpref.models.peft_format import AdapterLayout, Base, write_adapter
 from tokenpref.training.config.defaults import component_paths, without_defaults
 from tokenpref.training.saving.checkpoints import PROGRESS, Checkpoints, read_progress, step_of
-from tokenpref.training.saving.export import describe_export, forget_tied_head
+from tokenpref.training.saving.export import base_of, describe_adapter, describe_export, forget_tied_head
 from tokenpref.training.saving.export_check import BEST, check_exports, epochs_until, finished_epochs
 
 __all__ = ["RunFolder", "config_fingerprint"]
@@ -39,6 +42,7 @@ RUN_FILE = "run.json"
 FINISHED_FILE = "finished.json"
 LOCK_FILE = ".lock"
 CHECKPOINTS = "checkpoints"
+MERGED = "merged"
 # Keys that change how a run is executed or observed, not what it computes.
 INCIDENTAL = frozenset(
     {
@@ -46,7 +50,7 @@ INCIDENTAL = frozenset(
         "enable_async_checkpointing", "best", "dry_run",
         "log_every_n_steps", "log_peak_memory_stats", "metric_logger", "profiler", "run_val_every_n_steps",
         "batch_size_val", "epochs", "max_steps_per_epoch", "dataset_val", "loss_val", "log_stats_val", "sampling",
-        "reference_cache_dir", "head_memory_mb",
+        "reference_cache_dir", "head_memory_mb", "save_adapter_weights_only",
     }
 )  # fmt: skip
 # Earlier versions counted these too, and every other key that the file named.
@@ -359,24 +363,52 @@ class RunFolder:
             raise
 
     def export(self, checkpointer: Any, model: TransformerDecoder, epoch: int) -> None:
-        """Write a model in its checkpointer's format to ``epoch_N``, with a manifest as the last file. Adapters are merged."""
-        whole = full_state_dict(model, self.world)
+        """Write a model to ``epoch_N``, with a manifest as the last file.
+
+        Of a model with adapters, the adapter is written in PEFT's format, and with ``save_adapter_weights_only: false`` also the
+        merged model, in a folder of its own within ``epoch_N``. transformers would not look at it beside an adapter. Whole models
+        are written in the checkpointer's format.
+        """
+        layout = AdapterLayout.of(model) if has_adapters(model) else None
+        whole = layout is None or not self._config.get("save_adapter_weights_only", True)
+        state = full_state_dict(model, self.world) if whole else adapter_state(model, self.world)
 
         def write() -> None:
             if not self.world.is_main:
                 return
-            state = merged(whole, model)
             folder = self.path / f"epoch_{epoch}"
             with writing(f"{folder}: the model"):
                 (folder / MANIFEST).unlink(missing_ok=True)
-                forget_tied_head(checkpointer, state)
-                checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
+                if (
+                    layout is not None
+                ):  # files of an unfinished export must not get among those of the merged model
+                    shutil.rmtree(folder, ignore_errors=True)
+                if whole:
+                    self._write_whole(checkpointer, merged(state, model), epoch)
+                if layout is not None:
+                    if whole:
+                        _move_inside(folder, MERGED)
+                    folder.mkdir(parents=True, exist_ok=True)
+                    write_adapter(folder, state, layout, self.base)
+                    describe_adapter(folder, self.base, self.tokenizer)
                 if folder.is_dir():  # a user's checkpointer may write elsewhere
-                    describe_export(folder, state, self.tokenizer)
                     seal(folder)
 
         self.world.together(write)
         self.world.barrier()
+
+    def _write_whole(self, checkpointer: Any, state: dict[str, Tensor], epoch: int) -> None:
+        """Write all weights in the checkpointer's format, and describe them."""
+        forget_tied_head(checkpointer, state)
+        checkpointer.save_checkpoint({"model": state}, epoch=epoch, intermediate_checkpoint=False)
+        folder = self.path / f"epoch_{epoch}"
+        if folder.is_dir():
+            describe_export(folder, state, self.tokenizer)
+
+    @cached_property
+    def base(self) -> Base | None:
+        """The weights from which the policy starts, which are recorded beside an adapter."""
+        return base_of(self._config)
 
     def export_best(
         self, checkpointer: Any, model: TransformerDecoder, *, epochs: int, record: dict[str, Any]
@@ -492,6 +524,7 @@ class RunFolder:
             (self.path / FINISHED_FILE).unlink(missing_ok=True)
             if self._own_checkpoint is not None:
                 self._move_aside(self._own_checkpoint)
+            _ = self.base  # read now, because it may be gone when the weights are exported
             if not (resume and self._owner() is not None):
                 record = {
                     "id": uuid.uuid4().hex,
@@ -527,3 +560,13 @@ class RunFolder:
             return {**known, "defaults_count": bool(owner.get("defaults_count", True))}
         except (ValueError, KeyError, TypeError) as error:
             raise ConfigError(f"output_dir: {path} is damaged ({error}); set another output_dir") from error
+
+
+def _move_inside(folder: Path, name: str) -> None:
+    """Move everything in a folder to a folder within it, if there is such a folder."""
+    if not folder.is_dir():
+        return
+    aside = folder.with_name(f"{folder.name}.{name}")
+    folder.rename(aside)
+    folder.mkdir()
+    aside.rename(folder / name)
