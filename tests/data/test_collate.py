@@ -22,6 +22,8 @@ def test_padding_labels_and_counts():
     assert batch.tokens.dtype == batch.labels.dtype == torch.int64
     assert batch.real.tolist() == [True, True] and batch.rows == [7, 3]
     assert (batch.num_pairs, batch.num_tokens) == (2, 3 + 4 + 2 + 3)
+    assert batch.answers == [(7, "chosen"), (3, "chosen"), (7, "rejected"), (3, "rejected")]
+    assert batch.only("rejected").answers == [(7, "rejected"), (3, "rejected")]
 
 
 def test_an_answer_token_equal_to_the_padding_id_is_scored():

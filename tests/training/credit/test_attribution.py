@@ -1,5 +1,7 @@
 """Attribution through a real decoder: against a gradient worked by hand, and what it leaves behind."""
 
+from dataclasses import replace
+
 import pytest
 import torch
 from support import small, workers
@@ -8,7 +10,7 @@ from torch import nn
 from tokenpref._torchtune import set_activation_checkpointing
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
-from tokenpref.errors import ConfigError, TrainingDiverged
+from tokenpref.errors import ConfigError, TokenprefError, TrainingDiverged
 from tokenpref.models.reference import NoReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.credit.attribution import Attribution
@@ -207,6 +209,13 @@ def test_a_gradient_that_is_not_finite_names_the_rows():
         TrainingDiverged, match=rf"step 4: the attribution of rows \[{', '.join(map(str, rows))}\]"
     ):
         Attribution(AnswerLogp(), model="policy").score(batch, models(scorer, step=3))
+
+
+def test_an_estimation_says_so_without_a_step():
+    scorer, batch = small.scorer(tied=False), small.batch([4, 8, 15])
+    scorer.model.tok_embeddings.weight.data[batch.answer_ids("rejected")[1][0]] = torch.inf
+    with pytest.raises(TokenprefError, match=r"^the attribution of rows \[.*8.* is nan or infinite; inspect"):
+        Attribution(AnswerLogp()).score(batch, replace(models(scorer), trained=False))
 
 
 def test_models_that_cannot_be_hooked():

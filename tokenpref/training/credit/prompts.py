@@ -100,6 +100,14 @@ class OnlinePrompts(ContrastiveScores):
                 f"{positive_prompt!r} and {negative_prompt!r}"
             )
         super().__init__((positive_prompt, negative_prompt))
+        self._tokenised: dict[tuple[int, str, str | None], Answer] = {}
+
+    def _answer(self, row: int, side: str, prompt: str | None) -> Answer:
+        # Kept, because a training asks for every answer once an epoch.
+        key = (row, side, prompt)
+        if key not in self._tokenised:
+            self._tokenised[key] = super()._answer(row, side, prompt)
+        return self._tokenised[key]
 
     def scorers(self, models: LiveModels) -> tuple[ScoringModel, ScoringModel]:
         """The reference, twice."""
