@@ -4,7 +4,12 @@ The losses of TRL 1.16.0 below were logged by its trainer (transformers 5.23.0, 
 beta 0.1, no clipping, no shuffling, 4 pairs of 512 tokens a step. This script makes the model and the pairs again (it
 needs transformers, whose random initialisation decides the weights), trains our recipe, and compares the losses.
 
-    python benchmarks/trl_parity.py --work outputs/trl_parity
+    python -m benchmarks.trl_parity --work outputs/trl_parity
+
+With ``--lora`` both sides train adapters (rank 8, alpha 16, queries and values) that start from the same random A. TRL then runs
+with peft in an environment of its own, which is made on first use, and its losses are those of this run.
+
+    python -m benchmarks.trl_parity --lora
 """
 
 from __future__ import annotations
@@ -14,6 +19,7 @@ import json
 import os
 import random
 import re
+import shutil
 import subprocess
 import sys
 from pathlib import Path
@@ -60,6 +66,11 @@ metric_logger:
 """
 
 
+# With the full model's rate, 8 steps of LoRA would hardly move the loss.
+LORA_LR = 2e-3
+LORA_RANK, LORA_ALPHA, LORA_TARGETS = 8, 16, ["q_proj", "v_proj"]
+
+
 def make_work(work: Path) -> None:
     """Write the random model with its one-word-one-token tokenizer, and the pairs."""
     os.environ.setdefault("HF_HUB_OFFLINE", "1")
@@ -101,13 +112,64 @@ def make_work(work: Path) -> None:
             file.write(json.dumps(row) + "\n")
 
 
-def train(work: Path) -> list[float]:
+def make_lora_work(work: Path) -> None:
+    """Write the same model and pairs, with token ids, and the adapter that both sides start from: random A, zero B."""
+    import torch
+    from torchtune.models.llama3 import lora_llama3
+
+    from benchmarks.cpu.work import Task, write
+    from tokenpref.models.peft_format import AdapterLayout, write_adapter
+
+    write(work, Task(length=LENGTH, prompt=PROMPT, batch=BATCH, steps=len(TRL_LOSSES), lr=LORA_LR))
+    torch.manual_seed(1)
+    decoder = lora_llama3(
+        LORA_TARGETS,
+        vocab_size=VOCAB,
+        num_layers=LAYERS,
+        num_heads=HEADS,
+        num_kv_heads=HEADS,
+        embed_dim=WIDTH,
+        intermediate_dim=MLP,
+        max_seq_len=2048,
+        lora_rank=LORA_RANK,
+        lora_alpha=LORA_ALPHA,
+    )
+    (work / "adapter").mkdir(exist_ok=True)
+    write_adapter(work / "adapter", decoder.state_dict(), AdapterLayout.of(decoder))
+
+
+def train_peer(work: Path) -> list[float]:
+    """TRL's losses on the same folder, with peft, in an environment of its own."""
+    from benchmarks.cpu.__main__ import Processes, peer_environment
+
+    peer = peer_environment(Path("outputs/bench/trl-env").absolute())
+    found = Processes(work, peer).run(
+        "benchmarks.cpu.peer", {"mode": "lora"}, "default", folder=work, peer=True
+    )
+    losses: list[float] = found["value"]["losses"]
+    return losses
+
+
+def train(work: Path, lora: bool = False) -> list[float]:
     """Run the recipe; returns the logged loss of every step."""
     sizes = {"vocab": VOCAB, "layers": LAYERS, "heads": HEADS, "width": WIDTH, "mlp": MLP}
-    config = work / "dpo.yaml"
-    config.write_text(CONFIG.format(work=work, length=LENGTH, batch=BATCH, **sizes), encoding="utf-8")
+    config, words = work / "dpo.yaml", []
+    text = CONFIG.format(work=work, length=LENGTH, batch=BATCH, **sizes)
+    if lora:
+        text += f"adapter_checkpoint: {work}/adapter\n"
+        words = [
+            "model._component_=torchtune.models.llama3.lora_llama3",
+            f"model.lora_attn_modules=[{','.join(LORA_TARGETS)}]",
+            f"model.lora_rank={LORA_RANK}",
+            f"model.lora_alpha={LORA_ALPHA}",
+            f"optimizer.lr={LORA_LR}",
+        ]
+    config.write_text(text, encoding="utf-8")
+    shutil.rmtree(work / "run", ignore_errors=True)
     tune = Path(sys.executable).parent / "tune"
-    subprocess.run([str(tune), "run", "recipes/tdpo_distributed", "--config", str(config)], check=True)
+    subprocess.run(
+        [str(tune), "run", "recipes/tdpo_distributed", "--config", str(config), *words], check=True
+    )
     lines = (work / "run" / "logs" / "metrics.txt").read_text(encoding="utf-8").splitlines()
     steps = [re.search(r"Step (\d+) \|.*?(?:^|\s|\|)loss:(\S+)", line) for line in lines]
     return [float(match.group(2)) for match in steps if match][-len(TRL_LOSSES) :]
@@ -118,15 +180,22 @@ def main() -> int:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--work", type=Path, default=Path("outputs/trl_parity"))
-    work = parser.parse_args().work.absolute()
+    parser.add_argument(
+        "--work", type=Path, help="default outputs/trl_parity, with --lora outputs/trl_parity_lora"
+    )
+    parser.add_argument("--lora", action="store_true", help="train adapters, against TRL with peft")
+    options = parser.parse_args()
+    default = Path("outputs/trl_parity_lora" if options.lora else "outputs/trl_parity")
+    work: Path = (options.work or default).absolute()
     work.mkdir(parents=True, exist_ok=True)
-    make_work(work)
-    ours = train(work)
-    print("| step | TRL 1.16.0 | tokenpref | difference |\n| --- | --- | --- | --- |")
-    for step, (trl, own) in enumerate(zip(TRL_LOSSES, ours, strict=True), 1):
+    (make_lora_work if options.lora else make_work)(work)
+    peer = train_peer(work) if options.lora else TRL_LOSSES
+    ours = train(work, options.lora)
+    name = "TRL 1.16.0 with peft" if options.lora else "TRL 1.16.0"
+    print(f"| step | {name} | tokenpref | difference |\n| --- | --- | --- | --- |")
+    for step, (trl, own) in enumerate(zip(peer, ours, strict=True), 1):
         print(f"| {step} | {trl:.7f} | {own:.7f} | {own - trl:+.1e} |")
-    worst = max(abs(own - trl) for trl, own in zip(TRL_LOSSES, ours, strict=True))
+    worst = max(abs(own - trl) for trl, own in zip(peer, ours, strict=True))
     print(f"largest difference {worst:.1e}, allowed {TOLERANCE:.0e}")
     return int(worst > TOLERANCE)
 

@@ -368,7 +368,10 @@ class Chaos:
         """Compare the weights of two processes with those of one."""
         one = self.folder / f"whole_{name}_1"
         self.finish(self.words(JOBS[name], 1, one.name))
-        for file in sorted(one.rglob("epoch_*/model-*.safetensors")):
+        files = sorted(one.rglob("epoch_*/*.safetensors"))
+        if not files:
+            raise SystemExit(f"{name}: one process wrote no weights to compare with")
+        for file in files:
             other = load_file(two / file.relative_to(one))
             for key, tensor in load_file(file).items():
                 if not torch.allclose(tensor, other[key], rtol=0, atol=1e-5):

@@ -15,7 +15,7 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu.process import StepClock, peak_mib, reset_peak, rss_mib, save, settled_mib, versions
-from benchmarks.cpu.work import OFFLINE, Task
+from benchmarks.cpu.work import ADAPTER, OFFLINE, Task
 
 __all__ = ["measure"]
 
@@ -25,7 +25,7 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
 
     Args:
         folder: of :func:`benchmarks.cpu.work.write`.
-        mode: "ref" or "precompute".
+        mode: "ref", "precompute", or "lora", which trains the adapters of ``folder/adapter`` with peft.
         threads: of torch.
         fused_adamw: update all parameters in one call.
 
@@ -37,11 +37,17 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
         os.environ.setdefault(name, value)
     import torch
     from datasets import Dataset
+    from safetensors.torch import load_file
     from transformers import AutoTokenizer, TrainerCallback
 
     trl: Any = importlib.import_module("trl")
     torch.set_num_threads(threads)
     task = Task.read(folder)
+    peft: Any = importlib.import_module("peft") if mode == "lora" else None
+    adapter: Any = None
+    if peft:
+        adapter = peft.LoraConfig.from_pretrained(folder / ADAPTER)
+        adapter.inference_mode = False  # files of saved adapters say true
     memory: dict[str, float] = {}
     clock = StepClock()
     losses: list[float] = []
@@ -110,7 +116,13 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
             train_dataset=Dataset.from_list(texts),
             processing_class=AutoTokenizer.from_pretrained(folder / "model"),
             callbacks=[Watch()],
+            peft_config=adapter,
         )
+        if peft:
+            # The usual way of TRL: it makes the adapters, and its reference is the model without them. Both sides start equally.
+            peft.set_peft_model_state_dict(
+                trainer.model, load_file(folder / ADAPTER / "adapter_model.safetensors")
+            )
         touch(trainer.model, trainer.ref_model)
         if "loaded" not in memory:
             memory["loaded"] = settled_mib()
@@ -126,7 +138,9 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
         "precompute_s": sum(precompute) if precompute else None,
         "tokens": tokens,
         "answer_tokens": answers,
-        "versions": versions("torch", "trl", "transformers", "accelerate", "datasets", "liger-kernel"),
+        "versions": versions(
+            "torch", "trl", "transformers", "peft", "accelerate", "datasets", "liger-kernel"
+        ),
     }
 
 

@@ -20,6 +20,7 @@ from pathlib import Path
 from typing import Any
 
 __all__ = [
+    "ADAPTER",
     "COMPARED_WITH",
     "MALLOC",
     "PAIRED_MODES",
@@ -33,6 +34,9 @@ __all__ = [
 
 PAIRED_MODES = ("ref", "precompute")
 """Modes of DPO that both sides run: with a reference model in memory, and with precomputed log-probabilities."""
+
+ADAPTER = "adapter"
+"""Folder of a task's initial adapter in PEFT's format, for those that train one."""
 
 COMPARED_WITH = {"tdpo2-ref": "ref", "tdpo2-cached": "precompute"}
 """Modes of ours alone, and the mode of our DPO that each is compared with."""
