@@ -114,6 +114,7 @@ COMPONENTS: list[tuple[str, tuple[str, ...], list[str]]] = [
             "tokenpref.data.StoredScores",
             "tokenpref.data.ColumnScores",
             "tokenpref.training.OnlinePrompts",
+            "tokenpref.training.OnlinePair",
             "tokenpref.training.Attribution",
         ],
     ),

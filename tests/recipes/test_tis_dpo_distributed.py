@@ -164,6 +164,25 @@ def test_prompts_online_equal_the_store_of_the_prompt_pair(folder, launch):
         assert scored["loss"] == pytest.approx(stored["loss"], abs=1e-5)
 
 
+def test_the_pipeline_with_adapters(tmp_path):
+    """Two adapters as a pair, their weights in a store or scored as the training goes, and a third adapter that is trained."""
+    model = "model=tokenpref.models.lora_tiny_llama model.lora_attn_modules=[q_proj,v_proj] model.lora_rank=4 model.lora_alpha=8"
+    lora = [*model.split(), "dataset.max_rows=32"]
+    rate = ["optimizer.lr=0.01", "run_val_every_n_steps=null"]
+    tune(tmp_path, *PAIR, *lora, *rate, "output_dir=pair")
+    tune(tmp_path, *ESTIMATE, *lora, "estimator.pair=pair", "output_dir=store")
+    tune(tmp_path, *TIS, *lora, *rate, "token_weights.path=store/weights", "output_dir=stored")
+    online = ["token_weights=tokenpref.training.OnlinePair", "token_weights.pair=pair"]
+    tune(tmp_path, *TIS, *lora, *rate, *online, "output_dir=online")
+    stored, scored = logged(tmp_path, "stored"), logged(tmp_path, "online")
+    assert len(stored) == len(scored) == 4 and stored[0]["weights/std"] > 0
+    for one, other in zip(stored, scored, strict=True):
+        assert other["weights/mean"] == pytest.approx(one["weights/mean"], abs=1e-5)
+        assert other["loss"] == pytest.approx(one["loss"], abs=1e-5)
+    assert scored[0]["logps/chosen"] == stored[0]["logps/chosen"]
+    assert (tmp_path / "online/epoch_0/adapter_model.safetensors").is_file()
+
+
 def test_bad_input_is_one_error_and_leaves_nothing(folder):
     done = tune(folder, *TIS, "dataset.max_seq_len=7", "output_dir=bad", ok=False)
     assert done.returncode == 2 and "Traceback" not in done.stderr

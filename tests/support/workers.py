@@ -28,7 +28,7 @@ from tokenpref.models.adapters import adapter_state
 from tokenpref.models.float8 import Float8, convert_to_float8
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training import PreferenceTrainer, TripletTrainer
+from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.credit.anchors import AnchorSampler
 from tokenpref.training.credit.attribution import Attribution
@@ -349,6 +349,28 @@ def lora_training(world: World, words: list[str]) -> dict[str, Any]:
         "losses": [metrics["loss"] for metrics in logged],
         "adapters": {name: tensor.numpy() for name, tensor in adapters.items()},
     }
+
+
+def online_pair_trainings(world: World, runs: list[list[str]]) -> list[dict[str, list[float]]]:
+    """Train tiny TIS-DPO with the words of each run; returns their losses and mean weights by step."""
+    found = []
+    for words in runs:
+        trainer = WeightedTrainer(load_config(["--config", "tiny/tis_dpo", *words]), world)
+        logged: list[dict[str, float]] = []
+        trainer._log = logged.append  # type: ignore[method-assign]
+        try:
+            trainer.setup()
+            trainer.train()
+        finally:
+            trainer.close()
+        # Only the main process logs.
+        found.append(
+            {
+                "losses": [metrics["loss"] for metrics in logged],
+                "weights": [metrics["weights/mean"] for metrics in logged],
+            }
+        )
+    return found
 
 
 def ti_trainings(world: World, folder: str, runs: list[list[str]]) -> list[int]:

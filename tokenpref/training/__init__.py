@@ -4,7 +4,7 @@ from tokenpref.training.credit.anchors import AnchorSampler
 from tokenpref.training.credit.attribution import Attribution
 from tokenpref.training.credit.prompts import OnlinePrompts
 from tokenpref.training.credit.sources import Source, SourceContext, anchors, token_weights
-from tokenpref.training.estimation.estimators import AttributionEstimator, ContrastiveEstimator
+from tokenpref.training.estimation.estimators import AttributionEstimator, ContrastiveEstimator, OnlinePair
 from tokenpref.training.estimation.pair_builder import ContrastiveReference
 from tokenpref.training.estimation.weight_estimation import WeightEstimation
 from tokenpref.training.evaluation.evaluator import Evaluator
@@ -19,6 +19,7 @@ __all__ = [
     "ContrastiveEstimator",
     "ContrastiveReference",
     "Evaluator",
+    "OnlinePair",
     "OnlinePrompts",
     "PreferenceTrainer",
     "Source",

@@ -75,7 +75,7 @@ def former(base):
 
 def test_round_trip(pair, base):
     found = read_pair(pair)
-    assert found.method == "dpo" and found.tokenizer == TOKENIZER and not found.shares_weights
+    assert found.method == "dpo" and found.tokenizer == TOKENIZER and found.negative.adapter is None
     found.check(maker(base), TOKENIZER)
     readers = [found.reader(side, base) for side in SIDES]
     assert readers[0].path == base.path and readers[0].kwargs["model_type"] == "LLAMA3_2"
@@ -94,7 +94,7 @@ def test_it_names_nothing_that_is_called(pair):
 def test_prompt_pair_shares_its_base(pair, base):
     changed(pair, of_prompts)
     found = read_pair(pair)
-    assert found.shares_weights and (found.positive.prompt, found.negative.prompt) == SIDES
+    assert found.positive.checkpoint is None and (found.positive.prompt, found.negative.prompt) == SIDES
     assert weights_digest(found.reader("negative", base)) == weights_digest(base)
 
 
@@ -147,6 +147,16 @@ def test_trained_sides_of_the_former_format_may_have_lost_their_base(pair, base,
             "positive.checkpoint '../base' leaves the pair's folder",
         ),
         (lambda r: r["positive"].update(checkpoint="elsewhere"), "no weights of the positive side"),
+        (lambda r: r["positive"].update(adapter=7), "positive.adapter is 7, expected text or null"),
+        (lambda r: r["positive"].update(adapter="positive"), "positive has a checkpoint and an adapter"),
+        (
+            lambda r: r["negative"].update(checkpoint=None, adapter="../base"),
+            "negative.adapter '../base' leaves the pair's folder",
+        ),
+        (
+            lambda r: r["negative"].update(checkpoint=None, adapter="negative/epoch_0"),
+            "no adapter of the negative side",
+        ),
     ],
 )
 def test_faults(pair, change, message):

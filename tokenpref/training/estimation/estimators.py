@@ -5,8 +5,10 @@ from __future__ import annotations
 from dataclasses import dataclass
 from typing import Any
 
+from tokenpref._files import sampled_digest
 from tokenpref._paths import resolve_path
 from tokenpref.data import Tokenizer
+from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config.faults import checkpoint_faults
 from tokenpref.training.config.fields import Component, component, integer
@@ -15,11 +17,13 @@ from tokenpref.training.config.sanity import component_faults, own_component_fau
 from tokenpref.training.credit.attribution import Attribution
 from tokenpref.training.credit.live import LiveModels
 from tokenpref.training.credit.prompts import ContrastiveScores
-from tokenpref.training.estimation.pair_folder import ContrastivePair, read_pair
+from tokenpref.training.estimation.pair_folder import ADAPTER_FILES, ContrastivePair, read_pair
 from tokenpref.training.loading.models import ModelMaker, weights_digest
 from tokenpref.training.loading.preflight import check_scored
 
-__all__ = ["AttributionEstimator", "ContrastiveEstimator", "EstimateConfig"]
+__all__ = ["AttributionEstimator", "ContrastiveEstimator", "EstimateConfig", "OnlinePair"]
+
+_STORE = "Write a store with recipes/estimate_weights_distributed and set token_weights to tokenpref.data.StoredScores"
 
 AttributionEstimator = Attribution
 """The name that configs of ``recipes/estimate_weights_distributed`` use."""
@@ -55,7 +59,8 @@ class EstimateConfig(ScoringConfig):
 class ContrastiveEstimator(ContrastiveScores):
     """log pi+ - log pi- of every answer token, from the pair that ``recipes/contrastive_reference_distributed`` built.
 
-    The config's ``model`` and ``checkpointer`` are those of the base model that the pair was built from.
+    The config's ``model`` and ``checkpointer`` are those of the base model that the pair was built from. If the sides are
+    adapters, the base is loaded once, and the adapters take turns in it.
 
     Args:
         pair: the pair's folder.
@@ -77,22 +82,33 @@ class ContrastiveEstimator(ContrastiveScores):
 
         Raises:
             DataError: if one of them is not the pair's.
-            ConfigError: if a file of a side is not as it was written, or its config.json describes another model.
+            ConfigError: if a file of a side is not as it was written, its config.json describes another model, or its adapter
+                does not fit the model.
         """
         maker.world.together(lambda: self.pair.check(maker, tokenizer.fingerprint()))
-        readers = self._readers(maker).values()
-        check_scored(maker, {reader.key: reader for reader in readers}, tokenizer)
+        # What shares the base is checked with the config's own checkpointer.
+        own = {
+            reader.key: reader
+            for name, reader in self._readers(maker).items()
+            if self.pair.sides[name].checkpoint is not None
+        }
+        check_scored(maker, own, tokenizer)
 
     def describe(self, maker: ModelMaker) -> dict[str, Any]:
         """What decides the scores beside the data, for the record of a store."""
+
+        def of(name: str, reader: Component) -> dict[str, Any]:
+            side = self.pair.sides[name]
+            weights = {"weights": weights_digest(reader)}
+            if side.adapter is not None:
+                weights["adapter"] = sampled_digest(side.adapter, ADAPTER_FILES)
+            return {**weights, "prompt": side.prompt}
+
         return {
             "name": "contrastive",
             "method": self.pair.method,
             "model": maker.model.plain(),
-            **{
-                side: {"weights": weights_digest(reader), "prompt": self.pair.sides[side].prompt}
-                for side, reader in self._readers(maker).items()
-            },
+            **{name: of(name, reader) for name, reader in self._readers(maker).items()},
         }
 
     def open(self, models: LiveModels) -> None:
@@ -102,9 +118,30 @@ class ContrastiveEstimator(ContrastiveScores):
             ConfigError: if they do not fit the model.
         """
         maker = models.maker
-        positive, negative = self._readers(maker).values()
-        first = maker.side(positive, positive.key)
-        self._scorers = first, first if self.pair.shares_weights else maker.side(negative, negative.key)
+        base: ScoringModel | None = None
+        found: list[ScoringModel] = []
+        for name, side in self.pair.sides.items():
+            if side.checkpoint is not None:
+                reader = self.pair.reader(name, maker.base)
+                found.append(maker.side(reader, reader.key))
+            else:
+                base = base or self._base(models, name)
+                found.append(self._over(base, name, models))
+        self._scorers = found[0], found[1]
+
+    def _base(self, models: LiveModels, side: str) -> ScoringModel:
+        """The model whose base the sides without weights of their own share."""
+        reader = self.pair.reader(side, models.maker.base)
+        scorer: ScoringModel = models.maker.side(reader, reader.key)
+        return scorer
+
+    def _over(self, base: ScoringModel, side: str, models: LiveModels) -> ScoringModel:
+        """The base with the adapter of a side, or by itself."""
+        if self.pair.sides[side].adapter is None:
+            return base
+        world, maker = models.world, models.maker
+        state = world.together(lambda: self.pair.read_adapter(side, maker.on_meta()) if world.is_main else {})
+        return base.with_adapter(state, world)
 
     def scorers(self, models: LiveModels) -> tuple[ScoringModel, ScoringModel]:
         """Both sides of the pair."""
@@ -112,3 +149,54 @@ class ContrastiveEstimator(ContrastiveScores):
             self.open(models)
         assert self._scorers is not None  # opened above
         return self._scorers
+
+
+class OnlinePair(ContrastiveEstimator):
+    """log pi+ - log pi- from a pair of adapters, for a training whose policy has adapters too. It needs no store.
+
+    Every batch is scored with both adapters of the pair, which take the place of the policy's own for two forward passes. No
+    second model is in memory. The policy's base must be the pair's, and its adapters must have the rank, alpha and layers of the
+    pair's.
+
+    Args:
+        pair: the folder of a pair that ``recipes/contrastive_reference_distributed`` built of a model with adapters.
+
+    Raises:
+        DataError: if the pair is missing, half built or damaged.
+        ConfigError: if its sides are no adapters.
+    """
+
+    def __init__(self, pair: str) -> None:
+        super().__init__(pair)
+        if any(side.adapter is None for side in self.pair.sides.values()):
+            others = (
+                "or set token_weights to tokenpref.training.OnlinePrompts with the pair's prompts"
+                if self.pair.method == "prompt"
+                else "or build the pair of a lora_ model"
+            )
+            raise ConfigError(
+                f"pair: {self.pair.folder}: its sides are no adapters, which alone can be scored inside the policy. {_STORE}, "
+                f"{others}"
+            )
+
+    def check_models(self, maker: ModelMaker, tokenizer: Tokenizer) -> None:
+        """See :meth:`ContrastiveEstimator.check_models`.
+
+        Raises:
+            ConfigError: also if the policy has no adapters.
+        """
+
+        def check() -> None:
+            if maker.adapters is None:
+                raise ConfigError(
+                    "token_weights: OnlinePair scores with the pair's adapters in the place of the policy's own, and "
+                    f"{maker.model.key} ({maker.model.path}) makes a model without adapters. {_STORE}, or train with the pair's "
+                    "lora_ model"
+                )
+
+        maker.world.together(check)
+        super().check_models(maker, tokenizer)
+
+    def _base(self, models: LiveModels, side: str) -> ScoringModel:
+        """The policy itself, in a training."""
+        return models.policy if models.trained else super()._base(models, side)

@@ -1,4 +1,7 @@
-"""Building a contrastive pair: two prompts on one model, or two trainings that differ in which answer they prefer."""
+"""Building a contrastive pair: two prompts on one model, or two trainings that differ in which answer they prefer.
+
+A model with adapters gives two adapters over one base.
+"""
 
 from __future__ import annotations
 
@@ -12,7 +15,7 @@ from omegaconf import DictConfig, ListConfig, OmegaConf
 from tokenpref.components import COMPONENT, accepts
 from tokenpref.data import adapt_tokenizer
 from tokenpref.distributed import World, init_world
-from tokenpref.errors import DryRun
+from tokenpref.errors import ConfigError, DryRun
 from tokenpref.models.agreement import config_numbers
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import Component, component, read_config, text
@@ -75,8 +78,9 @@ class ContrastiveReference:
     """Builds both sides, phase by phase, and writes the pair's folder last.
 
     ``prompt`` trains nothing. ``sft`` and ``dpo`` train the positive side on the data and the negative side on the data with
-    chosen and rejected exchanged, each from the same start, in ``output_dir/positive`` and ``output_dir/negative``. Started again
-    with the same config, a finished side is kept and an unfinished one goes on from its newest checkpoint.
+    chosen and rejected exchanged, each from the same start, in ``output_dir/positive`` and ``output_dir/negative``. Of a model
+    with adapters, the folder holds the two adapters and not the base. Started again with the same config, a finished side is kept
+    and an unfinished one goes on from its newest checkpoint.
 
     Args:
         cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
@@ -118,26 +122,27 @@ class ContrastiveReference:
         self._folder = own = RunFolder(folder, plain, self.recipe, self.world, schema=ContrastiveConfig)
         own.check(PAIR_FILE)
         sides: dict[str, dict[str, Any]] = {}
+        trained: list[Path] = []
+        maker = ModelMaker(config, self.world)
         if config.method == "prompt":
             tokenizer = adapt_tokenizer(config.tokenizer.build())
-            maker = ModelMaker(config, self.world)
             check_scored(maker, {"checkpointer": config.checkpointer}, tokenizer)
             prompts = (config.positive_prompt, config.negative_prompt)
             sides = {s: {"checkpoint": None, "prompt": p} for s, p in zip(SIDES, prompts, strict=True)}
         else:
+            kind = "adapter" if own.world.together(lambda: self._has_adapters(maker)) else "checkpoint"
             for side in SIDES:
                 weights = self._build_side(folder, side, own)
-                sides[side] = {"checkpoint": weights.relative_to(folder).as_posix(), "prompt": None}
+                trained.append(weights)
+                sides[side] = {kind: weights.relative_to(folder).as_posix(), "prompt": None}
         if config.dry_run:  # a side that is still to be trained has ended the run in its own checks
             raise DryRun(f"dry run: nothing is left to train, nothing was written to {folder}")
         own.claim_once()
 
         def check_sides() -> None:
             """The first side may have been harmed while the second was trained."""
-            for side in sides.values() if own.world.is_main else ():
-                if side["checkpoint"] is not None:
-                    weights = folder / side["checkpoint"]
-                    check_exports(weights.parent, epochs_until(weights.name))
+            for weights in trained if own.world.is_main else ():
+                check_exports(weights.parent, epochs_until(weights.name))
 
         self.world.together(check_sides)
         if self.world.is_main:
@@ -145,7 +150,7 @@ class ContrastiveReference:
                 folder,
                 method=config.method,
                 tokenizer=adapt_tokenizer(config.tokenizer.build()).fingerprint(),
-                model=config_numbers(ModelMaker(config, self.world).on_meta()),
+                model=config_numbers(maker.on_meta()),
                 base=base_digest(config.checkpointer),
                 sides=sides,
                 config=plain_without_environment(self._cfg),
@@ -153,6 +158,19 @@ class ContrastiveReference:
             log.info(f"contrastive pair ({config.method}) in {folder}")
         self.world.barrier()
         return folder
+
+    def _has_adapters(self, maker: ModelMaker) -> bool:
+        """Whether the sides are adapters.
+
+        Raises:
+            ConfigError: if a merged model is asked for too, which nothing would read.
+        """
+        if maker.adapters is not None and not self.config.save_adapter_weights_only:
+            raise ConfigError(
+                "save_adapter_weights_only: is false, and a pair of adapters holds no merged models; set it to true (`tokenpref "
+                "merge` merges a side's adapter)"
+            )
+        return maker.adapters is not None
 
     def _build_side(self, folder: Path, side: str, own: RunFolder) -> Path:
         """Train a side unless it is there; returns the folder of its weights."""

@@ -1,8 +1,9 @@
-"""The contrastive pair on disk: a folder with ``pair.yaml`` and, for trained sides, their weights.
+"""The contrastive pair on disk: a folder with ``pair.yaml`` and, for trained sides, their weights or adapters.
 
-``pair.yaml`` is data. It says how the pair was made, where the weights and prompts of its sides are, and holds fingerprints of
-the base model and the tokenizer. It names nothing that is called, because people pass pairs on. The config of the recipe that
-uses a pair names the model and the checkpointer, and :meth:`ContrastivePair.check` compares them with the fingerprints.
+``pair.yaml`` is data. It says how the pair was made, where the weights, adapters and prompts of its sides are, and holds
+fingerprints of the base model and the tokenizer. It names nothing that is called, because people pass pairs on. The config of the
+recipe that uses a pair names the model and the checkpointer, and :meth:`ContrastivePair.check` compares them with the
+fingerprints.
 """
 
 from __future__ import annotations
@@ -13,11 +14,14 @@ from pathlib import Path
 from typing import Any
 
 import yaml
+from torch import Tensor
 
 from tokenpref._sealed import write_file
+from tokenpref._torchtune import TransformerDecoder
 from tokenpref._yaml import read_yaml
 from tokenpref.errors import DataError
 from tokenpref.models.agreement import config_numbers
+from tokenpref.models.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from tokenpref.training.config.fields import Component
 from tokenpref.training.loading.models import ModelMaker, weights_digest
 
@@ -29,22 +33,23 @@ FORMER_FORMAT = "tokenpref-pair/1"
 PAIR_FILE = "pair.yaml"
 METHODS = ("prompt", "sft", "dpo")
 SIDES = ("positive", "negative")
-SIDE_KEYS = ("checkpoint", "prompt")
+ADAPTER_FILES = (ADAPTER_WEIGHTS, ADAPTER_CONFIG)
+SIDE_KEYS = ("checkpoint", "adapter", "prompt")
 
 
 @dataclass(frozen=True)
 class PairSide:
-    """One side of a pair: the base model with a prompt, or with weights of the side's own.
-
-    A side that is an adapter over the base takes one more key of ``pair.yaml`` (:data:`SIDE_KEYS`) and one more field here.
+    """One side of a pair: the base model with a prompt, with an adapter, or with weights of the side's own.
 
     Args:
         checkpoint: folder of its weights; None for the weights of the base.
         prompt: precedes the data's prompts; None for none.
+        adapter: folder of its adapter over the base, in PEFT's format; None for none.
     """
 
     checkpoint: Path | None
     prompt: str | None
+    adapter: Path | None = None
 
 
 @dataclass(frozen=True)
@@ -75,13 +80,18 @@ class ContrastivePair:
         """Both sides by name."""
         return dict(zip(SIDES, (self.positive, self.negative), strict=True))
 
-    @property
-    def shares_weights(self) -> bool:
-        """True when one model serves both sides, which then differ in their prompts."""
-        return self.positive.checkpoint == self.negative.checkpoint
+    def read_adapter(self, side: str, decoder: TransformerDecoder) -> dict[str, Tensor]:
+        """The adapter of a side, by its names in a decoder with adapters of the same size (on any device).
+
+        Raises:
+            ConfigError: if a file is not as it was written, or the adapter does not fit the decoder.
+        """
+        folder = self.sides[side].adapter
+        assert folder is not None  # whoever calls this has looked
+        return read_adapter(folder, decoder, f"pair's {side} side")
 
     def reader(self, side: str, base: Component) -> Component:
-        """The checkpointer that reads the weights of a side.
+        """The checkpointer that reads the weights of a side, which are the base's if it is an adapter.
 
         Args:
             side: one of :data:`SIDES`.
@@ -108,6 +118,8 @@ class ContrastivePair:
 
         Raises:
             DataError: if one of them is not the pair's.
+            ConfigError: if an adapter is damaged, or those of the config's model are of another rank, alpha or kind, or of other
+                layers.
         """
         if tokenizer != self.tokenizer:
             raise DataError(
@@ -120,6 +132,7 @@ class ContrastivePair:
             )
         if maker.world.is_main:  # other nodes may not have the files
             self._check_base(maker.base)
+            self._check_adapters(maker)
 
     def _other_model(self, maker: ModelMaker) -> str:
         """What differs between the pair's model and the config's, in words."""
@@ -151,6 +164,16 @@ class ContrastivePair:
                 "checkpointer to the pair's, or build the pair again"
             )
 
+    def _check_adapters(self, maker: ModelMaker) -> None:
+        names = [name for name, side in self.sides.items() if side.adapter is not None]
+        if names and maker.adapters is None:
+            raise DataError(
+                f"{self.folder}: the sides of the pair are adapters, and {maker.model.key} ({maker.model.path}) makes a model "
+                "without adapters; set model to the pair's lora_ or qlora_ builder"
+            )
+        for name in names:
+            self.read_adapter(name, maker.on_meta())
+
 
 def base_digest(base: Component) -> str | None:
     """The digest of a base model's weights; None if its checkpointer names no folder."""
@@ -175,7 +198,8 @@ def write_pair(
         tokenizer: fingerprint of the tokenizer.
         model: :func:`tokenpref.models.agreement.config_numbers` of the model of both sides.
         base: :func:`base_digest` of the checkpointer of the model that both sides started from.
-        sides: for each of :data:`SIDES` ``checkpoint`` (a folder inside ``folder``, or None for the base) and ``prompt``.
+        sides: for each of :data:`SIDES` its :data:`SIDE_KEYS`; those that are left out are None. ``checkpoint`` and ``adapter``
+            are folders inside ``folder``. A side with neither is the base.
         config: the config of the build.
     """
     record = {
@@ -232,19 +256,31 @@ def read_pair(folder: Path) -> ContrastivePair:
 def _side(file: Path, side: str, node: Mapping[Any, Any]) -> PairSide:
     if strange := [key for key in node if key not in SIDE_KEYS]:
         raise DataError(
-            f"{file}: {side} has {strange[0]!r}, and a side has only {' and '.join(SIDE_KEYS)}; build the pair again"
+            f"{file}: {side} has {strange[0]!r}, and a side has only {', '.join(SIDE_KEYS)}; build the pair again"
         )
     for key, value in node.items():
         if value is not None and not isinstance(value, str):
             raise DataError(f"{file}: {side}.{key} is {value!r}, expected text or null; build the pair again")
-    if node.get("checkpoint") is None:
-        return PairSide(None, node.get("prompt"))
-    checkpoint = (file.parent / node["checkpoint"]).resolve()
-    if file.parent.resolve() not in checkpoint.parents:
-        raise DataError(f"{file}: {side}.checkpoint {node['checkpoint']!r} leaves the pair's folder")
-    if not _weight_files(checkpoint):
+    if node.get("checkpoint") is not None and node.get("adapter") is not None:
+        raise DataError(
+            f"{file}: {side} has a checkpoint and an adapter, and an adapter belongs to the base; build the pair again"
+        )
+    checkpoint, adapter = (_inside(file, side, key, node.get(key)) for key in ("checkpoint", "adapter"))
+    if checkpoint is not None and not _weight_files(checkpoint):
         raise DataError(f"{checkpoint}: no weights of the {side} side there; build the pair again")
-    return PairSide(checkpoint, node.get("prompt"))
+    if adapter is not None and not all((adapter / name).is_file() for name in ADAPTER_FILES):
+        raise DataError(f"{adapter}: no adapter of the {side} side there; build the pair again")
+    return PairSide(checkpoint, node.get("prompt"), adapter)
+
+
+def _inside(file: Path, side: str, key: str, name: str | None) -> Path | None:
+    """The folder that a side names, which must lie inside the pair's."""
+    if name is None:
+        return None
+    folder = (file.parent / name).resolve()
+    if file.parent.resolve() not in folder.parents:
+        raise DataError(f"{file}: {side}.{key} {name!r} leaves the pair's folder")
+    return folder
 
 
 def _weight_files(checkpoint: Path) -> list[str]:

@@ -1,0 +1,324 @@
+"""A contrastive pair of two adapters over one base: built, scored for a store, and scored inside a policy in training."""
+
+import math
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import yaml
+from safetensors.torch import load_file, save_file
+from support import workers
+
+from tokenpref._paths import data_root
+from tokenpref.data import WeightStore
+from tokenpref.distributed import single_process_world
+from tokenpref.distributed.testing import run_distributed
+from tokenpref.errors import ConfigError, DataError, TokenprefError
+from tokenpref.models.adapters import adapter_state
+from tokenpref.training import ContrastiveReference, WeightedTrainer, WeightEstimation
+from tokenpref.training.config.command_line import load_config
+from tokenpref.training.estimation.pair_folder import SIDES, read_pair
+from tokenpref.training.loading import models
+from tokenpref.training.loading.models import ModelMaker
+from tokenpref.training.step.batches import pair_batches
+
+WORLD = single_process_world()
+TINY = data_root() / "data" / "tiny" / "model"
+LORA = (
+    "model._component_=tokenpref.models.lora_tiny_llama", "model.lora_attn_modules=[q_proj,v_proj]", "model.lora_rank=4",
+    "model.lora_alpha=8",
+)  # fmt: skip
+ROWS, RATE, STEPS = "dataset.max_rows=24", 0.01, 3
+SHORT = (f"optimizer.lr={RATE}", "batch_size=8")
+ONLINE = ("token_weights=tokenpref.training.OnlinePair", "~token_weights.path")
+
+
+@pytest.fixture(scope="module")
+def built(tmp_path_factory):
+    """A folder with a pair of adapters, a pair of prompts, and the weight store of the first."""
+    place = tmp_path_factory.mktemp("pairs")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(place)
+        words = ["--config", "tiny/contrastive_reference", *LORA, *SHORT, ROWS]
+        for method, name in (("dpo", "pair"), ("prompt", "prompts")):
+            builder = ContrastiveReference(load_config([*words, f"method={method}", f"output_dir={name}"]))
+            try:
+                builder.run()
+            finally:
+                builder.close()
+        estimate("store")
+    return place
+
+
+@pytest.fixture
+def folder(built, tmp_path, monkeypatch):
+    """A copy, to spoil."""
+    shutil.copytree(built, tmp_path, dirs_exist_ok=True)
+    monkeypatch.chdir(tmp_path)
+    return tmp_path
+
+
+def estimate(name, *words, pair="pair", model=LORA):
+    cfg = load_config(
+        ["--config", "tiny/estimate_weights", *model, ROWS, f"estimator.pair={pair}", *words, f"output_dir={name}"]
+    )  # fmt: skip
+    run = WeightEstimation(cfg)
+    try:
+        return WeightStore.open(run.run())
+    finally:
+        run.close()
+
+
+def start(name, *words, model=LORA):
+    """A TIS-DPO training that is set up."""
+    return WeightedTrainer(
+        load_config(
+            [
+                "--config",
+                "tiny/tis_dpo",
+                *model,
+                *SHORT,
+                ROWS,
+                "run_val_every_n_steps=null",
+                *words,
+                f"output_dir={name}",
+            ]
+        )  # fmt: skip
+    )
+
+
+def online(name, *words, pair="pair", **kwargs):
+    return start(name, *ONLINE, f"token_weights.pair={pair}", *words, **kwargs)
+
+
+def from_store(name, *words):
+    return start(name, "token_weights.path=store/weights", *words)
+
+
+def trained(trainer):
+    """Train to the end; returns the metrics by step, and the policy's adapters."""
+    logged = []
+    trainer._log = logged.append
+    try:
+        trainer.setup()
+        trainer.train()
+    finally:
+        trainer.close()
+    return logged, adapter_state(trainer.run.policy.model, WORLD)
+
+
+def scores(store):
+    return {(row.row, side): getattr(row, side) for row in store for side in ("chosen", "rejected")}
+
+
+def test_the_pair_holds_two_adapters_from_one_start_and_not_the_base(built):
+    record = yaml.safe_load((built / "pair/pair.yaml").read_text())
+    assert [record[side] for side in SIDES] == [
+        {"adapter": f"{side}/epoch_0", "prompt": None} for side in SIDES
+    ]
+    files = [file for file in (built / "pair").rglob("*") if file.is_file()]
+    base = (TINY / "model.safetensors").stat().st_size
+    assert (
+        sum(file.stat().st_size for file in files if file.suffix in (".safetensors", ".distcp", ".pt")) < base
+    )
+    assert not list((built / "pair").rglob("model*.safetensors"))
+    adapters = [load_file(built / f"pair/{side}/epoch_0/adapter_model.safetensors") for side in SIDES]
+    assert adapters[0].keys() == adapters[1].keys() and all("lora_" in name for name in adapters[0])
+    for name, tensor in adapters[0].items():
+        apart = (tensor - adapters[1][name]).abs().max()
+        # No weight moves by much more than the rate in a step. Two random A would be further apart.
+        assert 0 < apart < 2.5 * STEPS * RATE, name
+
+
+def test_a_pair_of_adapters_holds_no_merged_models(folder):
+    words = [
+        "--config",
+        "tiny/contrastive_reference",
+        *LORA,
+        "save_adapter_weights_only=false",
+        "output_dir=never",
+    ]
+    with pytest.raises(ConfigError, match="save_adapter_weights_only: is false.*set it to true"):
+        ContrastiveReference(load_config(words)).run()
+    assert not Path("never").exists()
+
+
+def test_the_store_has_the_scores_of_two_models_and_one_base_is_read(folder, monkeypatch):
+    read = []
+    monkeypatch.setattr(
+        models, "read_weights", lambda *a, own=models.read_weights: read.append(a[1]) or own(*a)
+    )
+    found = scores(estimate("again"))
+    assert len(read) == 1
+    kept = scores(WeightStore.open(folder / "store/weights"))
+    run = WeightEstimation(
+        load_config(["--config", "tiny/estimate_weights", *LORA, ROWS, "output_dir=never"])
+    )
+    maker = ModelMaker(run.config, WORLD, model=run.config.model, checkpointer=run.config.checkpointer)
+    sides = [
+        maker.side(maker.base, "base", adapter=side.adapter)
+        for side in read_pair(folder / "pair").sides.values()
+    ]
+    dataset = run.config.dataset.build(tokenizer())
+    for example in dataset:
+        ids = torch.tensor([example.chosen_ids])
+        labels = torch.where(torch.arange(ids.shape[1]) >= example.chosen_start, ids, -100)
+        logps = [side.logps(ids, labels)[0, example.chosen_start - 1 :] for side in sides]
+        want = (logps[0] - logps[1]).numpy()
+        assert found[example.row, "chosen"] == pytest.approx(want, abs=2e-6) and np.abs(want).max() > 1e-3
+    assert all(np.array_equal(found[key], kept[key]) for key in found)
+
+
+def tokenizer():
+    from tokenpref.data import tokenizer_json
+
+    return tokenizer_json(str(TINY))
+
+
+def test_weights_online_are_those_of_the_store_while_the_policy_moves(folder):
+    """Also after steps, when the policy's own adapters have changed."""
+    store, live = from_store("from_store"), online("live")
+    try:
+        for trainer in (store, live):
+            trainer.setup()
+        for step in range(2):
+            batches = pair_batches(
+                live.dataset, WORLD, pad_id=0, step=step, batch_size=8, accumulation=1, seed=0, epoch=0, shuffle=False
+            )  # fmt: skip
+            before = adapter_state(live.policy.model, WORLD)
+            before = {name: tensor.clone() for name, tensor in before.items()}
+            known, weights = (trainer.weigh(batches[0]).weights for trainer in (store, live))
+            torch.testing.assert_close(weights, known, atol=1e-6, rtol=1e-6)
+            assert weights.std() > 0
+            for name, tensor in adapter_state(live.policy.model, WORLD).items():
+                assert torch.equal(tensor, before[name]), name
+                if step == 0:  # as if the policy had been trained
+                    dict(live.policy.model.named_parameters())[name].data.add_(0.05)
+    finally:
+        for trainer in (store, live):
+            trainer.close()
+
+
+def test_scoring_inside_the_policy_changes_no_bit_of_it(folder):
+    uniform = ("weight_transform=tokenpref.weights.transforms.uniform",)
+    one, two = trained(from_store("plain", *uniform)), trained(online("scored", *uniform))
+    assert len(one[0]) == STEPS
+    for known, found in zip(one[0], two[0], strict=True):
+        for name in ("loss", "logps/chosen", "logps/rejected", "grad_norm", "rewards/margins"):
+            assert known[name] == found[name], name
+    assert one[0][0]["loss"] == float(torch.tensor(2.0).log()) and one[0][-1]["loss"] != one[0][0]["loss"]
+    for name, tensor in two[1].items():
+        assert torch.equal(tensor, one[1][name]), name
+
+
+@pytest.mark.parametrize(
+    "more",
+    [("enable_activation_checkpointing=true",), ("compute_dtype=bf16",), ("reference=cached",)],
+    ids=lambda m: m[0],
+)
+def test_it_goes_with_other_settings(folder, more):
+    logged, _ = trained(online("mine", *more, "max_steps_per_epoch=2"))
+    assert all(math.isfinite(step["loss"]) for step in logged) and logged[0]["weights/std"] > 0
+
+
+def test_prompts_over_a_model_with_adapters_are_scored_by_its_base(folder):
+    adapted = scores(estimate("adapted", pair="prompts"))
+    plain = scores(estimate("plain", pair="prompts", model=()))
+    assert all(adapted[key] == pytest.approx(plain[key], abs=1e-6) for key in plain) and plain
+
+
+def change(file, **tensors):
+    state = load_file(file)
+    name = next(name for name in state if "lora_A" in name)
+    state[name] = state[name] * 1.5
+    save_file(state, file, metadata={"format": "pt"})
+
+
+def other_base(folder):
+    shutil.copytree(TINY, folder / "other")
+    state = load_file(folder / "other/model.safetensors")
+    state["model.norm.weight"] = state["model.norm.weight"] * 1.5
+    save_file(state, folder / "other/model.safetensors", metadata={"format": "pt"})
+
+
+ADAPTER = "pair/negative/epoch_0/adapter_model.safetensors"
+
+
+@pytest.mark.parametrize(
+    "begin",
+    [lambda *w: estimate("never", *w), lambda *w: online("never", *w).setup()],
+    ids=["store", "online"],
+)
+@pytest.mark.parametrize(
+    ("words", "prepare", "says"),
+    [
+        (("model.lora_rank=8",), None, "pair's positive side: .*has rank 4.* and .* 8; set model.lora_rank=4"),
+        (("model.lora_alpha=4",), None, "pair's positive side: .*alpha 8 .*set model.lora_alpha=8"),
+        (("model.use_dora=true",), None, "pair's positive side: .*set model.use_dora=false"),
+        (("model.lora_attn_modules=[q_proj]",), None, "pair's positive side: .*set model.lora_attn_modules"),
+        (("model.num_layers=3",), None, "another model .num_hidden_layers is 2 there and 3 here"),
+        (("checkpointer.checkpoint_dir=other",), other_base, "another base model .*set checkpointer to the pair's"),
+        ((), lambda f: change(f / ADAPTER), "negative/epoch_0.*adapter_model.safetensors is not what was written"),
+        ((), lambda f: (f / ADAPTER).unlink(), "no adapter of the negative side there; build the pair again"),
+        ((), lambda f: (f / "pair/negative/epoch_0/adapter_config.json").unlink(), "no adapter of the negative side there"),
+    ],
+)  # fmt: skip
+def test_a_pair_that_does_not_fit_is_refused_before_weights_are_read(
+    folder, monkeypatch, begin, words, prepare, says
+):
+    monkeypatch.setattr(models, "read_weights", lambda *_: pytest.fail("weights were read"))
+    if prepare is not None:
+        prepare(folder)
+    with pytest.raises(TokenprefError, match=says):
+        begin(*words)
+    assert not Path("never").exists()
+
+
+def test_a_model_without_adapters_is_refused(folder):
+    plain = ("model._component_=tokenpref.models.tiny_llama",)
+    with pytest.raises(
+        DataError,
+        match="sides of the pair are adapters, and model .* without adapters; set model to the pair's lora_",
+    ):
+        estimate("never", model=plain)
+    with pytest.raises(
+        ConfigError,
+        match=r"token_weights: OnlinePair .* without adapters\. Write a store with recipes/estimate",
+    ):
+        online("never", model=plain).setup()
+    assert not Path("never").exists()
+
+
+def test_a_pair_without_adapters_cannot_be_scored_inside_the_policy(folder):
+    with pytest.raises(
+        ConfigError,
+        match="its sides are no adapters.*Write a store .* or set token_weights to .*OnlinePrompts",
+    ):
+        online("never", pair="prompts").setup()
+
+
+def test_two_ranks_equal_one_process(folder):
+    """With gathered layers that are freed after a forward, and with such that are kept."""
+    words = [
+        *LORA,
+        *ONLINE,
+        f"token_weights.pair={folder / 'pair'}",
+        *SHORT,
+        ROWS,
+        "run_val_every_n_steps=null",
+        "optimizer.eps=1e-4",
+    ]
+    (one,) = workers.online_pair_trainings(WORLD, [[*words, f"output_dir={folder / 'one'}"]])
+    words += ["batch_size=4"]
+    runs = [
+        [*words, f"output_dir={folder / 'freed'}"],
+        [*words, f"output_dir={folder / 'kept'}", "fsdp_reshard_after_forward=false"],
+    ]
+    for rank in run_distributed(workers.online_pair_trainings, runs):
+        for found in rank:
+            assert found["losses"] == pytest.approx(one["losses"], abs=1e-6)
+            assert (
+                found["weights"] == pytest.approx(one["weights"], abs=1e-6) and len(one["weights"]) == STEPS
+            )
