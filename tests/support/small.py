@@ -78,6 +78,26 @@ def lora_decoder(
     return model
 
 
+def nf4_llama(use_dora: bool = False) -> TransformerDecoder:
+    """A decoder with an NF4 base and adapters: the smallest of which two ranks can share the groups of NF4."""
+    return lora_llama3_2(
+        ["q_proj", "v_proj"],
+        True,
+        vocab_size=384,
+        num_layers=2,
+        num_heads=4,
+        num_kv_heads=4,
+        embed_dim=256,
+        max_seq_len=128,
+        intermediate_dim=256,
+        scale_factor=1,
+        lora_rank=4,
+        lora_alpha=8,
+        use_dora=use_dora,
+        quantize_base=True,
+    )
+
+
 def scorer(seed: int = 0, *, tied: bool = True, frozen: bool = False, **kwargs: object) -> ScoringModel:
     """A scoring model over :func:`decoder`."""
     model = decoder(seed, tied=tied, **kwargs)  # type: ignore[arg-type]

@@ -1,13 +1,14 @@
 """Training with adapters: what trains, what the reference is, what checkpoints hold, and which of them are refused."""
 
 import math
+import re
 import shutil
 from pathlib import Path
 
 import pytest
 import torch
 from safetensors.torch import load_file, save_file
-from support import workers
+from support import small, workers
 from torch.distributed.checkpoint import FileSystemReader
 
 from tokenpref._paths import data_root
@@ -15,7 +16,7 @@ from tokenpref._torchtune import tune_to_hf
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, DryRun
-from tokenpref.models.adapters import adapter_names, adapter_state, merged
+from tokenpref.models.adapters import adapter_names, adapter_state, base_tensors, merged
 from tokenpref.models.peft_format import AdapterLayout, Base, write_adapter
 from tokenpref.models.reference import CachedReference
 from tokenpref.training import (
@@ -357,3 +358,73 @@ def test_two_ranks_equal_one_process(words):
     assert one["adapters"].keys() == two[0]["adapters"].keys() and one["adapters"]
     for name, values in one["adapters"].items():
         assert values == pytest.approx(two[0]["adapters"][name], abs=1e-6), name
+
+
+@pytest.fixture(scope="module")
+def nf4_base(tmp_path_factory):
+    """Weights under torchtune's names, for a decoder that stores them in NF4."""
+    with torch.device("meta"):
+        tensors = base_tensors(small.nf4_llama())
+    generator = torch.Generator().manual_seed(0)
+    folder = tmp_path_factory.mktemp("nf4")
+    state = {
+        name: torch.ones(tensor.shape)
+        if tensor.dim() == 1
+        else torch.randn(tensor.shape, generator=generator) / 8
+        for name, tensor in tensors.items()
+    }
+    torch.save(state, folder / "base.pt")
+    return folder
+
+
+def nf4(base, dora):
+    return [
+        "model._component_=support.small.nf4_llama", f"model.use_dora={dora}", "run_val_every_n_steps=null",
+        "checkpointer._component_=torchtune.training.FullModelTorchTuneCheckpointer",
+        f"checkpointer.checkpoint_dir={base}", "checkpointer.checkpoint_files=[base.pt]", "optimizer.lr=0.01",
+        "optimizer.eps=1e-4", "log_stats=[kl_ref_policy]",
+    ]  # fmt: skip
+
+
+def test_what_a_quantised_base_cannot_do_is_refused_before_weights_are_read(nf4_base, monkeypatch):
+    monkeypatch.setattr(models, "read_weights", lambda *_: pytest.fail("weights were read"))
+    with pytest.raises(ConfigError, match="compute_dtype: is bf16.*set compute_dtype=null and dtype=bf16"):
+        run("mine", *nf4(nf4_base, "false"), "compute_dtype=bf16")
+    with pytest.raises(ConfigError, match="save_adapter_weights_only: is false.*quantised base"):
+        run("mine", *nf4(nf4_base, "false"), "save_adapter_weights_only=false")
+    with pytest.raises(
+        AssertionError, match="4 groups of 16,384 numbers in 256 rows, which cannot be shared by 3"
+    ):
+        run_distributed(workers.lora_training, [*nf4(nf4_base, "false"), "output_dir=mine"], size=3)
+
+
+@pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
+def test_two_ranks_equal_one_process_with_an_nf4_base(nf4_base, dora, caplog):
+    caplog.set_level("INFO", logger="tokenpref")
+    settings = [
+        *nf4(nf4_base, str(dora).lower()),
+        "max_steps_per_epoch=3",
+        "checkpoint_every_n_steps=2",
+        "keep_last=2",
+    ]
+    one = workers.lora_training(WORLD, [*settings, "batch_size=8", "output_dir=one"])
+    # Of 14 matrices of 65,536 numbers each half a byte, and scales; embeddings, norms and adapters are float32.
+    plain = 4 * (384 * 256 + 5 * 256 + 2 * 5 * 4 * 512) + dora * 4 * 2 * 5 * 256
+    memory = next(line for line in caplog.messages if line.startswith("memory"))
+    weights = float(re.search(r"weights ([0-9.]+) MiB", memory)[1])
+    assert weights == pytest.approx((plain + 1.04 * 14 * 65536 / 2) / 2**20, abs=0.06)
+    two = run_distributed(
+        workers.lora_training, [*settings, "batch_size=4", f"output_dir={Path('two').absolute()}"]
+    )
+    assert one["losses"][0] == two[0]["losses"][0] == FIRST and one["losses"][2] < FIRST
+    for rank in two:
+        assert rank["losses"] == pytest.approx(one["losses"], abs=1e-6)
+    for name, values in one["adapters"].items():
+        assert values == pytest.approx(two[0]["adapters"][name], abs=1e-6), name
+    resumed = workers.lora_training(
+        WORLD,
+        [*settings, "batch_size=8", "output_dir=resumed", "resume_from_checkpoint=one/checkpoints/step_2"],
+    )
+    assert resumed["losses"] == one["losses"][2:]
+    for name, values in one["adapters"].items():
+        assert (values == resumed["adapters"][name]).all(), name

@@ -13,6 +13,7 @@ from torch.distributed.fsdp import (
     fully_shard,
     register_fsdp_forward_method,
 )
+from torchao.dtypes.nf4tensor import NF4Tensor
 
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed.world import World
@@ -54,14 +55,21 @@ def shard(
         compute_dtype: gather the weights in this dtype and compute in it; the shards, their gradients and the reduction of
             these keep their own precision, at least float32. None: the weights' own dtype.
 
+    A quantised (NF4) model of one process is not sharded either: FSDP2 then only takes weights that consist of one tensor.
+
     Raises:
-        ValueError: for a ``compute_dtype`` without a mesh; a world of one can have one (:func:`init_world`).
+        ValueError: for a ``compute_dtype`` without a mesh (a world of one can have one, see :func:`init_world`), or for a
+            quantised model of one process.
     """
     if world.mesh is None:
         if compute_dtype is not None:
             raise ValueError(
                 "compute_dtype needs FSDP2 and so a world with a mesh; make it with init_world(process_group=True)"
             )
+        return
+    if world.size == 1 and any(isinstance(parameter, NF4Tensor) for parameter in model.parameters()):
+        if compute_dtype is not None:
+            raise ValueError("compute_dtype needs FSDP2, which cannot gather NF4 weights in a world of one")
         return
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=None if compute_dtype is None else torch.float32

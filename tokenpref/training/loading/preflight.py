@@ -123,7 +123,7 @@ def preflight(
     model, world_size, device = maker.on_meta(), maker.world.size, maker.world.device
     check_model(config.compute(trainable=True), model)
     maker.check_adapter()
-    _check_merging(config, maker)
+    _check_quantised(config, maker, model)
     longest = max(int(data.lengths().max()) for data in (dataset, dataset_val) if data is not None)
     readers = {r.key: r for r in (config.checkpointer, config.ref_checkpointer) if r is not None}
     notes = _check_folders(readers, config.model, model, longest)
@@ -170,18 +170,32 @@ def preflight(
     return [*notes, *lines] if warning is None else [*notes, *lines, f"warning: {warning}"]
 
 
-def _check_merging(config: TrainConfig, maker: ModelMaker) -> None:
-    """Refuse to write a merged model over a quantised base.
+def _check_quantised(config: TrainConfig, maker: ModelMaker, model: TransformerDecoder) -> None:
+    """Check what a quantised base cannot do: be merged, be gathered by one process, or be split in the middle of a group.
 
     Raises:
         ConfigError: if the config asks for it.
     """
-    adapters = maker.adapters
-    if adapters is not None and adapters["quantized_base"] and not config.save_adapter_weights_only:
+    weights = {n: p for n, p in model.named_parameters() if isinstance(p, NF4Tensor)}
+    size = maker.world.size
+    if weights and not config.save_adapter_weights_only:
         raise ConfigError(
             "save_adapter_weights_only: is false, and adapters are not merged into a quantised base; set it to true, and "
             "merge the adapter into the weights from which the base was quantised with `tokenpref merge`"
         )
+    if weights and size == 1 and config.compute_dtype is not None:
+        raise ConfigError(
+            f"compute_dtype: is {config.compute_dtype}, and PyTorch cannot gather a quantised base in a single process; set "
+            f"compute_dtype=null and dtype={config.compute_dtype}, or use more processes"
+        )
+    for name, weight in weights.items():
+        group = weight.block_size * weight.scaler_block_size
+        groups, rows = weight.numel() // group, weight.shape[0]
+        if rows % size or groups % size:
+            raise ConfigError(
+                f"model: {name} is stored in NF4 as {groups} groups of {group:,} numbers in {rows} rows, which cannot be shared "
+                f"by {size} processes; use a number of processes that divides both, or quantize_base=false"
+            )
 
 
 def trained_parameters(model: TransformerDecoder) -> tuple[int, int]:
