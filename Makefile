@@ -33,10 +33,10 @@ bench: $(STAMP) ## compare speed and memory with the peers, CPU only; makes an e
 	TORCH="$(TORCH)" $(BIN)/python -m benchmarks.cpu $(BENCH_ARGS)
 
 # One thread: the models of these tests are tiny, and the distributed ones run two processes.
-# Whole files go to a worker: their fixtures train models that several tests look at.
+# Whole files go to a worker: their fixtures train models that several tests look at. They go in the order of tests/conftest.py.
 test: export OMP_NUM_THREADS ?= 1
 test: $(STAMP) ## fast tests
-	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile $(PYTEST_ARGS)
+	$(BIN)/python -m pytest -m "not slow" -n auto --maxprocesses 4 --dist loadfile --no-loadscope-reorder $(PYTEST_ARGS)
 
 test-slow: $(STAMP) ## tests that take minutes or need the prepared SmolLM2 model
 	$(BIN)/python -m pytest -m slow $(PYTEST_ARGS)

@@ -153,7 +153,8 @@ def test_quick_prints_its_tables(folders, here, capsys):
         command.main(["--report-only", "--write-docs", "--output", str(folders)])
 
 
-def test_the_page_compares_with_the_peer(folders, here):
+def test_the_page_compares_with_the_peer(folders, here, monkeypatch):
+    monkeypatch.setattr(command, "OURS_ALONE", ())
     plan = replace(command.QUICK, tasks=(FIXED,), parts=("steps",))
     results = command.measure(plan, folders, command.Processes(folders, None))
     # A peer that takes twice our time and three times our memory, and whose third loss is another.
@@ -173,6 +174,7 @@ def test_the_page_compares_with_the_peer(folders, here):
 
 
 def test_rounds_are_added_to_what_is_there(here, tmp_path, monkeypatch):
+    monkeypatch.setattr(command, "OURS_ALONE", ())
     plan = replace(command.QUICK, tasks=(FIXED,), parts=("steps", "heads"))
     monkeypatch.setattr(command, "QUICK", plan)
     assert command.main(["--quick", "--output", str(tmp_path)]) == 0

@@ -26,32 +26,62 @@ NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")
 EVERY_TWO = ("checkpoint_every_n_steps=2", "keep_last=10", *NO_WATCH)
 
 
+def train(*overrides, config="tiny/tdpo", until=None):
+    """Train a tiny config; with ``until`` it dies before that step, as if killed."""
+    trainer_class = TripletTrainer if config == "tiny/ti_dpo" else PreferenceTrainer
+    trainer = trainer_class(load_config(["--config", config, *overrides]))
+    step = trainer._step
+
+    def dying_step():
+        if trainer.progress.step == until:
+            raise KeyboardInterrupt
+        return step()
+
+    trainer._step = dying_step
+    try:
+        trainer.setup()
+        trainer.train()
+    except KeyboardInterrupt:
+        assert until is not None
+    finally:
+        trainer.close()
+    return trainer
+
+
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Train a tiny config; with ``until`` it dies before that step, as if killed."""
+    """:func:`train` in a folder of the test."""
     monkeypatch.chdir(tmp_path)
-
-    def train(*overrides, config="tiny/tdpo", until=None):
-        trainer_class = TripletTrainer if config == "tiny/ti_dpo" else PreferenceTrainer
-        trainer = trainer_class(load_config(["--config", config, *overrides]))
-        step = trainer._step
-
-        def dying_step():
-            if trainer.progress.step == until:
-                raise KeyboardInterrupt
-            return step()
-
-        trainer._step = dying_step
-        try:
-            trainer.setup()
-            trainer.train()
-        except KeyboardInterrupt:
-            assert until is not None
-        finally:
-            trainer.close()
-        return trainer
-
     return train
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory):
+    """A folder with a run that saves every two steps, ``whole``, and the same run killed before step 5, ``killed``."""
+    folder = tmp_path_factory.mktemp("trained")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train("output_dir=whole", *EVERY_TWO)
+        train("output_dir=killed", *EVERY_TWO, until=5)
+    return folder
+
+
+@pytest.fixture
+def whole(trained):
+    """The finished run. Only read it."""
+    return trained / "whole"
+
+
+@pytest.fixture
+def mine(trained, tmp_path):
+    """The finished run, copied to ``mine`` in the folder of the test."""
+    return shutil.copytree(trained / "whole", tmp_path / "mine")
+
+
+@pytest.fixture
+def killed(trained, tmp_path):
+    """The killed run, copied to ``mine`` in the folder of the test."""
+    return shutil.copytree(trained / "killed", tmp_path / "mine")
 
 
 def weights(folder):
@@ -107,8 +137,7 @@ def test_a_killed_run_ends_with_the_same_bits(run, tmp_path, config):
     assert all(tensor.equal(other[name]) for name, tensor in one.items())
 
 
-def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
-    run("output_dir=whole", *EVERY_TWO)
+def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, whole, caplog):
     run("output_dir=killed", *EVERY_TWO, until=7)
     newest = tmp_path / "killed/checkpoints/step_6"
     shard = next(newest.glob("*.distcp"))
@@ -119,15 +148,14 @@ def test_a_damaged_checkpoint_is_skipped_and_named(run, tmp_path, caplog):
         run("output_dir=killed", *EVERY_TWO, "resume_from_checkpoint=auto")
     assert f"skipped a damaged checkpoint: {newest}: {shard.name} is not what was written" in caplog.text
     assert "continuing after step 4 of 8" in caplog.text
-    assert_same_weights(tmp_path / "whole", tmp_path / "killed")
+    assert_same_weights(whole, tmp_path / "killed")
 
 
-def test_a_path_may_name_a_checkpoint_or_a_run(run, tmp_path):
-    run("output_dir=first", *EVERY_TWO)
-    for number, start in enumerate(("first/checkpoints/step_4", "first")):
+def test_a_path_may_name_a_checkpoint_or_a_run(run, tmp_path, whole):
+    for number, start in enumerate((whole / "checkpoints/step_4", whole)):
         trainer = run(f"output_dir=branch{number}", *NO_WATCH, f"resume_from_checkpoint={start}")
         assert trainer.progress.step == 8
-        assert_same_weights(tmp_path / "first", tmp_path / f"branch{number}")
+        assert_same_weights(whole, tmp_path / f"branch{number}")
     assert json.loads((tmp_path / "branch0/run.json").read_text())["recipe"] == "recipes/tdpo_distributed"
 
 
@@ -154,25 +182,22 @@ def test_auto_without_a_checkpoint_begins(run, tmp_path, caplog):
         (["optimizer.lr=0.5"], "holds another run"),
     ],
 )  # fmt: skip
-def test_what_cannot_be_continued_is_refused(run, tmp_path, overrides, message):
-    run("output_dir=mine", *EVERY_TWO)
-    before = sorted(p.as_posix() for p in (tmp_path / "mine").rglob("*"))
+def test_what_cannot_be_continued_is_refused(run, tmp_path, mine, overrides, message):
+    before = sorted(p.as_posix() for p in mine.rglob("*"))
     with pytest.raises(ConfigError, match=message):
         run("output_dir=mine", *EVERY_TWO, *overrides)
-    assert sorted(p.as_posix() for p in (tmp_path / "mine").rglob("*")) == before
+    assert sorted(p.as_posix() for p in mine.rglob("*")) == before
     assert not (tmp_path / "other").exists()
 
 
-def test_changed_settings_are_said(run, tmp_path, caplog):
-    run("output_dir=mine", *EVERY_TWO, until=5)
+def test_changed_settings_are_said(run, killed, caplog):
     with caplog.at_level("INFO", logger="tokenpref"):
         run("output_dir=mine", *EVERY_TWO, "resume_from_checkpoint=auto", "optimizer.lr=0.002")
     assert "continuing with another setting: optimizer.lr is 0.002 and was 0.001" in caplog.text
 
 
-def test_a_full_disk_leaves_the_checkpoint_before_it(run, tmp_path, monkeypatch):
+def test_a_full_disk_leaves_the_checkpoint_before_it(run, tmp_path, whole, monkeypatch):
     """The limit of a file's size stands for the disk's end: the write fails half way."""
-    run("output_dir=whole", *EVERY_TWO)
     save = Checkpoints.save
 
     def on_a_full_disk(self, model, optimizer, scheduler, progress, **rest):
@@ -192,25 +217,25 @@ def test_a_full_disk_leaves_the_checkpoint_before_it(run, tmp_path, monkeypatch)
     assert newest.name == "step_2" and not faults
     run("output_dir=full", *EVERY_TWO, "resume_from_checkpoint=auto")
     assert not list((tmp_path / "full/checkpoints").glob("*.partial"))
-    assert_same_weights(tmp_path / "whole", tmp_path / "full")
+    assert_same_weights(whole, tmp_path / "full")
 
 
 IN_BACKGROUND = (*EVERY_TWO, "enable_async_checkpointing=true")
 
 
-def test_saves_in_the_background_hold_the_step_that_they_name(run, tmp_path):
-    run("output_dir=whole", *EVERY_TWO)
+def test_saves_in_the_background_hold_the_step_that_they_name(run, tmp_path, whole):
     run("output_dir=mine", *IN_BACKGROUND)
-    assert_same_weights(tmp_path / "whole", tmp_path / "mine")
-    steps = {}
-    for name in ("whole", "mine"):
-        folders = sorted((tmp_path / name / "checkpoints").glob("step_*"))
+    assert_same_weights(whole, tmp_path / "mine")
+    saved = []
+    for folder in (whole, tmp_path / "mine"):
+        folders = sorted((folder / "checkpoints").glob("step_*"))
         assert not [f for f in folders if fault_of(f)]
-        steps[name] = {f.name: load_shards(f) for f in folders}
-    assert steps["whole"].keys() == steps["mine"].keys() and len(steps["whole"]) > 1
-    for name, tensors in steps["whole"].items():
+        saved.append({f.name: load_shards(f) for f in folders})
+    expected, found = saved
+    assert expected.keys() == found.keys() and len(expected) > 1
+    for name, tensors in expected.items():
         for key, tensor in tensors.items():
-            assert tensor.equal(steps["mine"][name][key]), (name, key)
+            assert tensor.equal(found[name][key]), (name, key)
 
 
 def load_shards(folder):
@@ -221,19 +246,17 @@ def load_shards(folder):
     return state
 
 
-def test_a_checkpoint_says_whose_it_is_and_of_what(run, tmp_path):
-    run("output_dir=mine", *EVERY_TWO, until=5)
-    facts = json.loads((tmp_path / "mine/checkpoints/step_4/progress.json").read_text())["facts"]
-    assert facts["run"] == json.loads((tmp_path / "mine/run.json").read_text())["id"]
+def test_a_checkpoint_says_whose_it_is_and_of_what(killed):
+    facts = json.loads((killed / "checkpoints/step_4/progress.json").read_text())["facts"]
+    assert facts["run"] == json.loads((killed / "run.json").read_text())["id"]
     assert facts["config"]["optimizer"]["lr"] == 0.001 and facts["pairs_per_step"] == 8
     assert all(len(facts[name]) == 64 for name in ("data", "reference"))
 
 
-def test_a_run_killed_while_it_saves_in_the_background_goes_on(run, tmp_path):
-    run("output_dir=whole", *EVERY_TWO)
+def test_a_run_killed_while_it_saves_in_the_background_goes_on(run, tmp_path, whole):
     run("output_dir=mine", *IN_BACKGROUND, until=5)
     run("output_dir=mine", *IN_BACKGROUND, "resume_from_checkpoint=auto")
-    assert_same_weights(tmp_path / "whole", tmp_path / "mine")
+    assert_same_weights(whole, tmp_path / "mine")
 
 
 def test_a_save_that_fails_in_the_background_stops_the_run(run, tmp_path, monkeypatch):
@@ -293,10 +316,9 @@ class Hostile:
 
 
 @pytest.mark.parametrize("where", ["index", "bytes"])
-def test_a_checkpoint_runs_nothing(run, tmp_path, where):
+def test_a_checkpoint_runs_nothing(run, tmp_path, killed, where):
     """Even sealed anew, so that only the reader stands in the way."""
-    run("output_dir=mine", *EVERY_TWO, until=5)
-    checkpoint, trace = tmp_path / "mine/checkpoints/step_4", tmp_path / "it_ran"
+    checkpoint, trace = killed / "checkpoints/step_4", tmp_path / "it_ran"
     if where == "index":
         (checkpoint / ".metadata").write_bytes(pickle.dumps(Hostile(trace)))
     else:
