@@ -12,6 +12,7 @@ from __future__ import annotations
 import math
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -37,8 +38,8 @@ _OF_CHECKPOINTING = "_checkpoint_wrapped_module."
 """What activation checkpointing puts into the names of modules; it is not part of the names in a state dict."""
 
 
-def adapter_layers(decoder: nn.Module) -> dict[str, nn.Module]:
-    """The layers with an adapter, by their names in the state dict."""
+def adapter_layers(decoder: nn.Module) -> dict[str, Any]:
+    """The layers with an adapter (torchtune's LoRALinear or DoRALinear), by their names in the state dict."""
     return {
         name.replace(_OF_CHECKPOINTING, ""): module
         for name, module in decoder.named_modules()
@@ -55,7 +56,7 @@ def adapter_names(decoder: nn.Module) -> list[str]:
     """Names of the adapters' parameters in the state dict, in the decoder's order."""
     return [
         f"{name}.{own}" for name, layer in adapter_layers(decoder).items() for own in layer.adapter_params()
-    ]  # type: ignore[operator]
+    ]
 
 
 def base_tensors(decoder: nn.Module) -> dict[str, Tensor]:
@@ -77,7 +78,7 @@ def adapter_state(decoder: nn.Module, world: World) -> dict[str, Tensor]:
     found: dict[str, Tensor] = {}
     for name, layer in adapter_layers(decoder).items():
         own = dict(layer.named_parameters())
-        for part in layer.adapter_params():  # type: ignore[operator]
+        for part in layer.adapter_params():
             value = own[part].detach()
             whole = value.full_tensor() if hasattr(value, "full_tensor") else value
             if world.is_main:
@@ -95,7 +96,7 @@ def adapters_off(decoder: nn.Module) -> Iterator[None]:
     layers = list(adapter_layers(decoder).values())
     before = [layer.disabled for layer in layers]
     for layer in layers:
-        layer.disabled = True  # type: ignore[assignment]
+        layer.disabled = True
     try:
         yield
     finally:
@@ -130,10 +131,10 @@ def initial_adapters(
     generator = torch.Generator().manual_seed(seed)
     found: dict[str, Tensor] = {}
     for name, layer in adapter_layers(decoder).items():
-        down = torch.empty(layer.lora_a.weight.shape, dtype=torch.float32)  # type: ignore[union-attr, arg-type]
+        down = torch.empty(layer.lora_a.weight.shape, dtype=torch.float32)
         nn.init.kaiming_uniform_(down, a=math.sqrt(5), generator=generator)
         found[f"{name}.lora_a.weight"] = down
-        found[f"{name}.lora_b.weight"] = torch.zeros(layer.lora_b.weight.shape)  # type: ignore[union-attr, arg-type]
+        found[f"{name}.lora_b.weight"] = torch.zeros(layer.lora_b.weight.shape)
         if isinstance(layer, DoRALinear):
             weight = base[f"{name}.weight"].to(device, layer.weight.dtype)
             if isinstance(layer.weight, NF4Tensor):
@@ -180,7 +181,7 @@ def check_adapters(decoder: TransformerDecoder) -> None:
                 f"{name} is a {type(layer).__name__}; adapters can be torchtune's LoRALinear or DoRALinear, so use a lora_ or "
                 "qlora_ builder"
             )
-        if layer.lora_a.weight.shape[0] < 1:  # type: ignore[union-attr, index]
+        if layer.lora_a.weight.shape[0] < 1:
             raise ValueError(
                 f"{name} has an adapter of rank 0, which cannot learn; set lora_rank to at least 1"
             )
@@ -191,9 +192,9 @@ def check_adapters(decoder: TransformerDecoder) -> None:
         )
 
 
-def _kind_of(layer: nn.Module) -> tuple[int, float, bool]:
+def _kind_of(layer: Any) -> tuple[int, float, bool]:
     """Rank, factor of the adapter's output, and whether it is DoRA."""
-    rank = int(layer.lora_a.weight.shape[0])  # type: ignore[union-attr, index, arg-type]
+    rank = int(layer.lora_a.weight.shape[0])
     if isinstance(layer, DoRALinear):
         return rank, float(layer.scaling), True
-    return rank, float(layer.alpha) / rank, False  # type: ignore[arg-type]
+    return rank, float(layer.alpha) / rank, False

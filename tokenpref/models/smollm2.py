@@ -81,7 +81,7 @@ def lora_smollm2_135m(
             "this model's projections; set quantize_base=false"
         )
     return lora_llama3_2(
-        list(lora_attn_modules),  # type: ignore[arg-type]
+        list(lora_attn_modules),
         apply_lora_to_mlp,
         **_sizes(max_seq_len),
         lora_rank=lora_rank,
@@ -109,8 +109,9 @@ def _sizes(max_seq_len: int) -> dict[str, Any]:
     }
 
 
-for _builder in (smollm2_135m, lora_smollm2_135m):
-    _builder.prepare_command = "tokenpref prepare smollm2"  # type: ignore[attr-defined]  # shown when weights are missing
+# Shown when weights are missing.
+smollm2_135m.prepare_command = "tokenpref prepare smollm2"  # type: ignore[attr-defined]
+lora_smollm2_135m.prepare_command = "tokenpref prepare smollm2"  # type: ignore[attr-defined]
 
 
 def prepare(output: Path) -> Path:

@@ -43,7 +43,7 @@ def lora_tiny_llama(
     lora_dropout: float = 0.0,
     use_dora: bool = False,
     quantize_base: bool = False,
-    num_layers: int = TINY_SIZES["num_layers"],
+    num_layers: int = 2,
     max_seq_len: int = 256,
 ) -> TransformerDecoder:
     """The model of :func:`tiny_llama` with adapters.
@@ -70,7 +70,7 @@ def lora_tiny_llama(
         )
     sizes = {**TINY_SIZES, "num_layers": num_layers}
     return lora_llama3_2(
-        list(lora_attn_modules),  # type: ignore[arg-type]
+        list(lora_attn_modules),
         apply_lora_to_mlp,
         **sizes,
         max_seq_len=max_seq_len,
