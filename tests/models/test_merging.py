@@ -1,7 +1,6 @@
 """`tokenpref merge`: the merged weights are those of peft's merge_and_unload, file by file."""
 
 import json
-from pathlib import Path
 
 import pytest
 import torch
@@ -93,28 +92,23 @@ def test_an_adapter_of_ours_merges_over_a_base_in_bfloat16(tmp_path):
     assert not (tmp_path / "merged" / "chat_template.jinja").exists()  # the adapter's tokenizer has none
 
 
-def test_one_file_of_the_base_is_read_at_a_time(tmp_path, monkeypatch):
-    from tokenpref.models import merging
-
-    base = base_folder(tmp_path / "base", max_shard_size="20KB")
-    adapter = peft_folder(base, tmp_path / "adapter")
-    order = []
-
-    def opened(file, framework):
-        order.append(("read", Path(file).name))
-        return safe_open(file, framework=framework)
-
-    def saved(tensors, file, metadata):
-        order.append(("write", file.name))
-        save_file(tensors, file, metadata=metadata)
-
-    monkeypatch.setattr(merging, "safe_open", opened)
-    monkeypatch.setattr(merging, "save_file", saved)
+def test_headers_and_other_tensors_stay_as_they_are(pair, tmp_path):
+    base, adapter = pair
+    weights = load_file(base / "model.safetensors")
+    weights |= {
+        "a.counter": torch.tensor(3),
+        "a.mask": torch.tensor([True, False]),
+        "an.empty": torch.zeros(0, 4),
+    }
+    save_file(weights, base / "model.safetensors", metadata={"format": "pt", "note": "kept"})
     merge_adapter(adapter, tmp_path / "merged")
-    files = sorted(file.name for file in base.glob("*.safetensors"))
-    headers, work = order[: len(files)], order[len(files) :]
-    assert headers == [("read", name) for name in files]
-    assert work == [(what, name) for name in files for what in ("read", "write")]
+    file = tmp_path / "merged" / "model.safetensors"
+    with safe_open(file, framework="pt") as stream:
+        assert stream.metadata() == {"format": "pt", "note": "kept"}
+    changed = {name for name, tensor in load_file(file).items() if not torch.equal(tensor, weights[name])}
+    adapted = ("self_attn.q_proj", "self_attn.k_proj", "mlp.down_proj")
+    assert changed == {f"model.layers.{n}.{name}.weight" for n in (0, 1) for name in adapted}
+    assert file.stat().st_mode & 0o777 == (base / "config.json").stat().st_mode & 0o777
 
 
 @pytest.fixture

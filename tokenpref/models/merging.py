@@ -1,4 +1,4 @@
-"""Merges an adapter folder into the weights of its base, file by file, without building a model."""
+"""Merges an adapter folder into the weights of its base, tensor by tensor, without building a model."""
 
 from __future__ import annotations
 
@@ -7,13 +7,13 @@ import shutil
 import tempfile
 from collections.abc import Mapping
 from pathlib import Path
-from typing import Any
+from typing import Any, BinaryIO
 
+import torch
 from safetensors import SafetensorError, safe_open
-from safetensors.torch import save_file
 from torch import Tensor
 
-from tokenpref._files import WEIGHT_SUFFIXES, follow_umask, sampled_digest, writing
+from tokenpref._files import WEIGHT_SUFFIXES, sampled_digest, writing
 from tokenpref._sealed import MANIFEST, check_if_sealed
 from tokenpref.data.tokenizers import TOKENIZER_FILES, TOOL_TEMPLATE
 from tokenpref.errors import TokenprefError
@@ -29,6 +29,7 @@ __all__ = ["merge_adapter"]
 
 INDEX = "model.safetensors.index.json"
 _KEY = "merge"
+_PIECE = 16 << 20
 _PLAIN_DTYPES = ("F64", "F32", "BF16", "F16")
 _NOT_COPIED = (ADAPTER_CONFIG, BASE_RECORD, MANIFEST)
 _OTHER_WEIGHTS = (*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".index.json")
@@ -37,7 +38,7 @@ _OTHER_WEIGHTS = (*WEIGHT_SUFFIXES, ".gguf", ".h5", ".msgpack", ".onnx", ".index
 def merge_adapter(adapter: Path, output: Path, base: Path | None = None) -> Path:
     """Write the base's weights with an adapter merged in, with the base's file names, tensor names and dtypes.
 
-    One file of the base is in memory at a time. The config, the tokenizer and the chat template come along. The tokenizer of
+    One tensor of the base is in memory at a time. The config, the tokenizer and the chat template come along. The tokenizer of
     the adapter's folder, if it has one, replaces the base's.
 
     Args:
@@ -181,16 +182,36 @@ def _tensors_of(folder: Path, files: list[str]) -> tuple[dict[str, list[int]], d
 
 
 def _merge_file(source: Path, target: Path, found: PeftFolder) -> None:
-    """Copy one file of weights with the adapters of its layers merged in."""
-    with safe_open(source, framework="pt") as stream:
-        metadata = stream.metadata()
-        tensors = {name: stream.get_tensor(name) for name in stream.keys()}  # noqa: SIM118
-    for name, weight in tensors.items():
-        parts = found.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
-        if parts is not None:
-            tensors[name] = _merged(name, weight, parts, found.scaling)
-    save_file(tensors, target, metadata=metadata or {"format": "pt"})
-    follow_umask(target)
+    """Copy one file of weights with the adapters of its layers merged in.
+
+    Shapes and dtypes stay, so the header of the file stays too, and tensors can be written one after another.
+    """
+    with (
+        source.open("rb") as stream,
+        safe_open(source, framework="pt") as tensors,
+        target.open("wb") as output,
+    ):
+        length = stream.read(8)  # a file of safetensors: length of the header, header, data
+        header = stream.read(int.from_bytes(length, "little"))
+        output.write(length + header)
+        records = {name: record for name, record in json.loads(header).items() if name != "__metadata__"}
+        for name in sorted(records, key=lambda name: records[name]["data_offsets"]):
+            start, end = records[name]["data_offsets"]
+            parts = found.layers.get(name.removesuffix(".weight")) if name.endswith(".weight") else None
+            if parts is None:
+                _copy(stream, output, len(length) + len(header) + start, end - start)
+            else:
+                merged = _merged(name, tensors.get_tensor(name), parts, found.scaling)
+                output.write(merged.contiguous().reshape(-1).view(torch.uint8).numpy().data)
+
+
+def _copy(source: BinaryIO, target: BinaryIO, start: int, count: int) -> None:
+    """Copy bytes between files."""
+    source.seek(start)
+    while count:
+        piece = source.read(min(count, _PIECE))
+        target.write(piece)
+        count -= len(piece)
 
 
 def _merged(name: str, weight: Tensor, parts: Mapping[str, Tensor], scaling: float) -> Tensor:
