@@ -199,6 +199,18 @@ def test_the_base_that_the_adapter_records_is_compared(tmp_path):
     merge_adapter(adapter, tmp_path / "merged", tmp_path / "moved")
 
 
+def test_magnitudes_in_the_order_of_torchtune_are_refused(tmp_path):
+    base = base_folder(tmp_path / "base")
+    decoder = LLAMA.decoder(use_dora=True)
+    adapter = tmp_path / "adapter"
+    adapter.mkdir()
+    write_adapter(adapter, decoder.state_dict(), AdapterLayout.of(decoder))
+    config = json.loads((adapter / ADAPTER_CONFIG).read_text())
+    del config["use_dora"]  # a key that torchtune does not write
+    (adapter / ADAPTER_CONFIG).write_text(json.dumps(config))
+    refused("was written by torchtune.*adapter_checkpoint", adapter, tmp_path / "merged", base)
+
+
 def test_a_tied_head_cannot_be_merged(tmp_path):
     base = base_folder(tmp_path / "base", FAMILIES["llama3_2"])
     adapter = peft_folder(base, tmp_path / "adapter", targets=("q_proj", "lm_head"))

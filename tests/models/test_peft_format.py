@@ -6,7 +6,8 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support.peft_models import FAMILIES, TOKENS, randomise
-from torchtune.models.convert_weights import tune_to_peft_adapter_config, tune_to_peft_adapter_weights
+from torchtune.modules.peft import get_lora_module_names
+from torchtune.training import FullModelHFCheckpointer
 
 from tokenpref._sealed import seal
 from tokenpref.errors import ConfigError
@@ -96,25 +97,30 @@ def test_a_folder_of_peft_is_read(name, dora, tmp_path):
 
 
 @pytest.mark.parametrize("dora", [False, True], ids=["lora", "dora"])
-@pytest.mark.parametrize("name", ["llama3_2", "qwen2", "gemma"])
-def test_a_folder_of_torchtune_is_read(name, dora, tmp_path):
+@pytest.mark.parametrize(
+    ("name", "model_type"), [("llama3_2", "LLAMA3_2"), ("qwen2", "QWEN2"), ("gemma", "GEMMA")]
+)
+def test_a_folder_of_torchtune_is_read(name, model_type, dora, tmp_path):
     """torchtune reorders B of every family like Llama's, and magnitudes of none: what it trained is restored."""
     family = FAMILIES[name]
     modules = {"lora_attn_modules": ["output_proj"]} if dora and family.bias else {}
     decoder = family.decoder(use_dora=dora, **modules)
     own = adapters(decoder)
-    torch.save(own, tmp_path / "adapter_model.pt")
-    weights = tune_to_peft_adapter_weights(own, 4, 2, 32, family.head_dim)
-    save_file({n: t.contiguous() for n, t in weights.items()}, tmp_path / ADAPTER_WEIGHTS)
-    names = [
-        *modules.get("lora_attn_modules", ["q_proj", "k_proj", "v_proj", "output_proj"]),
-        "w1",
-        "w2",
-        "w3",
-    ]
-    config = {"r": 4, "lora_alpha": 8, "target_modules": names, "peft_type": "LORA"}
-    (tmp_path / ADAPTER_CONFIG).write_text(json.dumps(tune_to_peft_adapter_config(config)))
-    back = read_adapter(tmp_path, decoder, "adapter_checkpoint")
+    family.hf_model().save_pretrained(tmp_path / "model")
+    checkpointer = FullModelHFCheckpointer(
+        str(tmp_path / "model"), ["model.safetensors"], model_type, str(tmp_path / "out")
+    )
+    attention = modules.get("lora_attn_modules", ["q_proj", "k_proj", "v_proj", "output_proj"])
+    # As torchtune's LoRA recipes do it.
+    config = {
+        "r": 4,
+        "lora_alpha": 8,
+        "target_modules": get_lora_module_names(attention, True, False),
+        "peft_type": "LORA",
+    }
+    state = {"adapter": dict(own), "adapter_config": config}
+    checkpointer.save_checkpoint(state, epoch=0, adapter_only=True)
+    back = read_adapter(tmp_path / "out" / "epoch_0", decoder, "adapter_checkpoint")
     assert all(torch.equal(back[n], t) for n, t in own.items())
 
 
