@@ -13,6 +13,7 @@ from torch.distributed.checkpoint import FileSystemReader
 
 from tokenpref._paths import data_root
 from tokenpref._torchtune import tune_to_hf
+from tokenpref.data import WeightStore
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, DryRun
@@ -25,6 +26,7 @@ from tokenpref.training import (
     PreferenceTrainer,
     TripletTrainer,
     WeightedTrainer,
+    WeightEstimation,
 )
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.loading import models
@@ -285,6 +287,27 @@ def test_evaluation_of_an_adapter_over_its_base(folder):
         if key in whole:
             assert adapted[key] == pytest.approx(whole[key], abs=1e-5), key
     assert adapted["num_samples"] == whole["num_samples"]
+
+
+def test_estimation_by_attribution_of_an_adapter(folder):
+    """A store for the base, for new adapters, which change nothing, and for a trained adapter."""
+    trained_adapter(folder / "adapter")
+
+    def store(name, *words):
+        config = ["--config", "tiny/estimate_weights_attribution", *words, "dataset.max_rows=8"]
+        made = WeightEstimation(load_config([*config, f"output_dir={name}"]))
+        try:
+            return WeightStore.open(made.run())
+        finally:
+            made.close()
+
+    model = [word for word in LORA if word.startswith("model.")]
+    stores = [
+        store("plain"), store("new", *model), store("trained", *model, "adapter_checkpoint=adapter"),
+    ]  # fmt: skip
+    plain, new, adapted = ([row.chosen for row in found] for found in stores)
+    assert all((a == b).all() for a, b in zip(plain, new, strict=True))
+    assert not any((a == b).all() for a, b in zip(plain, adapted, strict=True))
 
 
 def test_adapters_of_another_base_or_rank_are_refused_before_weights_are_read(folder, monkeypatch):

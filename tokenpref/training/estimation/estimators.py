@@ -10,8 +10,8 @@ from tokenpref._paths import resolve_path
 from tokenpref.data import Tokenizer
 from tokenpref.errors import ConfigError
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.config.faults import checkpoint_faults
-from tokenpref.training.config.fields import Component, component, integer
+from tokenpref.training.config.faults import adapter_faults, checkpoint_faults
+from tokenpref.training.config.fields import Component, component, integer, text
 from tokenpref.training.config.keys import ScoringConfig
 from tokenpref.training.config.sanity import component_faults, own_component_faults
 from tokenpref.training.credit.attribution import Attribution
@@ -41,6 +41,9 @@ class EstimateConfig(ScoringConfig):
     """Builds the decoder that the estimator runs. With a contrastive pair: the model of its config."""
     checkpointer: Component | None = component(optional=True)
     """Reads the weights. With a contrastive pair: the checkpointer of its config, which reads the base model."""
+    adapter_checkpoint: str | None = text(None)
+    """Folder of a trained adapter that the estimator's model has, in PEFT's format. For models with adapters only. A
+    contrastive pair brings its own."""
     batch_tokens: int = integer(4096)
     """Tokens per batch, padding included. A longer sequence is a batch of its own."""
     shard_rows: int = integer(256)
@@ -52,6 +55,7 @@ class EstimateConfig(ScoringConfig):
             super().faults()
             + checkpoint_faults(self.checkpointer, self.model)
             + component_faults(self.checkpointer)
+            + adapter_faults(self.model, self.adapter_checkpoint)
             + own_component_faults(self.estimator)
         )
 

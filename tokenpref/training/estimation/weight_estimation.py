@@ -80,6 +80,11 @@ class WeightEstimation:
         self.source = world.together(lambda: as_source(config.estimator))
         self._whole_pairs: bool = getattr(self.source, "whole_pairs", True)
         self.maker = self._maker() if getattr(self.source, "runs_model", True) else None
+        if config.adapter_checkpoint is not None and (self.maker is None or hasattr(self.source, "open")):
+            raise ConfigError(
+                f"adapter_checkpoint: estimator ({config.estimator.path}) does not use it, because it opens models of its own or "
+                "none; set adapter_checkpoint=null"
+            )
         path = Path(config.output_dir).absolute() / STORE
         shards = -(-len(self.dataset) // config.shard_rows)
         job = {
@@ -133,7 +138,13 @@ class WeightEstimation:
                     f"{key}: missing; estimator ({config.estimator.path}) runs the model that {key} names. Set model and "
                     "checkpointer; for a contrastive pair these are the base model's"
                 )
-        return ModelMaker(config, self.world, model=config.model, checkpointer=config.checkpointer)
+        return ModelMaker(
+            config,
+            self.world,
+            model=config.model,
+            checkpointer=config.checkpointer,
+            adapter=config.adapter_checkpoint,
+        )
 
     def _described(self) -> dict[str, Any]:
         """What decides the scores beside the data, as plain data."""
@@ -144,7 +155,9 @@ class WeightEstimation:
         settings = source.settings() if hasattr(source, "settings") else self.config.estimator.plain()
         if maker is None:
             return dict(settings)
-        return {**settings, "model": maker.model.plain(), "weights": weights_digest(maker.base)}
+        described = {**settings, "model": maker.model.plain(), "weights": weights_digest(maker.base)}
+        adapter = self.world.broadcast_object(self.world.together(maker.adapter_digest))
+        return described if adapter is None else {**described, "adapter": adapter}
 
     def _open(self, tokenizer: Tokenizer) -> None:
         """Give the source its data and its models."""

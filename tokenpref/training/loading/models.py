@@ -117,6 +117,7 @@ class ModelMaker:
         world: the run's processes.
         model: builds the decoder; None: the config's ``model``.
         checkpointer: reads the policy's weights; None: the config's ``checkpointer``, if it has one.
+        adapter: folder of the trained adapter that the policy starts from; None: the config's ``adapter_checkpoint``, if any.
 
     Raises:
         ValueError: if neither the config nor the arguments name a model.
@@ -129,19 +130,19 @@ class ModelMaker:
         *,
         model: Component | None = None,
         checkpointer: Component | None = None,
+        adapter: str | None = None,
     ) -> None:
         self.config, self.world = config, world
         self._ref_checkpointer: Component | None = None
-        self._adapter: Path | None = None
         if isinstance(config, ModelConfig):
             model, checkpointer = model or config.model, checkpointer or config.checkpointer
             self._ref_checkpointer = config.ref_checkpointer
-            if config.adapter_checkpoint is not None:
-                self._adapter = resolve_path(config.adapter_checkpoint)
+            adapter = adapter or config.adapter_checkpoint
         if model is None:
             raise ValueError("no model: the config has none, so name one with model=")
         self.model: Component = model
         self._checkpointer = checkpointer
+        self._adapter: Path | None = None if adapter is None else resolve_path(adapter)
         self._said: set[str] = set()
 
     @cached_property
@@ -197,20 +198,19 @@ class ModelMaker:
         """Whether the reference is the policy with its adapters switched off."""
         return self._ref_checkpointer is None and has_adapters(self._policy_on_meta)
 
-    def side(self, checkpointer: Component, key: str, *, adapter: Path | None = None) -> ScoringModel:
-        """The model, frozen, with another checkpointer's weights, such as a side of a contrastive pair.
+    def side(self, checkpointer: Component, key: str) -> ScoringModel:
+        """The model, frozen, with another checkpointer's weights, such as a side of a contrastive pair. Adapters are off.
 
         Args:
             checkpointer: reads the weights, of a model with adapters those of the base.
             key: what the weights are called in errors and in the log.
-            adapter: folder of a trained adapter; None: the adapters of a model that has some are off.
 
         Raises:
             ConfigError: if the weights do not fit the model, the model has no plain linear head, or float8 or activation
                 checkpointing do not fit it.
         """
-        scorer = self._filled(checkpointer.build(), key, trainable=False, adapter=adapter)
-        return scorer.base() if adapter is None and has_adapters(scorer.model) else scorer
+        scorer = self._filled(checkpointer.build(), key, trainable=False)
+        return scorer.base() if has_adapters(scorer.model) else scorer
 
     def on_meta(self, dtype: torch.dtype | None = None) -> TransformerDecoder:
         """The policy on the meta device, built by each call. ``requires_grad`` tells which parameters are trained.
