@@ -16,7 +16,9 @@ from tokenpref.data import WeightStore
 from tokenpref.distributed import single_process_world
 from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, DataError, TokenprefError
+from tokenpref.models import ScoringModel
 from tokenpref.models.adapters import adapter_state
+from tokenpref.models.peft_format import read_adapter
 from tokenpref.training import ContrastiveReference, WeightedTrainer, WeightEstimation
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.estimation.pair_folder import SIDES, read_pair
@@ -157,10 +159,7 @@ def test_the_store_has_the_scores_of_two_models_and_one_base_is_read(folder, mon
         load_config(["--config", "tiny/estimate_weights", *LORA, ROWS, "output_dir=never"])
     )
     maker = ModelMaker(run.config, WORLD, model=run.config.model, checkpointer=run.config.checkpointer)
-    sides = [
-        maker.side(maker.base, "base", adapter=side.adapter)
-        for side in read_pair(folder / "pair").sides.values()
-    ]
+    sides = [whole_model(maker, side.adapter) for side in read_pair(folder / "pair").sides.values()]
     dataset = run.config.dataset.build(tokenizer())
     for example in dataset:
         ids = torch.tensor([example.chosen_ids])
@@ -169,6 +168,14 @@ def test_the_store_has_the_scores_of_two_models_and_one_base_is_read(folder, mon
         want = (logps[0] - logps[1]).numpy()
         assert found[example.row, "chosen"] == pytest.approx(want, abs=2e-6) and np.abs(want).max() > 1e-3
     assert all(np.array_equal(found[key], kept[key]) for key in found)
+
+
+def whole_model(maker, adapter):
+    """A model of its own with an adapter in it."""
+    decoder = maker.side(maker.base, "base").model
+    missing = decoder.load_state_dict(read_adapter(adapter, decoder, "adapter"), strict=False)
+    assert not missing.unexpected_keys
+    return ScoringModel(decoder)
 
 
 def tokenizer():
