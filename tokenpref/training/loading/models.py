@@ -198,19 +198,20 @@ class ModelMaker:
         """Whether the reference is the policy with its adapters switched off."""
         return self._ref_checkpointer is None and has_adapters(self._policy_on_meta)
 
-    def side(self, checkpointer: Component, key: str) -> ScoringModel:
-        """The model, frozen, with another checkpointer's weights, such as a side of a contrastive pair. Adapters are off.
+    def side(self, checkpointer: Component, key: str, *, adapter: Path | None = None) -> ScoringModel:
+        """The model, frozen, with another checkpointer's weights, such as a side of a contrastive pair.
 
         Args:
             checkpointer: reads the weights, of a model with adapters those of the base.
             key: what the weights are called in errors and in the log.
+            adapter: folder of a trained adapter; None: the adapters of a model that has some are off.
 
         Raises:
             ConfigError: if the weights do not fit the model, the model has no plain linear head, or float8 or activation
                 checkpointing do not fit it.
         """
-        scorer = self._filled(checkpointer.build(), key, trainable=False)
-        return scorer.base() if has_adapters(scorer.model) else scorer
+        scorer = self._filled(checkpointer.build(), key, trainable=False, adapter=adapter)
+        return scorer.base() if adapter is None and has_adapters(scorer.model) else scorer
 
     def on_meta(self, dtype: torch.dtype | None = None) -> TransformerDecoder:
         """The policy on the meta device, built by each call. ``requires_grad`` tells which parameters are trained.
