@@ -922,7 +922,32 @@ ADAPTER_FOLDERS = [
         ("model._component_=torchtune.models.phi3.lora_phi3_mini", "model.lora_attn_modules=[q_proj]")),
 ]  # fmt: skip
 
-TABLE = CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS + EXPORTS + ADAPTER_FOLDERS
+NEW = ADAPTED[:-1]
+ADAPTER_BUILDERS = [
+    Bad("adapter of an unknown module", "tdpo", "model.lora_attn_modules: 'o_proj' fits no module; name some of q_proj",
+        (*NEW, "model.lora_attn_modules=[q_proj,o_proj]")),
+    Bad("adapters of no module", "ti", "model.lora_attn_modules: names no layer", (*NEW, "model.lora_attn_modules=[]")),
+    Bad("adapter of rank 0", "tdpo", "model.lora_rank: is 0, .*; set at least 1", (*NEW, "model.lora_rank=0")),
+    Bad("adapter multiplied by nothing", "pair", "model.lora_alpha: is 0, .*; set a number above 0",
+        (*NEW, "model.lora_alpha=0")),
+    Bad("adapter of the head", "tdpo", "model.apply_lora_to_output: .* not supported.*; set it to false",
+        ("model=torchtune.models.llama3_1.lora_llama3_1_8b", "model.lora_attn_modules=[q_proj]",
+         "model.apply_lora_to_output=true")),
+    Bad("NF4 of a model that is too small", "tdpo", "quantize_base: NF4 .* set quantize_base=false",
+        (*NEW, "model.quantize_base=true")),
+    Bad("adapter for a model that takes none", "tdpo", "adapter_checkpoint: .* without adapters; name a lora_ builder",
+        ("adapter_checkpoint=adapter",), prepare=adapter()),
+    Bad("adapter in a folder that is not there", "evaluate", "adapter_checkpoint: no folder at .*; set the folder", ADAPTED),
+    Bad("adapter for an estimator with models of its own", "estimate", "adapter_checkpoint: .* does not use it.*=null",
+        (*NEW, "adapter_checkpoint=adapter"), ("pair",), adapter()),
+    Bad("adapters and float8", "tdpo", "enable_fp8_training: the model has adapters .*=false",
+        (*NEW, "enable_fp8_training=true", "fp8_emulate=true")),
+]  # fmt: skip
+
+TABLE = (
+    *(CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS + EXPORTS + ADAPTER_FOLDERS),
+    *ADAPTER_BUILDERS,
+)
 
 
 # --- the test -------------------------------------------------------------------------------------------------
