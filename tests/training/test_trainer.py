@@ -16,27 +16,38 @@ from tokenpref.models.tiny import TINY_SIZES
 from tokenpref.training import PreferenceTrainer
 from tokenpref.training.config.command_line import load_config
 
+NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")
+ONE_STEP = ("max_steps_per_epoch=1", *NO_WATCH)
+
+
+def train(*overrides, config="tiny/tdpo", setup_only=False):
+    """Train a tiny config with overrides; returns the trainer."""
+    trainer = PreferenceTrainer(load_config(["--config", config, *overrides]))
+    try:
+        trainer.setup()
+        if not setup_only:
+            trainer.train()
+    finally:
+        trainer.close()
+    return trainer
+
 
 @pytest.fixture
 def run(tmp_path, monkeypatch):
-    """Train a tiny config with overrides; returns the trainer."""
+    """:func:`train` in a folder of the test."""
     monkeypatch.chdir(tmp_path)
-
-    def train(*overrides, config="tiny/tdpo", setup_only=False):
-        cfg = load_config(["--config", config, *overrides])
-        trainer = PreferenceTrainer(cfg)
-        try:
-            trainer.setup()
-            if not setup_only:
-                trainer.train()
-        finally:
-            trainer.close()
-        return trainer
-
     return train
 
 
-NO_WATCH = ("log_stats=[]", "run_val_every_n_steps=null")
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory):
+    """A folder with the finished runs ``mine``, of two epochs, and ``other``; copy it."""
+    folder = tmp_path_factory.mktemp("finished")
+    with pytest.MonkeyPatch.context() as patch:
+        patch.chdir(folder)
+        train("output_dir=other", *ONE_STEP)
+        train("output_dir=mine", "epochs=2", *ONE_STEP)
+    return folder
 
 
 def logged(folder):
@@ -252,15 +263,13 @@ def content(folder):
         (("optimizer.lr=0.01",), "another output_dir"),
     ],
 )
-def test_a_finished_run_is_never_replaced(run, tmp_path, overrides, mend):
-    words = ("max_steps_per_epoch=1", *NO_WATCH)
-    run("output_dir=other", *words)
-    run("output_dir=mine", "epochs=2", *words)
+def test_a_finished_run_is_never_replaced(run, tmp_path, finished, overrides, mend):
+    shutil.copytree(finished, tmp_path, dirs_exist_ok=True)
     (tmp_path / "mine/epoch_7").mkdir()
     (tmp_path / "mine/epoch_7/note").write_text("the user's own")
     before = content(tmp_path / "mine")
     with pytest.raises(ConfigError, match=rf"mine holds .*set {mend}|holds another run .*set {mend}"):
-        run("output_dir=mine", *words, "epochs=2", *overrides)
+        run("output_dir=mine", *ONE_STEP, "epochs=2", *overrides)
     assert content(tmp_path / "mine") == before
 
 
