@@ -3,6 +3,7 @@
 import pytest
 import torch
 from support import small
+from support.saved import saved_bytes
 from torch.autograd.graph import saved_tensors_hooks
 
 from tokenpref._torchtune import OffloadActivations
@@ -11,6 +12,7 @@ from tokenpref.models.activations import (
     activation_offloading,
     checkpoint_layers,
     checkpointed_layers,
+    keep_dora_lean,
     offload_layers,
 )
 from tokenpref.models.padding_free import PackedRows
@@ -108,3 +110,21 @@ def test_offloading_on_a_gpu_changes_no_bit():
             (ScoringModel(model).hidden(tokens) ** 3).sum().backward()
         for one, other in zip(plain.parameters(), lean.parameters(), strict=True):
             assert torch.equal(one.grad, other.grad)
+
+
+@pytest.mark.parametrize("new", [True, False])
+@pytest.mark.parametrize("off", [True, False])
+def test_dora_has_torchtunes_numbers_and_keeps_no_matrix(new, off):
+    plain, twin = (small.lora_decoder(dora=True, new=new).layers[0].attn.q_proj for _ in range(2))
+    keep_dora_lean(torch.nn.ModuleList([twin]))
+    x = torch.randn(5, 7, 32, dtype=torch.float64, requires_grad=True)
+    found = []
+    for layer in (plain, twin):
+        layer.disabled = off
+        with saved_bytes([x, *layer.parameters()]) as kept:
+            output = layer(x)
+        wanted = [x] if off else [x, layer.lora_a.weight, layer.lora_b.weight, layer.magnitude]
+        found.append([output, *torch.autograd.grad(output.square().sum(), wanted)])
+    for own, other in zip(*found, strict=True):
+        torch.testing.assert_close(own, other)
+    assert all(tensor.shape != (32, 32) for _, tensor in kept.values())

@@ -9,8 +9,10 @@ import torch
 from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 from torch.autograd.graph import saved_tensors_hooks
+from torchao.dtypes.nf4tensor import linear_nf4
 
 from tokenpref._torchtune import (
+    DoRALinear,
     FeedForward,
     OffloadActivations,
     TransformerDecoder,
@@ -24,6 +26,7 @@ __all__ = [
     "checkpointed_layers",
     "gated_feed_forward",
     "is_swiglu",
+    "keep_dora_lean",
     "keep_gates_lean",
     "offload_layers",
 ]
@@ -96,6 +99,31 @@ def keep_gates_lean(model: TransformerDecoder) -> None:
     for module in model.modules():
         if type(module) is FeedForward and is_swiglu(module):
             module.forward = MethodType(gated_feed_forward, module)
+
+
+def keep_dora_lean(model: TransformerDecoder) -> None:
+    """Let DoRA layers compute the lengths of their rows without autograd and without an identity matrix (in place).
+
+    torchtune multiplies ``A`` and ``B`` with an identity matrix as large as the input, because FSDP1 gathers weights in calls of
+    modules only. FSDP2 gathers those of a whole decoder layer.
+    """
+    for module in model.modules():
+        if type(module) is DoRALinear:
+            module.forward = MethodType(_dora_linear, module)
+
+
+def _dora_linear(layer: DoRALinear, x: Tensor) -> Tensor:
+    """``m / |W + s B A| (W + s B A) x`` of ``[..., D]``, with the lengths of the rows as constants of the backward pass."""
+    weight, scaling = layer.weight, layer.scaling
+    base: Tensor = linear_nf4(x, weight) if layer._quantize_base else nn.functional.linear(x, weight)
+    base = base if layer.bias is None else base + layer.bias
+    if layer.disabled:
+        return base
+    with torch.no_grad():
+        change = layer.lora_b.weight @ layer.lora_a.weight
+        length = torch.linalg.norm(weight.to(x.dtype) + scaling * change, dim=1).to(x.dtype)
+    ratio = layer.magnitude / length
+    return (ratio - 1) * base + ratio * layer.lora_b(layer.lora_a(layer.dropout(x))) * scaling + base
 
 
 def is_swiglu(layer: FeedForward) -> bool:

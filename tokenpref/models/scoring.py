@@ -19,7 +19,7 @@ from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear, TransformerDecoder
 from tokenpref.distributed import World, other_values, own_parts, register_forward
-from tokenpref.models.activations import keep_gates_lean
+from tokenpref.models.activations import keep_dora_lean, keep_gates_lean
 from tokenpref.models.adapters import adapter_names, adapters_off, has_adapters
 from tokenpref.models.cpu import install_on_cpu
 from tokenpref.models.padding_free import PackedRows, Segments, install_segments
@@ -180,6 +180,7 @@ class ScoringModel:
         self.is_base = False
         self._other_adapter: Mapping[str, Tensor] | None = None
         keep_gates_lean(model)
+        keep_dora_lean(model)
         if next(model.parameters()).device.type == "cpu":
             install_on_cpu(model)
         if padding_free:
