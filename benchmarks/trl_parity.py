@@ -24,6 +24,8 @@ import subprocess
 import sys
 from pathlib import Path
 
+from benchmarks.cpu.work import LORA_ALPHA, LORA_RANK, LORA_TARGETS
+
 TRL_LOSSES = [0.6931472, 0.6465857, 0.6839899, 0.6810249, 0.7108927, 0.6763706, 0.7700412, 0.7527712]
 TOLERANCE = 1e-4
 VOCAB, WIDTH, LAYERS, HEADS, MLP = 32000, 256, 4, 8, 1024
@@ -68,7 +70,6 @@ metric_logger:
 
 # With the full model's rate, 8 steps of LoRA would hardly move the loss.
 LORA_LR = 2e-3
-LORA_RANK, LORA_ALPHA, LORA_TARGETS = 8, 16, ["q_proj", "v_proj"]
 
 
 def make_work(work: Path) -> None:
@@ -114,28 +115,11 @@ def make_work(work: Path) -> None:
 
 def make_lora_work(work: Path) -> None:
     """Write the same model and pairs, with token ids, and the adapter that both sides start from: random A, zero B."""
-    import torch
-    from torchtune.models.llama3 import lora_llama3
-
+    from benchmarks.cpu.ours import write_first_adapter
     from benchmarks.cpu.work import Task, write
-    from tokenpref.models.peft_format import AdapterLayout, write_adapter
 
     write(work, Task(length=LENGTH, prompt=PROMPT, batch=BATCH, steps=len(TRL_LOSSES), lr=LORA_LR))
-    torch.manual_seed(1)
-    decoder = lora_llama3(
-        LORA_TARGETS,
-        vocab_size=VOCAB,
-        num_layers=LAYERS,
-        num_heads=HEADS,
-        num_kv_heads=HEADS,
-        embed_dim=WIDTH,
-        intermediate_dim=MLP,
-        max_seq_len=2048,
-        lora_rank=LORA_RANK,
-        lora_alpha=LORA_ALPHA,
-    )
-    (work / "adapter").mkdir(exist_ok=True)
-    write_adapter(work / "adapter", decoder.state_dict(), AdapterLayout.of(decoder))
+    write_first_adapter(work)
 
 
 def train_peer(work: Path) -> list[float]:

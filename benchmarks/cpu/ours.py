@@ -16,34 +16,48 @@ from pathlib import Path
 from typing import Any
 
 import torch
-from torchtune.models.llama3 import llama3
+from torchtune.models.llama3 import llama3, lora_llama3
 from torchtune.models.llama3_2 import llama3_2
+from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
 from benchmarks.cpu.process import StepClock, peak_mib, reset_peak, rss_mib, save, settled_mib, versions
-from benchmarks.cpu.work import NORM_EPS, OFFLINE, ROPE_BASE, SPECIAL, Task
+from benchmarks.cpu.work import (
+    ADAPTER,
+    LORA_ALPHA,
+    LORA_RANK,
+    LORA_TARGETS,
+    NORM_EPS,
+    OFFLINE,
+    ROPE_BASE,
+    SPECIAL,
+    Task,
+)
 from tokenpref.data import PairBatch, PairExample, collate_pairs
 from tokenpref.distributed import single_process_world
 from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
+from tokenpref.models.peft_format import AdapterLayout, read_adapter, write_adapter
 from tokenpref.models.reference import FrozenReference, Reference
 from tokenpref.models.scoring import ScoringModel
-from tokenpref.training.loading.models import read_weights
+from tokenpref.training.loading.models import choose_trainable, read_weights
 from tokenpref.training.loading.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step.pair_loss import no_weights
 from tokenpref.training.step.train_step import train_step
 
-__all__ = ["MODES", "measure"]
+__all__ = ["MODES", "measure", "write_first_adapter"]
 
 WORLD = single_process_world()
 PAD = SPECIAL["<pad>"]
 
 
-def _model(folder: Path, *, trainable: bool) -> ScoringModel:
-    """The checkpoint in torchtune's decoder, read as recipes read it."""
+def _decoder(folder: Path, *, lora: bool) -> TransformerDecoder:
+    """torchtune's decoder of a task, with new adapters if ``lora``."""
     task = Task.read(folder)
     sizes = task.sizes
     build = partial(llama3_2, tie_word_embeddings=True, scale_factor=1) if sizes.tied else llama3
-    decoder = build(
+    if lora:
+        build = partial(lora_llama3, list(LORA_TARGETS), lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
+    return build(
         vocab_size=sizes.vocab,
         num_layers=sizes.layers,
         num_heads=sizes.heads,
@@ -54,6 +68,20 @@ def _model(folder: Path, *, trainable: bool) -> ScoringModel:
         rope_base=ROPE_BASE,
         norm_eps=NORM_EPS,
     )
+
+
+def write_first_adapter(folder: Path) -> None:
+    """Write the adapter that both sides start from, random A and zero B, in PEFT's format to ``folder/adapter``."""
+    torch.manual_seed(1)
+    decoder = _decoder(folder, lora=True)
+    (folder / ADAPTER).mkdir(exist_ok=True)
+    write_adapter(folder / ADAPTER, decoder.state_dict(), AdapterLayout.of(decoder))
+
+
+def _model(folder: Path, *, trainable: bool, lora: bool = False) -> ScoringModel:
+    """The checkpoint, read as recipes read it; with ``lora`` below the adapters of ``folder/adapter``."""
+    sizes = Task.read(folder).sizes
+    decoder = _decoder(folder, lora=lora)
     with tempfile.TemporaryDirectory() as output:
         checkpointer = FullModelHFCheckpointer(
             checkpoint_dir=str(folder / "model"),
@@ -61,8 +89,11 @@ def _model(folder: Path, *, trainable: bool) -> ScoringModel:
             output_dir=output,
             model_type="LLAMA3_2" if sizes.tied else "LLAMA3",
         )
-        decoder.load_state_dict(read_weights(checkpointer, "checkpointer", WORLD))
-    decoder.requires_grad_(trainable)
+        state = read_weights(checkpointer, "checkpointer", WORLD)
+    if lora:
+        state |= read_adapter(folder / ADAPTER, decoder, "adapter")
+    decoder.load_state_dict(state)
+    choose_trainable(decoder, trainable)
     decoder.train(trainable)
     return ScoringModel(decoder)
 
@@ -100,6 +131,11 @@ def _model_reference(_policy: ScoringModel, folder: Path, _kept: Path) -> Refere
     return FrozenReference(_model(folder, trainable=False))
 
 
+def _base(policy: ScoringModel, _folder: Path, _kept: Path) -> Reference:
+    """The policy with its adapters switched off."""
+    return FrozenReference(policy.base(), shares_head=True)
+
+
 def _cached(kind: str) -> Callable[[ScoringModel, Path, Path], Reference]:
     """What the policy says of all pairs before its first step, on the disk in the folder ``kept``."""
 
@@ -116,6 +152,7 @@ def _cached(kind: str) -> Callable[[ScoringModel, Path, Path], Reference]:
 
 MODES: dict[str, tuple[Any, Any]] = {
     "ref": (DPOLoss, _model_reference),
+    "lora": (DPOLoss, _base),
     "precompute": (DPOLoss, _cached("logps")),
     "tdpo2-ref": (TokenDPOLoss, _model_reference),
     "tdpo2-cached": (TokenDPOLoss, _cached("hidden")),
@@ -146,10 +183,10 @@ def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool) -> dict[str
     task = Task.read(folder)
     make_loss, make_reference = MODES[mode]
     loss: PreferenceLoss = make_loss(beta=task.beta)
-    policy = _model(folder, trainable=True)
+    policy = _model(folder, trainable=True, lora=mode == "lora")
     memory: dict[str, float] = {}
     precompute_s = None
-    if make_reference is _model_reference:
+    if make_reference in (_model_reference, _base):
         reference = make_reference(policy, folder, kept)
         memory["loaded"] = settled_mib()
     else:
@@ -160,7 +197,7 @@ def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool) -> dict[str
         precompute_s = time.perf_counter() - start
         memory["precompute_peak"] = peak_mib()
     optimizer = torch.optim.AdamW(
-        policy.model.parameters(), lr=task.lr, weight_decay=0.0, fused=True if fused_adamw else None
+        policy.trainable_parameters(), lr=task.lr, weight_decay=0.0, fused=True if fused_adamw else None
     )
     clock, losses = StepClock(), []
     memory["before"] = rss_mib()

@@ -22,6 +22,9 @@ from typing import Any
 __all__ = [
     "ADAPTER",
     "COMPARED_WITH",
+    "LORA_ALPHA",
+    "LORA_RANK",
+    "LORA_TARGETS",
     "MALLOC",
     "PAIRED_MODES",
     "SHAPES",
@@ -37,6 +40,7 @@ PAIRED_MODES = ("ref", "precompute")
 
 ADAPTER = "adapter"
 """Folder of a task's initial adapter in PEFT's format, for those that train one."""
+LORA_RANK, LORA_ALPHA, LORA_TARGETS = 8, 16, ("q_proj", "v_proj")
 
 COMPARED_WITH = {"tdpo2-ref": "ref", "tdpo2-cached": "precompute"}
 """Modes of ours alone, and the mode of our DPO that each is compared with."""
