@@ -151,6 +151,19 @@ FAMILIES = {
             "num_hidden_layers": 36,
         },
     ),
+    "qwen2_5_7b": (
+        qwen2_5.qwen2_5_7b_instruct,
+        {
+            **QWEN_0_5B,
+            "hidden_size": 3584,
+            "intermediate_size": 18944,
+            "num_attention_heads": 28,
+            "num_hidden_layers": 28,
+            "num_key_value_heads": 4,
+            "tie_word_embeddings": False,
+            "vocab_size": 152064,
+        },
+    ),
     "phi3": (phi3.phi3_mini, PHI_3_MINI),
     "gemma": (gemma.gemma_2b, GEMMA_2B),
     "smollm2": (smollm2_135m, smollm2._config(dict.fromkeys(
