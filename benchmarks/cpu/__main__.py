@@ -29,7 +29,7 @@ from typing import Any
 from benchmarks.cpu import report
 from benchmarks.cpu.floor import head_floor
 from benchmarks.cpu.process import busy_seconds, machine, save
-from benchmarks.cpu.work import COMPARED_WITH, MALLOC, OFFLINE, PAIRED_MODES, SMOLLM2, Task
+from benchmarks.cpu.work import ADAPTER, COMPARED_WITH, MALLOC, OFFLINE, PAIRED_MODES, SMOLLM2, Task
 from tokenpref.models.cpu import uses_onednn
 
 ROOT = Path(__file__).parents[2]
@@ -153,6 +153,8 @@ class Processes:
         if not (folder / "task.json").exists() or Task.read(folder) != task:
             settings = json.dumps(asdict(task))
             self._call("benchmarks.cpu.work", [str(folder), settings], "default", peer=self.peer is not None)
+        if not (folder / ADAPTER).exists():
+            self._call("benchmarks.cpu.ours", [str(folder)], "default", peer=False)
         return folder
 
     def _call(self, module: str, arguments: list[str], malloc: str, *, peer: bool) -> None:

@@ -1,6 +1,7 @@
 """Our process: the library's own step on a folder of work, with the parts that a recipe puts together.
 
 python -m benchmarks.cpu.ours FOLDER RESULT.json '{"mode": "ref", "threads": 2}'
+python -m benchmarks.cpu.ours FOLDER     # writes the adapter that LoRA starts from
 """
 
 from __future__ import annotations
@@ -17,7 +18,7 @@ from typing import Any
 
 import torch
 from torchtune.models.llama3 import llama3, lora_llama3
-from torchtune.models.llama3_2 import llama3_2
+from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
@@ -54,9 +55,10 @@ def _decoder(folder: Path, *, lora: bool) -> TransformerDecoder:
     """torchtune's decoder of a task, with new adapters if ``lora``."""
     task = Task.read(folder)
     sizes = task.sizes
-    build = partial(llama3_2, tie_word_embeddings=True, scale_factor=1) if sizes.tied else llama3
+    plain, tied = (lora_llama3, lora_llama3_2) if lora else (llama3, llama3_2)
+    build: Any = partial(tied, tie_word_embeddings=True, scale_factor=1) if sizes.tied else plain
     if lora:
-        build = partial(lora_llama3, list(LORA_TARGETS), lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
+        build = partial(build, list(LORA_TARGETS), lora_rank=LORA_RANK, lora_alpha=LORA_ALPHA)
     return build(
         vocab_size=sizes.vocab,
         num_layers=sizes.layers,
@@ -230,5 +232,7 @@ def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool) -> dict[str
     }
 
 
-if __name__ == "__main__":
+if __name__ == "__main__" and len(sys.argv) == 2:
+    write_first_adapter(Path(sys.argv[1]))
+elif __name__ == "__main__":
     save(Path(sys.argv[2]), measure(Path(sys.argv[1]), **json.loads(sys.argv[3])))

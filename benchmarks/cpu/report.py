@@ -29,6 +29,7 @@ BUSY = 0.1  # cores that others may use before the page says so
 TITLES = {
     "ref": "DPO, reference model",
     "precompute": "DPO, reference precomputed",
+    "lora": "DPO with LoRA (q and v, rank 8)",
     "tdpo2-ref": "TDPO2, reference model",
     "tdpo2-cached": "TDPO2, hidden states cached",
 }

@@ -35,8 +35,9 @@ __all__ = [
     "write",
 ]
 
-PAIRED_MODES = ("ref", "precompute")
-"""Modes of DPO that both sides run: with a reference model in memory, and with precomputed log-probabilities."""
+PAIRED_MODES = ("ref", "precompute", "lora")
+"""Modes of DPO that both sides run: with a reference model in memory, with precomputed log-probabilities, and with adapters,
+whose reference is the model without them."""
 
 ADAPTER = "adapter"
 """Folder of a task's initial adapter in PEFT's format, for those that train one."""
