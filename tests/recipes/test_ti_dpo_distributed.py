@@ -216,7 +216,7 @@ def test_bad_input(folder, monkeypatch, overrides, message):
 @pytest.mark.parametrize(
     ("overrides", "message"),
     [
-        (["~model"], "model: missing; attribution runs the model that model names"),
+        (["~model"], "model: missing; estimator .* runs the model that model names"),
         (["~checkpointer"], "checkpointer: missing"),
         (["estimator.mixture=-0.1"], "mixture"),
         (["checkpointer.checkpoint_dir=nowhere"], "checkpointer.checkpoint_dir: no folder"),
