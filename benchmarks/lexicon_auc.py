@@ -26,7 +26,7 @@ from tokenpref.weights import values_of_tokens
 
 DATA = "package://data/sentiment/eval.jsonl"
 DOC = ROOT / "docs" / "results" / "lexicon_auc.md"
-METHODS = ("prompt", "sft", "dpo")
+METHODS = ("prompt", "sft", "dpo", "dpo_lora")
 # Attribution alone (mixture 1), on the starting model: target, its settings, norm.
 ATTRIBUTIONS = {
     "max_last": ("MaxLogit", ["estimator.target.position=last_valid"], "l1"),
@@ -40,7 +40,8 @@ INTRO = """# Which tokens a contrastive pair finds
 `data/sentiment/eval.jsonl`, {versions}, CPU, float32, one seed. An AUC of 0.5 is chance.
 
 - `dpo` and `sft` train each side of the pair for 50 steps of 8 pairs on `train.jsonl`, with AdamW 5e-5. `prompt` uses the two
-  prompts of `configs/smollm2/135M_contrastive_reference.yaml`.
+  prompts of `configs/smollm2/135M_contrastive_reference.yaml`. `dpo_lora` is `dpo` with two LoRA adapters over one base and ten
+  times the rate (`configs/smollm2/135M_contrastive_reference_lora.yaml`).
 - A lexicon of sentiment words decided which answer was preferred. It knows neither negation nor context.
 - The attribution rows use weights of the starting model, by target and norm, without a prior (mixture 1). They have mean one over
   each answer, so they cannot show which answers contain more sentiment words, and they have no sign.
@@ -55,17 +56,19 @@ def pair_folder(method: str) -> Path:
 def store(method: str) -> WeightStore:
     """The scores of the held-out pairs under one construction, computed if missing."""
     pair, output = pair_folder(method), ROOT / "outputs" / f"lexicon_{method}"
+    trained, _, lora = method.partition("_")
+    ending = f"_{lora}" if lora else ""
     if not (pair / "pair.yaml").is_file():
         tune(
             "recipes/contrastive_reference_distributed",
-            "smollm2/135M_contrastive_reference",
-            f"method={method}",
+            f"smollm2/135M_contrastive_reference{ending}",
+            f"method={trained}",
             f"output_dir={pair}",
         )
     if not (output / "weights" / "metadata.json").is_file():
         tune(
             "recipes/estimate_weights_distributed",
-            "smollm2/135M_estimate_weights",
+            f"smollm2/135M_estimate_weights{ending}",
             f"estimator.pair={pair}",
             f"dataset.source={DATA}",
             f"output_dir={output}",
