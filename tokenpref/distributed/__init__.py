@@ -19,6 +19,7 @@ from tokenpref.distributed.state import (
     other_values,
     own_parts,
     sharded_state,
+    state_modules,
     state_parameters,
     write_sharded,
 )
@@ -44,6 +45,7 @@ __all__ = [
     "shard",
     "sharded_state",
     "single_process_world",
+    "state_modules",
     "state_parameters",
     "unsharded",
     "write_sharded",

@@ -45,13 +45,19 @@ __all__ = [
     "other_values",
     "own_parts",
     "sharded_state",
+    "state_modules",
     "state_parameters",
     "write_sharded",
 ]
 
 
 _CHECKPOINTED = "_checkpoint_wrapped_module."
-"""What activation checkpointing adds to the names of parameters. Names in a state dict do not have it."""
+"""What activation checkpointing adds to the names of modules. Names in a state dict do not have it."""
+
+
+def state_modules(model: nn.Module) -> dict[str, nn.Module]:
+    """The modules by their names in the state dict."""
+    return {name.replace(_CHECKPOINTED, ""): module for name, module in model.named_modules()}
 
 
 def state_parameters(model: nn.Module) -> dict[str, nn.Parameter]:

@@ -19,7 +19,7 @@ from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from tokenpref._torchtune import DoRALinear, LoRALinear, TransformerDecoder
-from tokenpref.distributed import World, state_parameters
+from tokenpref.distributed import World, state_modules, state_parameters
 from tokenpref.models.peft_format import merged_weight
 
 __all__ = [
@@ -34,15 +34,12 @@ __all__ = [
     "merged",
 ]
 
-_OF_CHECKPOINTING = "_checkpoint_wrapped_module."
-"""What activation checkpointing puts into the names of modules; it is not part of the names in a state dict."""
-
 
 def adapter_layers(decoder: nn.Module) -> dict[str, Any]:
     """The layers with an adapter (torchtune's LoRALinear or DoRALinear), by their names in the state dict."""
     return {
-        name.replace(_OF_CHECKPOINTING, ""): module
-        for name, module in decoder.named_modules()
+        name: module
+        for name, module in state_modules(decoder).items()
         if callable(getattr(module, "adapter_params", None))
     }
 

@@ -23,6 +23,7 @@ from torch import Tensor
 from tokenpref._files import follow_umask, sampled_digest, weight_files, write_json
 from tokenpref._sealed import check_if_sealed
 from tokenpref._torchtune import Phi3RotaryPositionalEmbeddings, TransformerDecoder
+from tokenpref.distributed import state_modules
 from tokenpref.errors import ConfigError
 from tokenpref.models.agreement import pairs_interleaved
 
@@ -63,8 +64,6 @@ _PARTS = {
     "lora_b.weight": "lora_B.weight",
     "magnitude": "lora_magnitude_vector",
 }
-
-_CHECKPOINTED = "_checkpoint_wrapped_module."  # what activation checkpointing adds to the names of modules
 
 
 @dataclass(frozen=True)
@@ -142,7 +141,7 @@ class AdapterLayout:
         Raises:
             ConfigError: if the decoder has no adapters, or if PEFT's format has no place for them.
         """
-        modules = {name.replace(_CHECKPOINTED, ""): module for name, module in decoder.named_modules()}
+        modules = state_modules(decoder)
         adapted: dict[str, Any] = {
             n: m for n, m in modules.items() if callable(getattr(m, "adapter_params", None))
         }

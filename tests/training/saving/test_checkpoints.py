@@ -10,6 +10,7 @@ import pytest
 import torch
 import torch.distributed.checkpoint as dcp
 from safetensors.torch import load_file
+from support.killed import train_until
 
 from tokenpref._sealed import MANIFEST, fault_of, seal
 from tokenpref.distributed import single_process_world
@@ -30,22 +31,7 @@ def train(*overrides, config="tiny/tdpo", until=None):
     """Train a tiny config; with ``until`` it dies before that step, as if killed."""
     trainer_class = TripletTrainer if config == "tiny/ti_dpo" else PreferenceTrainer
     trainer = trainer_class(load_config(["--config", config, *overrides]))
-    step = trainer._step
-
-    def dying_step():
-        if trainer.progress.step == until:
-            raise KeyboardInterrupt
-        return step()
-
-    trainer._step = dying_step
-    try:
-        trainer.setup()
-        trainer.train()
-    except KeyboardInterrupt:
-        assert until is not None
-    finally:
-        trainer.close()
-    return trainer
+    return train_until(trainer, until)
 
 
 @pytest.fixture

@@ -6,6 +6,7 @@ import shutil
 
 import pytest
 from safetensors.torch import load_file
+from support.killed import train_until
 
 from tokenpref._sealed import MANIFEST, seal
 from tokenpref.errors import ConfigError, DataError
@@ -102,22 +103,7 @@ def train(tmp_path, monkeypatch):
 
     def run(*words, until=None):
         trainer = PreferenceTrainer(load_config(["--config", "tiny/tdpo", *SHORT, "epochs=3", *words]))
-        step = trainer._step
-
-        def dying_step():
-            if trainer.progress.step == until:
-                raise KeyboardInterrupt
-            return step()
-
-        trainer._step = dying_step
-        try:
-            trainer.setup()
-            trainer.train()
-        except KeyboardInterrupt:
-            assert until is not None
-        finally:
-            trainer.close()
-        return trainer
+        return train_until(trainer, until)
 
     return run
 

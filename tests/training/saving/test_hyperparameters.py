@@ -5,6 +5,7 @@ import json
 import pytest
 import torch
 from safetensors.torch import load_file
+from support.killed import train_until
 from torch import nn
 from torch.optim import SGD, Adam, AdamW
 from torch.optim.lr_scheduler import LambdaLR, LRScheduler, MultiStepLR, OneCycleLR
@@ -300,23 +301,12 @@ def run(tmp_path, monkeypatch):
 
     def train(*overrides, config="tiny/dpo", until=None, at=(None, None), trainer_class=PreferenceTrainer):
         trainer = trainer_class(load_config(["--config", config, *WORDS, *overrides]))
-        step = trainer._step
 
-        def watched_step():
-            if trainer.progress.step == until:
-                raise KeyboardInterrupt
+        def change(trainer):
             if trainer.progress.step == at[0]:
                 at[1](trainer)
-            return step()
 
-        trainer._step = watched_step
-        try:
-            trainer.setup()
-            trainer.train()
-        except KeyboardInterrupt:
-            assert until is not None
-        finally:
-            trainer.close()
+        train_until(trainer, until, change)
 
     return train
 
