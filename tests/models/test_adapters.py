@@ -144,7 +144,7 @@ def test_the_base_of_a_scoring_model_has_its_own_statistics_and_trains_nothing()
 
 
 @pytest.mark.parametrize("checkpointed", [False, True])
-@pytest.mark.parametrize("needs", [{"ref"}, {"ref", "kl_ref_policy"}, {"kl_policy_ref"}], ids="+".join)
+@pytest.mark.parametrize("needs", [("ref",), ("ref", "kl_ref_policy"), ("kl_policy_ref",)], ids="+".join)
 def test_the_policys_base_is_the_reference_that_a_second_model_would_be(needs, checkpointed):
     batch, needs = small.batch([0, 1, 2]), frozenset(needs)
 
