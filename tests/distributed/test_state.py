@@ -5,7 +5,7 @@ import pickle
 import numpy as np
 import pytest
 import torch
-from support import workers
+from support import small, workers
 from torch.distributed.checkpoint import metadata
 
 from tokenpref.distributed import safe_reading, single_process_world
@@ -22,6 +22,26 @@ def test_state_written_by_two_ranks_continues_in_one_process(tmp_path):
     assert written.keys() == read.keys()
     for name in written:
         np.testing.assert_allclose(read[name], written[name], rtol=0, atol=1e-14, err_msg=name)
+
+
+def test_whole_tensors_are_looked_up_one_at_a_time_and_split_among_the_ranks():
+    alone = workers.filled_on_demand(single_process_world())
+    expected = small.decoder(2).state_dict()
+    main, other = run_distributed(workers.filled_on_demand)
+    for found in (alone, main):
+        assert found["most"] == 1
+        assert found["held"].keys() == {*expected, "layers.0.odd", "counts"}
+        for name, tensor in expected.items():
+            np.testing.assert_array_equal(found["held"][name], tensor, err_msg=name)
+        np.testing.assert_array_equal(found["held"]["layers.0.odd"], np.arange(6.0).reshape(3, 2))
+        np.testing.assert_array_equal(found["held"]["counts"], [3, 4])
+        missing, unexpected, shape, unreadable = found["refusals"]
+        assert "no 'norm.scale'" in missing
+        assert "unexpected 'more'" in unexpected
+        assert "'norm.scale' has shape [3]" in shape
+        assert unreadable == "OSError: layers.0.odd cannot be read"
+    # The other rank neither waits nor goes on.
+    assert all(refusal.startswith("TokenprefError: rank 0 failed: ") for refusal in other["refusals"])
 
 
 def test_a_file_that_ends_too_early_is_not_read_as_zeros(tmp_path, monkeypatch):

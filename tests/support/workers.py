@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import os
 import weakref
+from collections.abc import Iterator, Mapping
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -239,6 +240,72 @@ def save_and_load(world: World, folder: str, load: bool) -> dict[str, Any]:
         load_sharded(Path(folder), model, optimizer)
     step()
     return {name: tensor.numpy() for name, tensor in full_state_dict(model, world).items()}
+
+
+class OnDemand(Mapping[str, torch.Tensor]):
+    """Tensors that are made when they are looked up, as a checkpoint's are read.
+
+    Args:
+        tensors: the values.
+        broken: name of a tensor that cannot be read.
+
+    Attributes:
+        most: the largest number of looked up tensors that existed at a time.
+    """
+
+    def __init__(self, tensors: dict[str, torch.Tensor], broken: str | None = None) -> None:
+        self._tensors, self._broken = tensors, broken
+        self._alive: weakref.WeakSet[torch.Tensor] = weakref.WeakSet()
+        self.most = 0
+
+    def __getitem__(self, name: str) -> torch.Tensor:
+        if name == self._broken:
+            raise OSError(f"{name} cannot be read")
+        tensor = self._tensors[name].clone()
+        self._alive.add(tensor)
+        self.most = max(self.most, len(self._alive))
+        return tensor
+
+    def __iter__(self) -> Iterator[str]:
+        return iter(self._tensors)
+
+    def __len__(self) -> int:
+        return len(self._tensors)
+
+
+def filled_on_demand(world: World) -> dict[str, Any]:
+    """Fill a decoder with a buffer and with rows that two ranks do not share evenly; return what it holds, and the refusals."""
+    model = small.decoder(1)
+    model.layers[0].odd = torch.nn.Parameter(torch.zeros(3, 2, dtype=torch.float64))
+    model.register_buffer("counts", torch.zeros(2, dtype=torch.int64))
+    tensors = {
+        **small.decoder(2).state_dict(),
+        "layers.0.odd": torch.arange(6.0).view(3, 2),
+        "counts": torch.tensor([3, 4]),
+    }
+    shard(model, world)
+    # Afterwards the root's parameters are gathered, and its shards are what counts.
+    ScoringModel(model).hidden(small.batch([0]).tokens)
+    state = OnDemand(tensors if world.is_main else {})
+    load_full_state_dict(model, state, world)
+    held = {name: tensor.numpy().copy() for name, tensor in full_state_dict(model, world).items()}
+    refusals = []
+    changes: list[tuple[str, torch.Tensor | None]] = [
+        ("norm.scale", None), ("more", torch.ones(1)), ("norm.scale", torch.ones(3)),
+    ]  # fmt: skip
+    for name, tensor in changes:
+        changed = {key: value for key, value in {**tensors, name: tensor}.items() if value is not None}
+        refusals.append(_refusal(model, OnDemand(changed), world))
+    refusals.append(_refusal(model, OnDemand(tensors, broken="layers.0.odd"), world))
+    return {"held": held, "most": state.most, "refusals": refusals}
+
+
+def _refusal(model: torch.nn.Module, state: Mapping[str, torch.Tensor], world: World) -> str:
+    try:
+        load_full_state_dict(model, state, world)
+    except (RuntimeError, OSError, TokenprefError) as error:
+        return f"{type(error).__name__}: {error}"
+    return ""
 
 
 def attribution(world: World, split: list[list[list[int]]], tied: bool) -> dict[str, Any]:

@@ -4,12 +4,12 @@ from __future__ import annotations
 
 from typing import Any
 
-from torch import nn
+from torch import Tensor, nn
 from torch.distributed.tensor import DTensor
 from torchao.float8 import precompute_float8_dynamic_scale_for_fsdp
 from torchao.float8.fsdp_utils import WeightWithDynamicFloat8CastTensor
 
-__all__ = ["plain_weights", "refresh_float8_scales"]
+__all__ = ["plain_weights", "refresh_float8_scales", "unwrapped"]
 
 
 def refresh_float8_scales(model: nn.Module) -> None:
@@ -24,6 +24,11 @@ def refresh_float8_scales(model: nn.Module) -> None:
 def plain_weights(state: dict[str, Any]) -> dict[str, Any]:
     """A state dict with plain tensors instead of torchao's, sharing their memory."""
     return {name: _plain(tensor) for name, tensor in state.items()}
+
+
+def unwrapped(tensor: Tensor) -> Tensor:
+    """The plain tensor inside a weight that is gathered in float8; any other tensor itself."""
+    return tensor._tensor if isinstance(tensor, WeightWithDynamicFloat8CastTensor) else tensor
 
 
 def _plain(tensor: Any) -> Any:

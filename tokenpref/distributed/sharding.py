@@ -24,6 +24,7 @@ __all__ = [
     "gradient_sync",
     "is_sharded",
     "register_forward",
+    "reshard",
     "shard",
     "unsharded",
 ]
@@ -116,4 +117,11 @@ def free_gathered_layers(model: nn.Module) -> None:
     """
     for module in model.modules():
         if isinstance(module, FSDPModule) and module is not model:
+            module.reshard()
+
+
+def reshard(model: nn.Module) -> None:
+    """Free all gathered parameters of a model, those of the root too, so that its parameters are this process's parts."""
+    for module in model.modules():
+        if isinstance(module, FSDPModule):
             module.reshard()

@@ -17,7 +17,6 @@ from torch.distributed.checkpoint.state_dict import (
     get_model_state_dict,
     get_optimizer_state_dict,
     get_state_dict,
-    set_model_state_dict,
     set_optimizer_state_dict,
     set_state_dict,
 )
@@ -28,10 +27,10 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
 from tokenpref._files import write_fault, writing
 from tokenpref._sealed import Written
-from tokenpref.distributed.float8_weights import plain_weights, refresh_float8_scales
+from tokenpref.distributed.float8_weights import plain_weights, refresh_float8_scales, unwrapped
 from tokenpref.distributed.plain_writing import Arena, PlainWriter
 from tokenpref.distributed.safe_reading import SafePlanner, SafeReader
-from tokenpref.distributed.sharding import free_gathered_layers
+from tokenpref.distributed.sharding import free_gathered_layers, reshard
 from tokenpref.distributed.world import World
 from tokenpref.errors import TokenprefError
 
@@ -104,8 +103,13 @@ def first_not_finite(model: nn.Module, world: World) -> str | None:
     return min((name for name in world.gather_objects(bad) if name is not None), key=order.__getitem__)
 
 
-def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: World) -> None:
-    """Copy unsharded parameters into ``model``, whose tensors must be materialised (sharded or not).
+@torch.no_grad()
+def load_full_state_dict(model: nn.Module, state: Mapping[str, Tensor], world: World) -> None:
+    """Copy whole tensors into ``model``, whose tensors must be materialised (sharded or not), one tensor at a time.
+
+    The main process looks up a tensor when its turn comes. If ``state`` reads its tensors from files on demand, no process holds
+    more than one whole tensor beside the model. NF4 weights are quantised as a whole on every process, so that their numbers do
+    not depend on the number of processes.
 
     Args:
         model: target; each tensor keeps its own dtype and device.
@@ -113,56 +117,94 @@ def load_full_state_dict(model: nn.Module, state: dict[str, Tensor], world: Worl
         world: the run's processes.
 
     Raises:
-        RuntimeError: if names or shapes do not fit.
+        RuntimeError: on the main process, if names or shapes do not fit.
+        Exception: on the main process, if a tensor cannot be looked up; the model then holds zeros from that tensor on.
+        TokenprefError: on the other processes, if the main process fails.
     """
-    if any(isinstance(_local(parameter), NF4Tensor) for parameter in model.parameters()):
-        _load_quantised(model, state, world)
-        return
-    if not world.is_distributed:
-        model.load_state_dict(state, strict=True)
-        return
-    own = model.state_dict()
-    typed: dict[str, Any] = (
-        {name: tensor.to(own[name].dtype) for name, tensor in state.items()} if world.is_main else {}
-    )
-    options = StateDictOptions(full_state_dict=True, broadcast_from_rank0=True, strict=True)
-    set_model_state_dict(model, typed, options=options)
+    reshard(model)
+    own = _state_tensors(model)
+    world.together(lambda: _check_names(own, state) if world.is_main else None)
+    failure: Exception | None = None
+    quantised: dict[str, Tensor] = {}
+    for name, target in own.items():
+        whole: Tensor | None = None
+        if world.is_main and failure is None:
+            try:
+                whole = _fitting(name, state[name], target, world.device)
+            except (
+                Exception
+            ) as error:  # raised after the loop, because the other processes already wait for the tensors
+                failure = error
+        if whole is None:
+            whole = torch.zeros(target.shape, dtype=target.dtype, device=world.device)
+        if world.is_distributed:
+            torch.distributed.broadcast(whole, src=0)
+        local = _local(target)
+        if isinstance(local, NF4Tensor):
+            quantised[name] = _own_nf4(whole, target, local, world)
+        else:
+            unwrapped(local).copy_(_own_rows(whole, target, world))
+    world.together(lambda: _raise(failure))
+    if (
+        quantised
+    ):  # replaced, because a tensor that was made on the meta device lacks the table of values of NF4
+        model.load_state_dict(quantised, strict=False, assign=True)
     refresh_float8_scales(model)
 
 
-def _local(parameter: Tensor) -> Tensor:
-    """This process's part of a parameter."""
-    return parameter._local_tensor if isinstance(parameter, DTensor) else parameter
+def _state_tensors(model: nn.Module) -> dict[str, Tensor]:
+    """Parameters and persistent buffers by their names in the state dict.
 
-
-@torch.no_grad()
-def _load_quantised(model: nn.Module, state: dict[str, Tensor], world: World) -> None:
-    """Copy whole parameters into a model of which some weights are NF4, one parameter at a time.
-
-    PyTorch's functions for sharded state dicts do not take NF4. Every process quantises the whole weight and keeps its part, so
-    that the numbers do not depend on the number of processes. NF4 weights are replaced, because a tensor that was made on the
-    meta device lacks their table of values.
+    The hooks of a quantised decoder's ``state_dict`` would restore every weight, so they are not called.
     """
-    quantised: dict[str, Tensor] = {}
-    for name, parameter in state_parameters(model).items():
-        own = _local(parameter)
-        if world.is_main:
-            whole = state[name].detach().to(world.device, parameter.dtype).contiguous()
-        else:
-            whole = torch.empty(parameter.shape, dtype=parameter.dtype, device=world.device)
-        if world.is_distributed:
-            torch.distributed.broadcast(whole, src=0)
-        if isinstance(own, NF4Tensor):
-            whole = to_nf4(whole, own.block_size, own.scaler_block_size)
-        mine = whole
-        if isinstance(parameter, DTensor):
-            parts = whole.chunk(world.size)
-            mine = parts[world.rank] if world.rank < len(parts) else whole[:0]
-        if isinstance(own, NF4Tensor):
-            quantised[name] = _as_shard(mine, parameter) if isinstance(parameter, DTensor) else mine
-        else:
-            own.copy_(mine)
-    model.load_state_dict(quantised, strict=False, assign=True)
+    found: dict[str, Tensor] = {}
+    for path, module in model.named_modules():
+        kept = {n: b for n, b in module._buffers.items() if n not in module._non_persistent_buffers_set}
+        for name, tensor in {**module._parameters, **kept}.items():
+            if tensor is not None:
+                found[(f"{path}.{name}" if path else name).replace(_CHECKPOINTED, "")] = tensor
+    return found
+
+
+def _check_names(own: Mapping[str, Tensor], state: Mapping[str, Tensor]) -> None:
+    faults = [f"no {name!r}" for name in own if name not in state]
+    faults += [f"unexpected {name!r}" for name in state if name not in own]
+    if faults:
+        raise RuntimeError(f"the state dict does not fit the model: {'; '.join(faults)}")
+
+
+def _fitting(name: str, whole: Tensor, target: Tensor, device: torch.device) -> Tensor:
+    """A whole tensor in the dtype and on the device of the model's."""
+    if whole.shape != target.shape:
+        raise RuntimeError(
+            f"the state dict does not fit the model: {name!r} has shape {list(whole.shape)}, and the model's has "
+            f"{list(target.shape)}"
+        )
+    return whole.detach().to(device, target.dtype).contiguous()
+
+
+def _raise(failure: Exception | None) -> None:
+    if failure is not None:
+        raise failure
+
+
+def _local(tensor: Tensor) -> Tensor:
+    """This process's part of a tensor."""
+    return tensor._local_tensor if isinstance(tensor, DTensor) else tensor
+
+
+def _own_rows(whole: Tensor, target: Tensor, world: World) -> Tensor:
+    """This process's part of a whole tensor, split as FSDP2 splits."""
+    if not isinstance(target, DTensor):
+        return whole
+    parts = whole.chunk(world.size)
+    return parts[world.rank] if world.rank < len(parts) else whole[:0]
+
+
+def _own_nf4(whole: Tensor, target: Tensor, local: NF4Tensor, world: World) -> Tensor:
+    """This process's part of a weight, quantised as a whole."""
+    rows = _own_rows(to_nf4(whole, local.block_size, local.scaler_block_size), target, world)
+    return _as_shard(rows, target) if isinstance(target, DTensor) else rows
 
 
 def _as_shard(mine: Tensor, like: DTensor) -> DTensor:
