@@ -853,6 +853,14 @@ WEIGHTS = [
         prepare=both(write("my.jinja", CONTENTS % b"[:2]"), answers({"content": "hello"}, {"content": "no"}, complete=False))),
     Bad("a date that is none", "tdpo", "tokenizer.chat_template_date: must be a date such as 2024-07-26, got 'today'",
         ("tokenizer.chat_template_date=today",)),
+    Bad("a variable that the chat template does not read", "tdpo",
+        "tokenizer.chat_template_kwargs: the chat template does not read 'enable_thinking'",
+        (*ROWS, "tokenizer.chat_template=my.jinja", "tokenizer.chat_template_kwargs={enable_thinking: false}"),
+        prepare=both(write("my.jinja", CONTENTS % b""), conversations("assistant"))),
+    Bad("an answer without the reasoning that its prompt begins", "tdpo", "disagree about reasoning: give the answers reasoning",
+        (*ROWS, "tokenizer.chat_template=my.jinja"),
+        prepare=both(write("my.jinja", CONTENTS % b"" + b"{% if add_generation_prompt %}<think>{% endif %}"),
+                     answers({"content": "hello"}, {"content": "no"}))),
 ]  # fmt: skip
 
 

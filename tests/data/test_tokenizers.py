@@ -1,6 +1,7 @@
 from __future__ import annotations
 
 import json
+import pickle
 
 import pytest
 from tokenizers import Tokenizer as HFTokenizer
@@ -120,6 +121,54 @@ def test_the_date_of_templates_belongs_to_the_fingerprint_where_they_ask_for_it(
     assert len(same) == 1
     with pytest.raises(ConfigError, match=r"chat_template_date: must be a date such as 2024-07-26, got 3"):
         tokenizer_json(folder, chat_template_date=3)  # type: ignore[arg-type]
+
+
+SWITCH = "{{ 'a' if enable_thinking is not defined or enable_thinking else 'b' }}"
+
+
+def test_variables_of_a_template_can_be_set_and_belong_to_the_fingerprint(make_tokenizer_folder):
+    folder = make_tokenizer_folder()
+    unset, on, off = (
+        tokenizer_json(folder, chat_template=SWITCH, chat_template_kwargs=given)
+        for given in ({}, {"enable_thinking": True}, {"enable_thinking": False})
+    )
+    assert [t.render_chat([], False) for t in (unset, on, off)] == ["a", "a", "b"]
+    assert len({t.fingerprint() for t in (unset, on, off)}) == 3
+    assert len({t.template_fingerprint() for t in (unset, on, off)}) == 3
+    # Fingerprints of stores that were made before there were such variables stay the same.
+    assert unset.fingerprint() == tokenizer_json(folder, chat_template=SWITCH).fingerprint()
+
+
+def test_variables_of_the_template_survive_in_other_processes(make_tokenizer_folder):
+    tokenizer = tokenizer_json(
+        make_tokenizer_folder(), chat_template=SWITCH, chat_template_kwargs={"enable_thinking": False}
+    )
+    assert pickle.loads(pickle.dumps(tokenizer)).render_chat([], False) == "b"
+
+
+@pytest.mark.parametrize(
+    ("given", "message"),
+    [
+        (
+            {"enable_thinkin": False},
+            "does not read 'enable_thinkin'; did you mean 'enable_thinking'.*name a variable of the template",
+        ),
+        ({"zzz": 1}, "does not read 'zzz'; remove it"),
+        ({"messages": []}, "'messages' cannot be set here"),
+        ({"eos_token": "x"}, "'eos_token' cannot be set here"),
+        ([1], "must be a mapping .*got .1."),
+        ({1: 2}, "must be a mapping"),
+        ({"enable_thinking": {1, 2}}, "values must be those of JSON"),
+    ],
+)
+def test_variables_that_change_nothing_are_refused(make_tokenizer_folder, given, message):
+    with pytest.raises(ConfigError, match=f"tokenizer.chat_template_kwargs: .*{message}"):
+        tokenizer_json(make_tokenizer_folder(), chat_template=SWITCH, chat_template_kwargs=given)
+
+
+def test_variables_without_a_template_are_refused(make_tokenizer_folder):
+    with pytest.raises(ConfigError, match="chat_template_kwargs: the tokenizer has no chat template"):
+        tokenizer_json(make_tokenizer_folder(), chat_template_kwargs={"enable_thinking": False})
 
 
 def test_conversations_with_tools_take_the_template_named_for_them(make_tokenizer_folder):

@@ -10,13 +10,20 @@ from typing import Any
 
 import jinja2
 
-from tokenpref.data.template_environment import LimitExceeded, TimeExceeded, compile_template, limited
+from tokenpref.data.template_environment import (
+    LimitExceeded,
+    TimeExceeded,
+    compile_template,
+    limited,
+    variables_of,
+)
 from tokenpref.errors import ConfigError
 
 __all__ = [
     "CALL_KEYS",
     "DEFAULT_DATE",
     "REASONING_KEYS",
+    "RENDERED_VALUES",
     "ChatTemplate",
     "TemplateError",
     "normalize_messages",
@@ -31,6 +38,9 @@ REASONING_KEYS = ("reasoning_content", "thinking", "reasoning")
 
 CALL_KEYS = ("tool_calls", "function_call")
 """Keys of messages for the assistant's calls."""
+
+RENDERED_VALUES = frozenset({"messages", "tools", "documents", "add_generation_prompt"})
+"""Variables of templates that belong to the conversation."""
 
 _REASONING_PARTS = ("thinking", "reasoning", "text", "content")  # the key of the text in parts of these types
 _MAX_OVERRUNS = (
@@ -129,17 +139,23 @@ class ChatTemplate:
         special_tokens: variables for the template, such as ``bos_token`` and ``eos_token``.
         date: the date that ``strftime_now`` writes. Today's date would change the training ids, and so invalidate stored
             weights, every day.
+        settings: further variables for the template, such as ``enable_thinking``.
 
     Raises:
         ConfigError: if the template cannot be compiled.
     """
 
     def __init__(
-        self, source: str, special_tokens: Mapping[str, str], date: datetime.date = DEFAULT_DATE
+        self,
+        source: str,
+        special_tokens: Mapping[str, str],
+        date: datetime.date = DEFAULT_DATE,
+        settings: Mapping[str, Any] | None = None,
     ) -> None:
         self.source = source
         self.special_tokens = dict(special_tokens)
         self.date = date
+        self.settings = dict(settings or {})
         self._overruns = 0
         try:
             self._template = compile_template(source, date)
@@ -150,13 +166,18 @@ class ChatTemplate:
         except Exception as error:
             raise ConfigError(f"chat_template: cannot be compiled ({_described(error)})") from error
 
-    def __reduce__(self) -> tuple[type, tuple[str, dict[str, str], datetime.date]]:
-        return type(self), (self.source, self.special_tokens, self.date)
+    def __reduce__(self) -> tuple[type, tuple[str, dict[str, str], datetime.date, dict[str, Any]]]:
+        return type(self), (self.source, self.special_tokens, self.date, self.settings)
 
     @property
     def depends_on_date(self) -> bool:
         """Whether the template asks for the date."""
         return "strftime_now" in self.source
+
+    @property
+    def variables(self) -> frozenset[str]:
+        """The names of all variables that the template reads."""
+        return variables_of(self.source)
 
     def render(
         self,
@@ -183,6 +204,7 @@ class ChatTemplate:
                     documents=None,
                     add_generation_prompt=add_generation_prompt,
                     **self.special_tokens,
+                    **self.settings,
                 )
         except TimeExceeded as error:
             self._overruns += 1

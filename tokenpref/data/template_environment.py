@@ -23,6 +23,7 @@ from functools import lru_cache
 from typing import Any
 
 import jinja2
+import jinja2.meta
 from jinja2 import nodes
 from jinja2.ext import Extension, loopcontrols
 from jinja2.parser import Parser
@@ -268,3 +269,12 @@ def compile_template(source: str, date: datetime.date) -> jinja2.environment.Tem
     return _environment.from_string(
         _with_checks(_environment.parse(source)), globals={"strftime_now": now.strftime}
     )
+
+
+def variables_of(source: str) -> frozenset[str]:
+    """The names of the variables that a template reads and does not only set itself.
+
+    Args:
+        source: the text of a template that compiles.
+    """
+    return frozenset(jinja2.meta.find_undeclared_variables(_environment.parse(source)))

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import inspect
+import os
 from collections.abc import Generator, Iterator, Mapping, MutableMapping, Sequence
 from dataclasses import dataclass
 from typing import Any, TypeVar
@@ -365,10 +366,12 @@ class _Turn:
         """
         whole = _render(self.tokenizer, [*self.prompt, dict(answer)], False, self.tools)
         if not whole.startswith(self.prompt_text):
+            shared = len(os.path.commonprefix([whole, self.prompt_text]))
+            missing, instead = self.prompt_text[shared:], whole[shared : shared + 40]
             raise ValueError(
                 "the chat template renders the prompt differently when an answer follows, so the answer's beginning is "
-                f"not known: with the generation prompt it ends with {self.prompt_text[-40:]!r}; use a template that "
-                "keeps it"
+                f"not known: with the generation prompt it ends with {self.prompt_text[-40:]!r}, and with the answer it has "
+                f"{instead!r} in place of {missing[:40]!r}; {_mend_of_prompt(missing)}"
             )
         return whole[len(self.prompt_text) :]
 
@@ -380,6 +383,17 @@ class _Turn:
             raise
         except ValueError:
             return None
+
+
+def _mend_of_prompt(missing: str) -> str:
+    """What to do about the end of a generation prompt that is missing where an answer follows."""
+    if "think>" in missing[:40]:
+        return (
+            "the generation prompt and the answer disagree about reasoning: give the answers reasoning where the prompt opens a "
+            "thinking block, and none where it closes an empty one (tokenizer.chat_template_kwargs may choose, such as "
+            "{enable_thinking: false}), or use another template"
+        )
+    return "use a template that keeps it"
 
 
 @dataclass(frozen=True)

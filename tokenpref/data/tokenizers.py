@@ -13,7 +13,8 @@ import tokenizers
 
 from tokenpref._files import read_text
 from tokenpref._paths import resolve_path
-from tokenpref.data.chat import DEFAULT_DATE, ChatTemplate
+from tokenpref.components import nearest
+from tokenpref.data.chat import DEFAULT_DATE, RENDERED_VALUES, ChatTemplate
 from tokenpref.errors import ConfigError
 
 __all__ = [
@@ -122,12 +123,13 @@ class JsonTokenizer:
         chat_template: text of a Jinja template, or None.
         tool_template: text of the template for conversations with tools; None takes ``chat_template``.
         chat_template_date: the date that templates are told (``strftime_now``).
+        chat_template_kwargs: further variables for the templates, such as ``enable_thinking``.
 
     Attributes:
         file: the file that it was read from, if any.
 
     Raises:
-        ConfigError: if a named token is not in the vocabulary.
+        ConfigError: if a named token is not in the vocabulary, or no template reads one of the further variables.
     """
 
     file: Path | None = None
@@ -143,6 +145,7 @@ class JsonTokenizer:
         chat_template: str | None = None,
         tool_template: str | None = None,
         chat_template_date: datetime.date = DEFAULT_DATE,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> None:
         # Without the post-processor, nothing is added around the text, and nothing trims the leading space of a
         # token off its span. A truncation or padding saved in the file would silently change texts.
@@ -162,10 +165,12 @@ class JsonTokenizer:
         self.vocab_size = max(self._tokenizer.get_vocab(with_added_tokens=True).values()) + 1
         self.has_chat = chat_template is not None
         names = {"eos_token": eos_token, "bos_token": bos_token or "", "pad_token": pad_token or eos_token}
+        self._settings = dict(chat_template_kwargs or {})
         self._template, self._tool_template = (
-            ChatTemplate(source, names, chat_template_date) if source is not None else None
+            ChatTemplate(source, names, chat_template_date, self._settings) if source is not None else None
             for source in (chat_template, tool_template)
         )
+        self._check_settings(names)
 
     def _id_of(self, name: str, token: str) -> int:
         token_id = self._tokenizer.token_to_id(token)
@@ -174,6 +179,25 @@ class JsonTokenizer:
                 f"{name}: {token!r} is not in the tokenizer's vocabulary; name one of its tokens"
             )
         return token_id
+
+    def _check_settings(self, tokens: Iterable[str]) -> None:
+        """Refuse variables that no template reads: a misspelt name would change nothing, without notice."""
+        key = "tokenizer.chat_template_kwargs"
+        templates = [template for template in (self._template, self._tool_template) if template is not None]
+        if self._settings and not templates:
+            raise ConfigError(f"{key}: the tokenizer has no chat template that could read them; remove them")
+        own = {*RENDERED_VALUES, *tokens}
+        read = frozenset().union(*(template.variables for template in templates)) if self._settings else set()
+        for name in self._settings:
+            if name in own:
+                raise ConfigError(
+                    f"{key}: {name!r} cannot be set here, because the conversation or the tokenizer gives it; remove it"
+                )
+            if name not in read:
+                raise ConfigError(
+                    f"{key}: the chat template does not read {name!r}{nearest(name, read - own)}; remove it, or name a "
+                    "variable of the template"
+                )
 
     @staticmethod
     def _own_prefix(definition: Mapping[str, Any]) -> list[int]:
@@ -279,12 +303,14 @@ class JsonTokenizer:
         """See :class:`Tokenizer`."""
         return digest(*self._described_templates())
 
-    def _described_templates(self) -> list[str | None]:
+    def _described_templates(self) -> list[Any]:
         """Everything that decides how conversations are rendered. The date counts only if a template asks for it."""
         templates = [template for template in (self._template, self._tool_template) if template is not None]
-        described: list[str | None] = [template.source for template in templates] or [None]
+        described: list[Any] = [template.source for template in templates] or [None]
         if any(template.depends_on_date for template in templates):
             described.append(templates[0].date.isoformat())
+        if self._settings:
+            described.append(self._settings)
         return described
 
 
@@ -296,6 +322,7 @@ def tokenizer_json(
     bos_token: str | None = None,
     pad_token: str | None = None,
     chat_template_date: str | None = None,
+    chat_template_kwargs: dict[str, Any] | None = None,
 ) -> JsonTokenizer:
     """Load a tokenizer from a ``tokenizer.json`` and the files beside it.
 
@@ -311,10 +338,12 @@ def tokenizer_json(
         pad_token: text of the padding token. Without one, the EOS token is used, because padding is masked by position.
         chat_template_date: the date for chat templates that ask for today's (``strftime_now``), such as
             ``2025-01-31``; None is 2024-07-26, the date in Llama 3's own template.
+        chat_template_kwargs: further variables for the chat template, such as ``{enable_thinking: false}``. The template has
+            to read each of them.
 
     Raises:
-        ConfigError: if the file is missing or broken, no EOS token is found, a named token is not in the vocabulary, or
-            the date is none.
+        ConfigError: if the file is missing or broken, no EOS token is found, a named token is not in the vocabulary, the
+            date is none, or the chat template does not read one of the further variables.
     """
     file = resolve_path(path)
     if file.is_dir():
@@ -341,6 +370,7 @@ def tokenizer_json(
         chat_template=_given_template(chat_template) if chat_template is not None else beside.chat_template(),
         tool_template=beside.tool_template() if chat_template is None else None,
         chat_template_date=_date(chat_template_date),
+        chat_template_kwargs=_template_settings(chat_template_kwargs),
     )
     tokenizer.file = file
     return tokenizer
@@ -355,6 +385,22 @@ def _date(value: object) -> datetime.date:
         raise ConfigError(
             f"tokenizer.chat_template_date: must be a date such as 2024-07-26, got {value!r}"
         ) from error
+
+
+def _template_settings(value: object) -> dict[str, Any]:
+    if value is None:
+        return {}
+    key = "tokenizer.chat_template_kwargs"
+    if not isinstance(value, Mapping) or not all(isinstance(name, str) for name in value):
+        raise ConfigError(
+            f"{key}: must be a mapping from variables of the template to values, such as {{enable_thinking: false}}, got "
+            f"{value!r}"
+        )
+    try:
+        json.dumps(value)
+    except (TypeError, ValueError) as error:
+        raise ConfigError(f"{key}: values must be those of JSON ({error}); set others") from error
+    return dict(value)
 
 
 def _vocabulary(definition: Mapping[str, Any], file: Path) -> Iterable[tuple[str, int]]:
