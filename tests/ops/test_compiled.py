@@ -26,7 +26,7 @@ def compiler():
         yield
 
 
-def both(needs, *, dtype=torch.float64, frozen=False, same=False):
+def both(needs, *, dtype=torch.float64, frozen=False, same=False, **of_model):
     """Statistics and gradients, op by op and compiled."""
     hidden, weight, ref_hidden, ref_weight = make(dtype, vocab=101)
     weight.requires_grad_(not frozen)
@@ -37,7 +37,15 @@ def both(needs, *, dtype=torch.float64, frozen=False, same=False):
     found = []
     for compiled in (False, True):
         stats = linear_token_stats(
-            hidden, weight, ref_hidden, ref_weight, LABELS, needs=needs, memory_mb=0.002, compiled=compiled
+            hidden,
+            weight,
+            ref_hidden,
+            ref_weight,
+            LABELS,
+            needs=needs,
+            memory_mb=0.002,
+            compiled=compiled,
+            **of_model,
         )
         inputs = [x for x in (hidden, weight) if x.requires_grad]
         found.append((stats, torch.autograd.grad(total(stats), inputs)))
@@ -46,12 +54,17 @@ def both(needs, *, dtype=torch.float64, frozen=False, same=False):
 
 
 @pytest.mark.parametrize(
-    ("needs", "frozen"),
-    [(frozenset(), False), (frozenset({"ref", "kl_ref_policy"}), True), (ALL, False)],
-    ids=["log-probabilities", "KL, frozen head", "all"],
+    ("needs", "frozen", "of_model"),
+    [
+        (frozenset(), False, {}),
+        (frozenset({"ref", "kl_ref_policy"}), True, {}),
+        (ALL, False, {}),
+        (ALL, False, {"logit_scale": 2.5, "soft_cap": 3.0}),
+    ],
+    ids=["log-probabilities", "KL, frozen head", "all", "all, scaled and capped"],
 )
-def test_compiled_passes_give_what_those_op_by_op_give(needs, frozen):
-    plain, compiled = both(needs, frozen=frozen)
+def test_compiled_passes_give_what_those_op_by_op_give(needs, frozen, of_model):
+    plain, compiled = both(needs, frozen=frozen, **of_model)
     for name in NAMES:
         if getattr(plain[0], name) is not None:
             torch.testing.assert_close(
@@ -72,12 +85,15 @@ def test_equal_models_have_no_divergence_and_no_gradient_of_it():
     assert not stats.kl_ref_policy.any() and not stats.kl_policy_ref.any() and not stats.log_ratio.any()
 
 
-def test_one_kernel_serves_all_sizes():
+@pytest.mark.parametrize("of_model", [{}, {"logit_scale": 2.5, "soft_cap": 3.0}], ids=["plain", "capped"])
+def test_one_kernel_serves_all_sizes(of_model):
     def score(rows, vocab):
         hidden = torch.randn(1, rows + 1, 8, requires_grad=True)
         weight = torch.randn(vocab, 8, requires_grad=True)
         labels = torch.arange(rows + 1)[None]
-        stats = linear_token_stats(hidden, weight, None, None, labels, needs=frozenset(), compiled=True)
+        stats = linear_token_stats(
+            hidden, weight, None, None, labels, needs=frozenset(), compiled=True, **of_model
+        )
         stats.policy_logps.sum().backward()
         return counters["stats"]["unique_graphs"]
 

@@ -1,6 +1,7 @@
 """Statistics of rows of hidden states under the LM head, and their gradients, a block of the vocabulary at a time.
 
-With rows n, tokens v, policy logits z = hidden @ W^T and reference logits z', one pass over blocks of columns gives for each row
+Raw logits are hidden @ W^T. For most models they are the logits; others scale and cap them (:mod:`tokenpref.ops.final_logits`).
+With rows n, tokens v, policy logits z and reference logits z', one pass over blocks of columns gives for each row
 
 * the sums of exp(z - m) and exp(z' - m') with running maxima m and m', so both log-sum-exps;
 * the sums of exp(z' - m') d and exp(z - m) d with d = z - z', and of exp(z - m) (z - m), so both KLs and the entropy: with p and
@@ -8,13 +9,13 @@ With rows n, tokens v, policy logits z = hidden @ W^T and reference logits z', o
 * the sum of exp(z' - m') expm1(d), so lse - lse' = log1p(sum_v q expm1(d)) to the last digit where the models are close. As a
   difference of two log-sum-exps it would carry the rounding of both, which is larger than a small KL.
 
-The backward pass has the gradient of a block of logits in closed form (:mod:`tokenpref.ops.closed_form`) and multiplies it with
-the block's weights and with the hidden states. A block of columns, not of rows, reads its part of the heads once and writes its
-part of the head's gradient once.
+The backward pass has the gradient of a block of logits in closed form (:mod:`tokenpref.ops.closed_form`). It turns it into the
+gradient of raw logits, and multiplies that with the block's weights and with the hidden states. A block of columns, not of rows,
+reads its part of the heads once and writes its part of the head's gradient once.
 
-The forward pass keeps the logits of as many blocks as the budget holds, and the backward pass recomputes the others by the same
-products. The cut into blocks does not depend on the budget, so the budget changes no bit of the result. :func:`block_sums` and
-:func:`block_gradient` are pure functions of one block, and ``torch.compile`` can make one kernel of each.
+The forward pass keeps the raw logits of as many blocks as the budget holds, and the backward pass recomputes the others by the
+same products. The cut into blocks does not depend on the budget, so the budget changes no bit of the result. :func:`block_sums`
+and :func:`block_gradient` are pure functions of one block, and ``torch.compile`` can make one kernel of each.
 """
 
 from __future__ import annotations
@@ -36,6 +37,7 @@ from tokenpref.ops.closed_form import (
     exponentials,
     logit_gradient,
 )
+from tokenpref.ops.final_logits import LogitMap
 from tokenpref.ops.products import add_product, product
 
 __all__ = ["block_gradient", "block_sums", "head_statistics", "logit_budget"]
@@ -83,9 +85,10 @@ def _cut(rows: int, vocabulary: int, dtype: torch.dtype, device: torch.device) -
 
 
 def block_sums(
-    logits: Sequence[Tensor],
+    raw: Sequence[Tensor],
     shifts: Sequence[Tensor],
     needs: frozenset[str],
+    final: LogitMap,
     *,
     precise: bool,
     with_exponentials: bool,
@@ -93,17 +96,18 @@ def block_sums(
     """The sums that a block of columns adds to the statistics of its rows.
 
     Args:
-        logits: ``[N, C]`` of the policy, and of the reference if ``needs`` asks for one.
+        raw: raw logits ``[N, C]`` of the policy, and of the reference if ``needs`` asks for one.
         shifts: the largest logit of each row so far, ``[N]`` for each model, in the accumulation dtype.
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
+        final: from raw logits to logits, for both models.
         precise: whether to sum expm1, for a KL that would be lost in the rounding of two log-sum-exps.
-        with_exponentials: whether to return these too.
+        with_exponentials: whether to return these too, times the derivative of the policy's soft cap.
 
     Returns:
         For each model "shift", now with this block, and sums relative to it: "total" of the exponentials, and of their products
         with the model's shifted logits ("own"), with the difference d of the models' logits ("gap") and with expm1(d) ("growth").
     """
-    wide = [own.to(shift.dtype) for own, shift in zip(logits, shifts, strict=True)]
+    wide = [final.logits(own).to(shift.dtype) for own, shift in zip(raw, shifts, strict=True)]
     tops = [torch.maximum(shift, own.amax(-1)) for own, shift in zip(wide, shifts, strict=True)]
     powers = [exponentials(own, top) for own, top in zip(wide, tops, strict=True)]
     found = [{"shift": top, "total": power.sum(-1)} for top, power in zip(tops, powers, strict=True)]
@@ -118,31 +122,35 @@ def block_sums(
             found[1]["growth"] = gap.expm1_().mul_(powers[1]).sum(-1)
     if with_exponentials:
         for own, power in zip(found, powers, strict=True):
-            own["exponentials"] = power
+            own["exponentials"] = final.through_cap_(power, wide[0])
     return found
 
 
 def block_gradient(
-    logits: Tensor,
-    ref_logits: Tensor | None,
+    raw: Tensor,
+    ref_raw: Tensor | None,
     columns: Tensor,
     rows: RowStatistics,
     grads: Mapping[str, Tensor],
+    final: LogitMap,
 ) -> Tensor:
-    """The gradient of a block of logits, in their dtype.
+    """The gradient of a block of raw logits, in their dtype.
 
     Args:
-        logits: the policy's ``[N, C]``.
-        ref_logits: the reference's, if a KL has a gradient.
+        raw: the policy's raw logits ``[N, C]``.
+        ref_raw: the reference's, if a KL has a gradient.
         columns: ``[N]`` int64, the target's column in this block; out of range where it lies in another one.
         rows: statistics of these rows.
-        grads: incoming gradients ``[N]`` by statistic.
+        grads: incoming gradients ``[N]`` by statistic, times the logits' scale.
+        final: from raw logits to logits, for both models.
     """
+    logits = final.logits(raw)
+    ref_logits = None if ref_raw is None else final.logits(ref_raw)
     gradient = logit_gradient(logits, ref_logits, rows, grads)
     if "policy_logps" in grads:
         places, here = _inside(columns, logits.shape[1])
         gradient.scatter_add_(1, places[:, None], torch.where(here, grads["policy_logps"], 0)[:, None])
-    return gradient.to(logits.dtype)
+    return final.through_cap_(gradient, logits).to(raw.dtype)
 
 
 def _inside(columns: Tensor, width: int) -> tuple[Tensor, Tensor]:
@@ -162,7 +170,7 @@ class _Sums:
 
     def __init__(self, hidden: Tensor) -> None:
         self.shift = hidden.new_full((len(hidden),), -torch.inf, dtype=accumulation_dtype(hidden.dtype))
-        self.at = torch.zeros_like(self.shift)  # the target's logit
+        self.at = torch.zeros_like(self.shift)  # the target's raw logit, and after all blocks its logit
         for name in _SUMS:
             setattr(self, name, torch.zeros_like(self.shift, dtype=torch.float64))
 
@@ -171,7 +179,7 @@ class _Sums:
     gap: Tensor
     growth: Tensor
 
-    def add(self, block: Mapping[str, Tensor], logits: Tensor, columns: Tensor) -> Tensor:
+    def add(self, block: Mapping[str, Tensor], raw: Tensor, columns: Tensor) -> Tensor:
         """Add a block's :func:`block_sums`; returns by how much the earlier sums shrank."""
         moved = torch.where(self.shift.isinf(), 0.0, (self.shift - block["shift"]).double())
         shrink = moved.exp()
@@ -181,8 +189,8 @@ class _Sums:
             total: Tensor = getattr(self, name).mul_(shrink)
             if name in block:
                 total.add_(block[name])
-        places, here = _inside(columns, logits.shape[1])
-        self.at = torch.where(here, logits.gather(1, places[:, None])[:, 0], self.at)
+        places, here = _inside(columns, raw.shape[1])
+        self.at = torch.where(here, raw.gather(1, places[:, None])[:, 0], self.at)
         return shrink.to(self.at.dtype)
 
     @property
@@ -218,6 +226,7 @@ def head_statistics(
     ref_hidden: Tensor | None,
     ref_weight: Tensor | None,
     needs: frozenset[str],
+    final: LogitMap,
     *,
     budget: int,
     compiled: bool,
@@ -225,7 +234,7 @@ def head_statistics(
     """Statistics ``[N]`` by name; arguments as in :func:`tokenpref.ops.score_tokens`, with a budget in bytes of each model."""
     wants_grad = torch.is_grad_enabled()
     outputs = _HeadStatistics.apply(
-        hidden, weight, ref_hidden, ref_weight, targets, needs, budget, wants_grad, compiled
+        hidden, weight, ref_hidden, ref_weight, targets, needs, final, budget, wants_grad, compiled
     )
     return {name: value for name, value in zip(OUTPUTS, outputs, strict=True) if value is not None}
 
@@ -242,6 +251,7 @@ class _HeadStatistics(torch.autograd.Function):
         ref_weight: Tensor | None,
         targets: Tensor,
         needs: frozenset[str],
+        final: LogitMap,
         budget: int,
         with_grad: bool,
         compiled: bool,
@@ -268,26 +278,28 @@ class _HeadStatistics(torch.autograd.Function):
         sums_of = _compiled(block_sums) if compiled else block_sums
         for number, part in enumerate(blocks):
             # Rounded to the hidden states' dtype, as the model's output layer does.
-            logits = [product(states, head[part].T) for states, head in heads]
+            raw = [product(states, head[part].T) for states, head in heads]
             shifts = [model.shift for model in models]
-            found = sums_of(logits, shifts, needs, precise=precise, with_exponentials=vectors_wanted)
+            found = sums_of(raw, shifts, needs, final, precise=precise, with_exponentials=vectors_wanted)
             for index, (model, block) in enumerate(zip(models, found, strict=True)):
-                shrink = model.add(block, logits[index], targets - part.start)
+                shrink = model.add(block, raw[index], targets - part.start)
                 if vectors_wanted:
                     vectors[index].mul_(shrink[:, None])
                     add_product(vectors[index], block["exponentials"].to(hidden.dtype), weight[part])
             if number >= len(blocks) - fit:
-                kept[number] = logits[:to_keep]
-            del logits, found, block  # before the next block allocates its own
+                kept[number] = raw[:to_keep]
+            del raw, found, block  # before the next block allocates its own
+        for model in models:
+            model.at = final.logits(model.at)
         values = _statistics(models, needs, precise=precise)
         for vector, model in zip(vectors, models, strict=False):
             vector /= model.total[:, None]
         lse = [model.lse.to(model.at.dtype) for model in models]
-        extra = [*vectors, *[None] * (2 - len(vectors)), *lse, *[None] * (2 - len(lse))]
+        extra = [models[0].at, *vectors, *[None] * (2 - len(vectors)), *lse, *[None] * (2 - len(lse))]
         others = [values.get("kl_policy_ref"), values.get("entropy")]
         reference = (ref_hidden, ref_weight) if to_keep == 2 else (None, None)
         ctx.save_for_backward(hidden, weight, *reference, targets, *extra, *others)
-        ctx.kept, ctx.blocks, ctx.compiled = kept, blocks, compiled
+        ctx.kept, ctx.blocks, ctx.compiled, ctx.final = kept, blocks, compiled, final
         ctx.set_materialize_grads(False)
         if "ref_logps" in values:
             ctx.mark_non_differentiable(values["ref_logps"])
@@ -296,10 +308,15 @@ class _HeadStatistics(torch.autograd.Function):
     @staticmethod
     @once_differentiable
     def backward(ctx: Any, *output_grads: Tensor | None) -> tuple[Tensor | None, ...]:
-        hidden, weight, *reference, targets, vector, ref_vector, lse, ref_lse, kl, entropy = ctx.saved_tensors
-        grads = {name: grad for name, grad in zip(OUTPUTS, output_grads, strict=True) if grad is not None}
+        hidden, weight, *reference, targets, at, vector, ref_vector, lse, ref_lse, kl, entropy = (
+            ctx.saved_tensors
+        )
+        final = ctx.final
+        grads = {
+            n: grad * final.scale for n, grad in zip(OUTPUTS, output_grads, strict=True) if grad is not None
+        }
         if vector is not None:
-            return _from_vectors(hidden, weight, targets, (vector, ref_vector), grads), *[None] * 8
+            return _from_vectors(hidden, weight, targets, at, (vector, ref_vector), grads, final), *[None] * 9
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         of_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if want_hidden else None
         of_weight = torch.empty_like(weight) if want_weight else None
@@ -308,25 +325,26 @@ class _HeadStatistics(torch.autograd.Function):
         heads = [(hidden, weight), reference] if with_kl else [(hidden, weight)]
         gradient_of = _compiled(block_gradient) if ctx.compiled else block_gradient
         for number, part in reversed(list(enumerate(ctx.blocks))):
-            logits = ctx.kept.pop(number, None) or [product(states, head[part].T) for states, head in heads]
+            raw = ctx.kept.pop(number, None) or [product(states, head[part].T) for states, head in heads]
             made = [
                 gradient_of(
-                    logits[0][rows],
-                    logits[1][rows] if own.keys() & KL_STATISTICS else None,
+                    raw[0][rows],
+                    raw[1][rows] if own.keys() & KL_STATISTICS else None,
                     targets[rows] - part.start,
                     statistics,
                     own,
+                    final,
                 )
                 for rows, statistics, own in pieces
             ]
             gradient = made[0] if len(made) == 1 else torch.cat(made)
-            del logits, made
+            del raw, made
             if of_hidden is not None:
                 add_product(of_hidden, gradient, weight[part])
             if of_weight is not None:
                 add_product(of_weight[part], gradient.T, hidden, begun=False)
             del gradient
-        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, *[None] * 7
+        return None if of_hidden is None else of_hidden.to(hidden.dtype), of_weight, *[None] * 8
 
 
 def _pieces(
@@ -356,13 +374,19 @@ def _from_vectors(
     hidden: Tensor,
     weight: Tensor,
     targets: Tensor,
+    at: Tensor,
     vectors: tuple[Tensor, Tensor],
     grads: Mapping[str, Tensor],
+    final: LogitMap,
 ) -> Tensor:
-    """The hidden states' gradient under a frozen head, from sum_v p_v W_v and sum_v q_v W_v."""
+    """The hidden states' gradient under a frozen head, from sum_v p_v c_v W_v and sum_v q_v c_v W_v.
+
+    The soft cap's derivative c is 1 where there is no cap. ``at`` are the targets' logits ``[N]``.
+    """
     total = torch.zeros_like(vectors[0])
     if (grad := grads.get("policy_logps")) is not None:
-        total.addcmul_(grad[:, None], weight[targets].to(total.dtype) - vectors[0])
+        of_targets = final.through_cap_(weight[targets].to(total.dtype), at[:, None])
+        total.addcmul_(grad[:, None], of_targets - vectors[0])
     if (grad := grads.get("kl_ref_policy")) is not None:
         total.addcmul_(grad[:, None], vectors[0] - vectors[1])
     return total.to(hidden.dtype)

@@ -5,6 +5,7 @@ from __future__ import annotations
 from torch import Tensor
 
 from tokenpref.ops.answers import AnswerRows, check_needs, check_reference, check_shapes, needs_of_rows
+from tokenpref.ops.final_logits import LogitMap
 from tokenpref.ops.head import head_statistics, logit_budget
 from tokenpref.stats import TokenStats
 
@@ -23,13 +24,15 @@ def linear_token_stats(
     memory_mb: float | None = None,
     ref_logps: Tensor | None = None,
     compiled: bool = False,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
 ) -> TokenStats:
     """Token statistics from the last hidden states and the LM heads of both models.
 
-    The numbers and gradients equal those of :func:`~tokenpref.ops.token_stats_from_logits` on ``hidden @ head_weight.T``. But
-    only positions that predict an answer's token are multiplied with the head, one block of the vocabulary at a time. The
-    gradient flows to ``hidden`` and to ``head_weight``. If the head is frozen, the forward pass already computes the gradient
-    vectors of the hidden states, and the backward pass needs no matrix product.
+    The numbers and gradients equal those of :func:`~tokenpref.ops.token_stats_from_logits` on ``hidden @ head_weight.T``, or on
+    :func:`~tokenpref.ops.final_logits` of it. But only positions that predict an answer's token are multiplied with the head, one
+    block of the vocabulary at a time. The gradient flows to ``hidden`` and to ``head_weight``. If the head is frozen, the forward
+    pass already computes the gradient vectors of the hidden states, and the backward pass needs no matrix product.
 
     Args:
         hidden: policy's last hidden states ``[B, L, D]``, the input of its LM head (after the final norm).
@@ -48,12 +51,15 @@ def linear_token_stats(
         ref_logps: the reference's log-probabilities ``[B, T]`` instead of ``ref_hidden``, if no KL is needed.
         compiled: make one kernel of the passes over a block of logits with ``torch.compile``: some ten seconds the first
             time and, on a CPU, a C++ compiler. Numbers change by rounding only.
+        logit_scale: factor of both models' logits, as in :func:`~tokenpref.ops.final_logits`.
+        soft_cap: bound of both models' logits, as in :func:`~tokenpref.ops.final_logits`; None: no bound.
 
     Returns:
         Statistics ``[B, T]`` in nats, in float32, or in float64 for float64 hidden states.
 
     Raises:
-        ValueError: for wrong shapes, unknown names in ``needs``, or a reference that does not serve them.
+        ValueError: for wrong shapes, unknown names in ``needs``, a reference that does not serve them, or a ``logit_scale`` or
+            ``soft_cap`` that is not a number above 0.
     """
     from_hidden = needs_of_rows(needs, ref_hidden, ref_logps)
     check_shapes(
@@ -70,6 +76,8 @@ def linear_token_stats(
         needs=from_hidden,
         memory_mb=memory_mb,
         compiled=compiled,
+        logit_scale=logit_scale,
+        soft_cap=soft_cap,
     )
     return rows.token_stats(values, ref_logps, weights)
 
@@ -84,6 +92,8 @@ def score_tokens(
     needs: frozenset[str] = frozenset(),
     memory_mb: float | None = None,
     compiled: bool = False,
+    logit_scale: float = 1.0,
+    soft_cap: float | None = None,
 ) -> dict[str, Tensor]:
     """Statistics of rows that are already selected, which :func:`linear_token_stats` scatters to ``[B, T]``.
 
@@ -96,13 +106,16 @@ def score_tokens(
         needs: of "ref", "kl_ref_policy", "kl_policy_ref", "entropy".
         memory_mb: as in :func:`linear_token_stats`.
         compiled: as in :func:`linear_token_stats`.
+        logit_scale: as in :func:`linear_token_stats`.
+        soft_cap: as in :func:`linear_token_stats`.
 
     Returns:
         ``[N]`` tensors by the name of their :class:`~tokenpref.stats.TokenStats` field: "policy_logps" and what
         ``needs`` names. With N = 0 they are empty but still part of the graph.
 
     Raises:
-        ValueError: for wrong shapes, unknown names in ``needs``, or a missing reference.
+        ValueError: for wrong shapes, unknown names in ``needs``, a missing reference, or a ``logit_scale`` or ``soft_cap`` that
+            is not a number above 0.
     """
     computed = check_needs(needs)
     check_reference(computed, "ref_hidden", ref_hidden, None)
@@ -118,6 +131,7 @@ def score_tokens(
         ref_hidden,
         ref_head_weight,
         computed,
+        LogitMap(logit_scale, soft_cap),
         budget=logit_budget(memory_mb, head_weight.nbytes, hidden.device),
         compiled=compiled,
     )
