@@ -1,6 +1,7 @@
 """Policy and reference over torchtune's decoders, and the models that come with the package."""
 
 from tokenpref.data.reference_store import ReferenceStore
+from tokenpref.models.causal_lm_checkpointer import CausalLMCheckpointer
 from tokenpref.models.reference import CachedReference, FrozenReference, Reference, ReferenceOutput
 from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.models.smollm2 import lora_smollm2_135m, smollm2_135m
@@ -8,6 +9,7 @@ from tokenpref.models.tiny import lora_tiny_llama, tiny_llama
 
 __all__ = [
     "CachedReference",
+    "CausalLMCheckpointer",
     "FrozenReference",
     "Reference",
     "ReferenceOutput",
