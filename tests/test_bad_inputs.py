@@ -525,6 +525,7 @@ CONFIGS = [
         ("sampling.compare_to=s.jsonl",), prepare=write("s.jsonl", b'{"prompt": "a", "sample": 0, "reward": "high"}\n')),
     Bad("reward of something else", "evaluate", "sampling.reward.positive: KeywordReward needs this argument",
         ("~sampling.reward.positive",)),
+    Bad("kept by a number", "pair", "keep_checkpoints: expected true or false, found 1", ("keep_checkpoints=1",)),
     Bad("method", "pair", "method: expected one of prompt, sft, dpo, found 'ppo'", ("method=ppo",)),
 ]  # fmt: skip
 

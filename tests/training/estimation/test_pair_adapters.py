@@ -1,5 +1,6 @@
 """A contrastive pair of two adapters over one base: built, scored for a store, and scored inside a policy in training."""
 
+import logging
 import math
 import shutil
 from pathlib import Path
@@ -19,11 +20,12 @@ from tokenpref.errors import ConfigError, DataError, TokenprefError
 from tokenpref.models import ScoringModel
 from tokenpref.models.adapters import adapter_state
 from tokenpref.models.peft_format import read_adapter
-from tokenpref.training import ContrastiveReference, WeightedTrainer, WeightEstimation
+from tokenpref.training import ContrastiveReference, PreferenceTrainer, WeightedTrainer, WeightEstimation
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.estimation.pair_folder import SIDES, read_pair
 from tokenpref.training.loading import models
 from tokenpref.training.loading.models import ModelMaker
+from tokenpref.training.saving.checkpoints import Checkpoints
 from tokenpref.training.step.batches import pair_batches
 
 WORLD = single_process_world()
@@ -43,15 +45,20 @@ def built(tmp_path_factory):
     place = tmp_path_factory.mktemp("pairs")
     with pytest.MonkeyPatch.context() as patch:
         patch.chdir(place)
-        words = ["--config", "tiny/contrastive_reference", *LORA, *SHORT, ROWS]
-        for method, name in (("dpo", "pair"), ("prompt", "prompts")):
-            builder = ContrastiveReference(load_config([*words, f"method={method}", f"output_dir={name}"]))
-            try:
-                builder.run()
-            finally:
-                builder.close()
+        build("pair")
+        build("prompts", "method=prompt")
         estimate("store")
     return place
+
+
+def build(name, *words, model=LORA):
+    """Build a pair, or what is missing of it."""
+    words = ["--config", "tiny/contrastive_reference", *model, *SHORT, ROWS, *words, f"output_dir={name}"]
+    builder = ContrastiveReference(load_config(words))
+    try:
+        return builder.run()
+    finally:
+        builder.close()
 
 
 @pytest.fixture
@@ -132,6 +139,102 @@ def test_the_pair_holds_two_adapters_from_one_start_and_not_the_base(built):
         apart = (tensor - adapters[1][name]).abs().max()
         # No weight moves by much more than the rate in a step. Two random A would be further apart.
         assert 0 < apart < 2.5 * STEPS * RATE, name
+
+
+def held(pair):
+    """The bytes of the files of a pair that are the same in each build."""
+    files = (file for file in Path(pair).rglob("*") if file.is_file() and file.parent.name != "logs")
+    own = {".lock", "run.json", "tokenpref_base.json", "torchtune_config.yaml"}
+    return {str(f.relative_to(pair)): f.read_bytes() for f in files if f.name not in own}
+
+
+def test_the_sides_hold_no_checkpoints_and_no_tokenizer(built):
+    """Both would be larger than the adapters. The pair names the tokenizer by its fingerprint."""
+    names = {file.relative_to(built / "pair") for file in (built / "pair").rglob("*") if file.is_file()}
+    for side in SIDES:
+        found = {name.name for name in names if name.parts[:2] == (side, "epoch_0")}
+        assert found == {
+            "adapter_config.json", "adapter_model.safetensors", "manifest.json", "tokenpref_base.json",
+        }  # fmt: skip
+        assert not (built / "pair" / side / "checkpoints").exists()
+
+
+def test_a_build_that_is_killed_goes_on_to_the_same_bits(folder, monkeypatch, caplog):
+    """In the training of the second side, and while the checkpoints of the finished sides are removed."""
+
+    class KilledError(BaseException):
+        pass
+
+    def train(self, step=PreferenceTrainer._step):
+        if self.run.progress.step == 2 and "negative" in self.config.output_dir:
+            raise KilledError
+        return step(self)
+
+    def remove(self, own=Checkpoints.remove):
+        if "negative" in str(self.path):
+            raise KilledError
+        own(self)
+
+    saved = ("checkpoint_every_n_steps=1",)
+    with monkeypatch.context() as patch:
+        patch.setattr(PreferenceTrainer, "_step", train)
+        with pytest.raises(KilledError):
+            build("mine", *saved)
+    assert not Path("mine/pair.yaml").exists() and Path("mine/positive/checkpoints/step_3").is_dir()
+    with monkeypatch.context() as patch:
+        patch.setattr(Checkpoints, "remove", remove)
+        with pytest.raises(KilledError):
+            build("mine", *saved)
+    assert read_pair(Path("mine")).method == "dpo"
+    assert [Path(f"mine/{side}/checkpoints").exists() for side in SIDES] == [False, True]
+    for _ in range(2):  # the second time there is nothing left to do
+        caplog.clear()
+        with caplog.at_level(logging.INFO, logger="tokenpref"):
+            build("mine", *saved)
+        assert caplog.text.count("done already") == 2
+    found, whole = held("mine"), held("pair")
+    assert found.keys() == whole.keys() and not any("checkpoints" in name for name in found)
+    assert all(found[name] == whole[name] for name in whole if name.endswith(".safetensors"))
+
+
+def test_checkpoints_are_kept_to_train_a_pair_further(folder):
+    build("mine", "keep_checkpoints=true")
+    assert all(Path(f"mine/{side}/checkpoints/step_3").is_dir() for side in SIDES)
+    build("mine", "epochs=2")
+    assert read_pair(Path("mine")).positive.adapter == (folder / "mine/positive/epoch_1").resolve()
+    assert not any(Path(f"mine/{side}/checkpoints").exists() for side in SIDES)
+
+
+def test_a_pair_without_checkpoints_cannot_be_trained_further(folder):
+    build("mine")
+    before = held("mine")
+    for words in ((), ("dry_run=true",), ("keep_checkpoints=true",)):
+        with pytest.raises(
+            ConfigError,
+            match="positive side in .* finished with other epochs .* keep_checkpoints .* in another output_dir",
+        ):
+            build("mine", "epochs=2", *words)
+    assert held("mine") == before
+    shutil.rmtree("mine/negative/epoch_0")
+    with pytest.raises(
+        ConfigError,
+        match="negative/epoch_0 is missing, .* no checkpoint .*remove .*/negative and start again",
+    ):
+        build("mine")
+    shutil.rmtree("mine/negative")
+    build("mine")
+    after = held("mine")
+    assert after.keys() == before.keys()
+    assert all(after[name] == before[name] for name in before if name.endswith(".safetensors"))
+
+
+@pytest.mark.parametrize(("words", "kept"), [((), True), (("keep_checkpoints=false",), False)])
+def test_whole_models_keep_their_checkpoints_unless_asked(folder, words, kept):
+    plain = ("model._component_=tokenpref.models.tiny_llama",)
+    build("mine", "max_steps_per_epoch=1", *words, model=plain)
+    assert [Path(f"mine/{side}/checkpoints/step_1").is_dir() for side in SIDES] == [kept, kept]
+    assert all(Path(f"mine/{side}/epoch_0/tokenizer.json").is_file() for side in SIDES)
+    estimate("from_whole", pair="mine", model=plain)
 
 
 def test_a_pair_of_adapters_holds_no_merged_models(folder):

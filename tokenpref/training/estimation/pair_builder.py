@@ -18,7 +18,7 @@ from tokenpref.distributed import World, init_world
 from tokenpref.errors import ConfigError, DryRun
 from tokenpref.models.agreement import config_numbers
 from tokenpref.training.config.faults import loss_faults
-from tokenpref.training.config.fields import Component, component, read_config, text
+from tokenpref.training.config.fields import Component, component, flag, read_config, text
 from tokenpref.training.config.keys import TrainConfig
 from tokenpref.training.config.written import plain_without_environment
 from tokenpref.training.estimation.pair_folder import METHODS, PAIR_FILE, SIDES, base_digest, write_pair
@@ -36,7 +36,7 @@ DEFAULT_LOSS = {
     "sft": {COMPONENT: "tokenpref.losses.NLLLoss"},
     "dpo": {COMPONENT: "tokenpref.losses.DPOLoss", "beta": 0.1},
 }
-OWN_KEYS = ("method", "positive_prompt", "negative_prompt")
+OWN_KEYS = ("method", "positive_prompt", "negative_prompt", "keep_checkpoints")
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -52,6 +52,9 @@ class ContrastiveConfig(TrainConfig):
     """For ``method: prompt``: precedes the data's prompts on the negative side."""
     loss: Component | None = component(optional=True)  # type: ignore[assignment]  # widened: null is allowed here
     """Null takes the method's own: ``NLLLoss`` for sft, ``DPOLoss`` for dpo."""
+    keep_checkpoints: bool | None = flag(None)
+    """Keep the last checkpoints of both sides when the pair is finished. They are needed only to train the pair further with more
+    ``epochs``. Null keeps those of whole models, and removes those of adapters, which are larger than the pair."""
 
     def faults(self) -> list[str]:
         """Faults that no single key shows."""
@@ -80,7 +83,8 @@ class ContrastiveReference:
     ``prompt`` trains nothing. ``sft`` and ``dpo`` train the positive side on the data and the negative side on the data with
     chosen and rejected exchanged, each from the same start, in ``output_dir/positive`` and ``output_dir/negative``. Of a model
     with adapters, the folder holds the two adapters and not the base. Started again with the same config, a finished side is kept
-    and an unfinished one goes on from its newest checkpoint.
+    and an unfinished one goes on from its newest checkpoint. Checkpoints that the finished pair does not keep
+    (``keep_checkpoints``) are removed after ``pair.yaml`` is written.
 
     Args:
         cfg: merged config, as :func:`tokenpref.training.recipe_main` delivers it.
@@ -123,6 +127,7 @@ class ContrastiveReference:
         own.check(PAIR_FILE)
         sides: dict[str, dict[str, Any]] = {}
         trained: list[Path] = []
+        keep = True
         maker = ModelMaker(config, self.world)
         if config.method == "prompt":
             tokenizer = adapt_tokenizer(config.tokenizer.build())
@@ -130,7 +135,9 @@ class ContrastiveReference:
             prompts = (config.positive_prompt, config.negative_prompt)
             sides = {s: {"checkpoint": None, "prompt": p} for s, p in zip(SIDES, prompts, strict=True)}
         else:
-            kind = "adapter" if own.world.together(lambda: self._has_adapters(maker)) else "checkpoint"
+            adapters = own.world.together(lambda: self._has_adapters(maker))
+            kind = "adapter" if adapters else "checkpoint"
+            keep = not adapters if config.keep_checkpoints is None else config.keep_checkpoints
             for side in SIDES:
                 weights = self._build_side(folder, side, own)
                 trained.append(weights)
@@ -157,6 +164,9 @@ class ContrastiveReference:
             )
             log.info(f"contrastive pair ({config.method}) in {folder}")
         self.world.barrier()
+        # Last: until the pair is whole, a side may still have to go on from its checkpoint.
+        for side in SIDES if not keep else ():
+            self._run_of(folder, side)[1].remove_checkpoints()
         return folder
 
     def _has_adapters(self, maker: ModelMaker) -> bool:
@@ -175,22 +185,21 @@ class ContrastiveReference:
     def _build_side(self, folder: Path, side: str, own: RunFolder) -> Path:
         """Train a side unless it is there; returns the folder of its weights."""
         assert self.world is not None  # run() joins it
-        cfg = self._side_config(folder, side)
-        plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
-        run = RunFolder(
-            folder / side, plain, PreferenceTrainer.recipe, self.world, schema=PreferenceTrainer.schema
-        )
+        cfg, run = self._run_of(folder, side)
         weights = run.finished()
         # Where somebody removed them the training goes on from its last checkpoint and writes them again.
         if weights is not None and self.world.broadcast_object(weights.is_dir()):
             self._say(f"{side} side: done already ({weights})")
             return weights
         goes_on = self.world.broadcast_object(self.world.is_main and run.checkpoints.newest()[0] is not None)
+        if not goes_on:
+            self._refuse_without_checkpoint(run, side, weights)
         cfg.resume_from_checkpoint = "auto"
         self._say(f"{side} side: {'goes on' if goes_on else 'begins'}")
         trainer = PreferenceTrainer(cfg, self.world)
         try:
             trainer.setup()
+            trainer.run.folder.tokenizer_beside_adapter = False  # whoever uses the pair names the tokenizer
             own.claim_once()
             trainer.train()
         finally:
@@ -198,6 +207,42 @@ class ContrastiveReference:
         done = run.finished(compare=False)  # train() has done so
         assert done is not None  # train() marked it, or raised
         return done
+
+    def _refuse_without_checkpoint(self, run: RunFolder, side: str, weights: Path | None) -> None:
+        """Refuse to go on with a side that was finished and has no checkpoint.
+
+        Args:
+            run: the folder of the side.
+            side: its name.
+            weights: the missing folder of its weights; None if it was finished with another length.
+
+        Raises:
+            ConfigError: on every rank.
+        """
+
+        def check() -> None:
+            if not run.world.is_main or not run.is_finished():
+                return
+            removed = "has no checkpoint to go on from (a finished pair of adapters keeps none, unless keep_checkpoints is true)"
+            if weights is None:
+                raise ConfigError(
+                    f"output_dir: the {side} side in {run.path} was finished with other epochs or max_steps_per_epoch, and "
+                    f"{removed}; set them as they were, or build a pair of the new length in another output_dir"
+                )
+            raise ConfigError(
+                f"output_dir: {weights} is missing, and the {side} side {removed}; restore that folder from a copy, or remove "
+                f"{run.path} and start again: the side is then trained again"
+            )
+
+        run.world.together(check)
+
+    def _run_of(self, folder: Path, side: str) -> tuple[DictConfig, RunFolder]:
+        """The config of a side's training, and its folder."""
+        assert self.world is not None  # run() joins it
+        cfg = self._side_config(folder, side)
+        plain: dict[str, Any] = OmegaConf.to_container(cfg, resolve=True)  # type: ignore[assignment]
+        recipe, schema = PreferenceTrainer.recipe, PreferenceTrainer.schema
+        return cfg, RunFolder(folder / side, plain, recipe, self.world, schema=schema)
 
     def _side_config(self, folder: Path, side: str) -> DictConfig:
         cfg: DictConfig = self._cfg.copy()

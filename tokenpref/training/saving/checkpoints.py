@@ -160,6 +160,15 @@ class Checkpoints:
             written = write_sharded(partial, state, self.world)
             self._on_main(lambda: finish(written))
 
+    def remove(self) -> None:
+        """Remove all checkpoints, complete or not, but nothing else in their folder. On the main process."""
+        with writing(self.path):
+            for folder in (*self.path.glob("step_*.partial"), *self.named()):
+                shutil.rmtree(folder)
+            (self.path / LATEST).unlink(missing_ok=True)
+            if not any(self.path.iterdir()):
+                self.path.rmdir()
+
     @property
     def saving(self) -> bool:
         """Whether a background save is running in this process."""

@@ -50,7 +50,7 @@ INCIDENTAL = frozenset(
         "enable_async_checkpointing", "best", "dry_run",
         "log_every_n_steps", "log_peak_memory_stats", "metric_logger", "profiler", "run_val_every_n_steps",
         "batch_size_val", "epochs", "max_steps_per_epoch", "dataset_val", "loss_val", "log_stats_val", "sampling",
-        "reference_cache_dir", "head_memory_mb", "save_adapter_weights_only",
+        "reference_cache_dir", "head_memory_mb", "save_adapter_weights_only", "keep_checkpoints",
     }
 )  # fmt: skip
 # Earlier versions counted these too, and every other key that the file named.
@@ -97,6 +97,7 @@ class RunFolder:
 
     Attributes:
         tokenizer: the tokenizer that exported folders describe, once it is known.
+        tokenizer_beside_adapter: whether the folder of an adapter also holds a tokenizer. The side of a pair needs none.
     """
 
     def __init__(
@@ -122,6 +123,7 @@ class RunFolder:
         self._found: list[str] | None = None
         self._own_checkpoint: Path | None = None
         self.tokenizer: Tokenizer | None = None
+        self.tokenizer_beside_adapter = True
 
     def start(self, resume: bool | str) -> Path | None:
         """The checkpoint to continue from; the same on every rank. Writes nothing.
@@ -390,7 +392,8 @@ class RunFolder:
                         _move_inside(folder, MERGED)
                     folder.mkdir(parents=True, exist_ok=True)
                     write_adapter(folder, state, layout, self.base)
-                    describe_adapter(folder, self.base, self.tokenizer)
+                    if self.tokenizer_beside_adapter:
+                        describe_adapter(folder, self.base, self.tokenizer)
                 if folder.is_dir():  # a user's checkpointer may write elsewhere
                     seal(folder)
 
@@ -465,6 +468,29 @@ class RunFolder:
 
         self.world.together(mark)
         self.world.barrier()
+
+    def is_finished(self) -> bool:
+        """Whether this run was complete at some length, whatever is left of it. On the main process."""
+        owner = self._owner()
+        return owner is not None and self._is_mine(owner) and (self.path / FINISHED_FILE).is_file()
+
+    def remove_checkpoints(self) -> None:
+        """Remove all checkpoints of a complete run. Started again after a kill, it removes the rest.
+
+        Raises:
+            ConfigError: on every rank, if another process goes on with the run.
+        """
+
+        def found() -> bool:
+            return self.world.is_main and self.is_finished() and self.checkpoints.path.is_dir()
+
+        if not self.world.broadcast_object(found()):
+            return
+        self.lock()
+        try:
+            self.world.together(lambda: self.checkpoints.remove() if self.world.is_main else None)
+        finally:
+            self.unlock()
 
     def finished(self, *, compare: bool = True) -> Path | None:
         """The folder of the last weights if this run (same config and length) is complete; the same on every rank.
