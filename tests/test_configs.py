@@ -6,7 +6,7 @@ from omegaconf import OmegaConf
 
 from tokenpref._registry import config_files, recipe_of
 from tokenpref._torchtune import TransformerDecoder
-from tokenpref.models.scoring import check_head
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config import keys as config
 from tokenpref.training.config.defaults import without_defaults
@@ -58,7 +58,7 @@ def test_components_can_be_built(shipped):
     with torch.device("meta"):
         model = cfg.model.build()
     assert isinstance(model, TransformerDecoder)
-    check_head(model)
+    decoder_of(model).check()
     if isinstance(cfg, EstimateConfig):
         return  # its other components have been checked by the schema
     if isinstance(cfg, ContrastiveConfig):

@@ -21,7 +21,7 @@ RECIPES = sorted((ROOT / "recipes").glob("*.py"))
 # Lowest first. A part (file or folder of tokenpref/) may import itself and the parts of the lines above its own.
 LAYERS = (
     {"errors"},
-    {"__init__", "_checks", "_files", "_memory", "_paths", "_torchtune", "_yaml"},
+    {"__init__", "_checks", "_files", "_memory", "_paths", "_torchtune", "_transformers", "_yaml"},
     {"stats", "_sealed"},
     {"components", "_registry", "ops", "losses", "weights", "rewards"},
     {"distributed"},

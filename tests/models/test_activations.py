@@ -17,6 +17,7 @@ from tokenpref.models.activations import (
 )
 from tokenpref.models.padding_free import PackedRows
 from tokenpref.models.scoring import ScoringModel
+from tokenpref.models.tiny import tiny_llama
 from tokenpref.ops import AnswerRows
 
 BATCH = small.batch([0, 1, 2])
@@ -46,8 +47,7 @@ def test_checkpointing_changes_no_bit(every):
 
 def test_every_third_layer_counts_anew_in_each_model():
     for _ in range(2):
-        model = torch.nn.Module()
-        model.layers = torch.nn.ModuleList(torch.nn.Identity() for _ in range(7))
+        model = tiny_llama(num_layers=7)
         assert checkpointed_layers(model, 3) == [model.layers[2], model.layers[5]]
 
 
@@ -73,7 +73,7 @@ def test_only_the_inputs_of_layers_are_offloaded():
     expected, found = gradients(plain), gradients(lean)
     assert all(torch.equal(a, b) for a, b in zip(expected, found, strict=True))
     positions = PackedRows.of(BATCH.tokens, BATCH.labels, AnswerRows.of(BATCH.labels)).tokens
-    assert packed == [[*positions.shape, 32]] * 2
+    assert packed == [[*positions.shape, 1, 32]] * 2
     ScoringModel(lean).logps(BATCH.tokens, BATCH.labels)
     assert len(packed) == 2  # nothing is kept, and nothing packed, without a gradient
 

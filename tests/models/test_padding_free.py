@@ -9,7 +9,8 @@ from torchtune.models.phi3 import phi3
 from torchtune.models.qwen2 import qwen2
 
 from tokenpref._torchtune import TransformerSelfAttentionLayer, compile_model, set_activation_checkpointing
-from tokenpref.models.padding_free import PackedRows, Segments, install_segments
+from tokenpref.models.decoder_of import decoder_of
+from tokenpref.models.padding_free import PackedRows, Segments
 from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.ops import AnswerRows
 
@@ -101,8 +102,8 @@ def assert_alike(found, wanted, of_gradients=1e-6):
 
 def test_positions_that_something_reads_by_hand():
     packed = PackedRows.of(TOKENS, LABELS, AnswerRows.of(LABELS))
-    assert packed.tokens.squeeze(1).tolist() == [5, 6, 7, 8, 1, 2, 5, 6, 7, 6, 5, 4]
-    assert packed.positions.squeeze(1).tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 5]
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 1, 2, 5, 6, 7, 6, 5, 4]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 0, 1, 0, 1, 2, 3, 4, 5]
     assert packed.segments == Segments((4, 2, 6)) and packed.segments.members is None
     assert packed.answers.tolist() == [1, 3, 4, 5, 8, 9, 10, 11]
 
@@ -110,8 +111,8 @@ def test_positions_that_something_reads_by_hand():
 def test_what_answers_share_enters_once_by_hand():
     # Row 2 begins as row 0 does, with 5 6 7; rows 1 and 3 with 1, of which row 3 reads nothing.
     packed = PackedRows.of(TOKENS, LABELS, AnswerRows.of(LABELS), sides=2)
-    assert packed.tokens.squeeze(1).tolist() == [5, 6, 7, 8, 1, 2, 6, 5, 4]
-    assert packed.positions.squeeze(1).tolist() == [0, 1, 2, 3, 0, 1, 3, 4, 5]
+    assert packed.tokens.tolist() == [5, 6, 7, 8, 1, 2, 6, 5, 4]
+    assert packed.positions.tolist() == [0, 1, 2, 3, 0, 1, 3, 4, 5]
     assert packed.segments.lengths == (4, 2, 6)
     assert packed.segments.members.tolist() == [0, 1, 2, 3, 4, 5, 0, 1, 2, 6, 7, 8]
     assert packed.segments.firsts.tolist() == [0, 1, 2, 3, 4, 5, 9, 10, 11]
@@ -123,7 +124,7 @@ def test_three_blocks_and_answers_that_are_one_anothers_beginning():
     tokens = torch.tensor([[4, 5, 6, 7], [4, 5, 6, 0], [4, 5, 6, 7]])
     labels = torch.tensor([[IGNORED, 5, 6, 7], [IGNORED, 5, 6, IGNORED], [IGNORED, 5, 6, 7]])
     packed = PackedRows.of(tokens, labels, AnswerRows.of(labels), sides=3)
-    assert packed.tokens.squeeze(1).tolist() == [4, 5, 6]
+    assert packed.tokens.tolist() == [4, 5, 6]
     assert packed.segments.members.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
     assert packed.answers.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
 
@@ -191,8 +192,8 @@ def test_padded_forwards_go_on_as_before():
     model = small.decoder()
     logits = logits_of(model, TOKENS)
     mask = torch.ones(4, 7, 7, dtype=torch.bool).tril()
-    install_segments(model)
-    install_segments(model)  # once is enough
+    decoder_of(model).install_padding_free()
+    decoder_of(model).install_padding_free()  # once is enough
     assert torch.equal(logits_of(model, TOKENS), logits)
     torch.testing.assert_close(logits_of(model, TOKENS, mask=mask), logits, atol=1e-13, rtol=0)
 
@@ -215,7 +216,7 @@ def test_another_attention_is_refused_and_works_padded():
         return gemma2(**SIZES, head_dim=8)
 
     with pytest.raises(TypeError, match="padding_free=false"):
-        install_segments(build())
+        decoder_of(build()).install_padding_free()
 
     model = small.decoder()
     model.layers[1].attn.is_causal = False

@@ -6,7 +6,8 @@ from support import small
 from torch import nn
 from torchtune.modules import TransformerDecoder
 
-from tokenpref.models.scoring import ScoringModel, check_head, logits_of, next_token_logits
+from tokenpref.models.decoder_of import decoder_of
+from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.ops import token_stats_from_logits
 
 NEEDS = frozenset({"ref", "kl_ref_policy", "kl_policy_ref", "entropy"})
@@ -121,7 +122,7 @@ def test_other_output_layers_are_refused_and_stay(layer):
     with pytest.raises(
         TypeError, match=f"output layer is {type(layer).__name__}; token statistics need a plain linear head"
     ):
-        check_head(model)
+        decoder_of(model).check()
     assert model.output is layer
     assert model(BATCH.tokens).shape == (6, 12, small.VOCAB)
 
@@ -130,13 +131,13 @@ def test_other_output_layers_are_refused_and_stay(layer):
 def test_next_token_logits_are_the_last_column(tied):
     model = small.decoder(0, tied=tied)
     for tokens in (BATCH.tokens, BATCH.tokens[:1, :1]):
-        last = next_token_logits(model, tokens)
+        last = decoder_of(model).next_token_logits(tokens)
         torch.testing.assert_close(last, logits_of(model, tokens)[:, -1], atol=1e-13, rtol=0)
     # Keywords reach the decoder: positions shifted by one turn the rotary pairs of single tokens only together.
     positions = torch.arange(12).flip(0).expand(6, 12)
     torch.testing.assert_close(
-        next_token_logits(model, BATCH.tokens, input_pos=positions),
-        logits_of(model, BATCH.tokens, input_pos=positions)[:, -1],
+        decoder_of(model).next_token_logits(BATCH.tokens, positions=positions),
+        logits_of(model, BATCH.tokens, positions=positions)[:, -1],
         atol=1e-13,
         rtol=0,
     )
@@ -170,7 +171,7 @@ def test_what_does_not_fit_is_refused(tied):
     too_long = torch.ones(1, 66, dtype=torch.long)
     for call in (
         scorer.hidden,
-        lambda tokens: next_token_logits(scorer.model, tokens),
+        lambda tokens: scorer.decoder.next_token_logits(tokens),
         lambda tokens: scorer.logps(tokens, tokens),
     ):
         with pytest.raises(ValueError, match="a sequence has 6[56] tokens and the model's context is 64"):

@@ -39,7 +39,7 @@ def scorer(seed: int, world: World | None = None) -> ScoringModel:
             parameter.data.normal_(0, 0.15, generator=generator)
     model.double()
     if world is not None:
-        shard(model, world)
+        shard(model, list(model.layers), world)
     return ScoringModel(model, head_memory_mb=0.002)
 
 

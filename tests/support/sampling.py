@@ -32,7 +32,7 @@ def on_ranks(world: World, cases: list[list[list[list[int]]]], settings: dict[st
         rank alone is too long.
     """
     model = small.decoder(0)
-    shard(model, world)
+    shard(model, list(model.layers), world)
     outputs = [_run(model, case[world.rank], world, **settings) for case in cases]
     refusal = "none"
     try:

@@ -81,7 +81,7 @@ def one_step(
     policy, frozen = small.decoder(0, tied=tied), small.decoder(1, tied=tied)
     frozen.requires_grad_(False)
     for model in (policy, frozen):
-        shard(model, world, reshard_after_forward=reshard)
+        shard(model, list(model.layers), world, reshard_after_forward=reshard)
     scorer = ScoringModel(policy, head_memory_mb=0.002)
     reference = FrozenReference(ScoringModel(frozen, head_memory_mb=0.002))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
@@ -113,7 +113,7 @@ def cached_step(
         rows: of the whole data set.
     """
     policy = small.decoder(0)
-    shard(policy, world)
+    shard(policy, list(policy.layers), world)
     forwards: list[int] = []
     loaded: list[Any] = []
 
@@ -121,7 +121,7 @@ def cached_step(
         frozen = small.decoder(1)
         frozen.requires_grad_(False)
         frozen.norm.register_forward_hook(lambda *_: forwards.append(1))
-        shard(frozen, world)
+        shard(frozen, list(frozen.layers), world)
         loaded.append(weakref.ref(frozen))
         return ScoringModel(frozen, head_memory_mb=0.002)
 
@@ -192,7 +192,7 @@ def nan_on_one_rank(world: World, loss: Any) -> str:
     policy, frozen = small.decoder(0), small.decoder(1)
     frozen.requires_grad_(False)
     for model in (policy, frozen):
-        shard(model, world)
+        shard(model, list(model.layers), world)
     scorer = ScoringModel(policy)
     reference = FrozenReference(ScoringModel(frozen))
     optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
@@ -224,7 +224,7 @@ def nan_on_one_rank(world: World, loss: Any) -> str:
 def save_and_load(world: World, folder: str, load: bool) -> dict[str, Any]:
     """Write (or read) model and AdamW state in ``folder``; returns the whole weights after one more step."""
     model = small.decoder(0 if not load else 5)
-    shard(model, world)
+    shard(model, list(model.layers), world)
     optimizer = torch.optim.AdamW(model.parameters(), lr=0.01)
     tokens = small.batch([0, 1]).tokens
 
@@ -283,7 +283,7 @@ def filled_on_demand(world: World) -> dict[str, Any]:
         "layers.0.odd": torch.arange(6.0).view(3, 2),
         "counts": torch.tensor([3, 4]),
     }
-    shard(model, world)
+    shard(model, list(model.layers), world)
     # Afterwards the root's parameters are gathered, and its shards are what counts.
     ScoringModel(model).hidden(small.batch([0]).tokens)
     state = OnDemand(tensors if world.is_main else {})
@@ -317,7 +317,7 @@ def attribution(world: World, split: list[list[list[int]]], tied: bool) -> dict[
         tied: tied embeddings.
     """
     policy = small.decoder(0, tied=tied)
-    shard(policy, world)
+    shard(policy, list(policy.layers), world)
     scorer = ScoringModel(policy, head_memory_mb=0.002)
     other = small.batch([5, 6])
     scorer.token_stats(other.tokens, other.labels, needs=frozenset()).policy_logps.sum().backward()
@@ -364,7 +364,7 @@ def float8_shards(world: World, folder: str) -> dict[str, Any]:
     model = small.decoder(0, dtype=torch.float32)
     whole = {name: tensor.clone() for name, tensor in model.state_dict().items()}
     names = convert_to_float8(model, Float8(emulate=True), sharded=True)
-    shard(model, world)
+    shard(model, list(model.layers), world)
     gathered: dict[str, tuple[str, str]] = {}
     layers = {name: model.get_submodule(name) for name in names}
     for name, layer in layers.items():

@@ -1,8 +1,8 @@
-"""FSDP2 around torchtune's decoder."""
+"""FSDP2 around a decoder."""
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 
 import torch
@@ -15,7 +15,6 @@ from torch.distributed.fsdp import (
 )
 from torchao.dtypes.nf4tensor import NF4Tensor
 
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed.world import World
 
 __all__ = [
@@ -38,7 +37,8 @@ def is_sharded(model: nn.Module) -> bool:
 
 
 def shard(
-    model: TransformerDecoder,
+    model: nn.Module,
+    layers: Sequence[nn.Module],
     world: World,
     *,
     reshard_after_forward: bool = True,
@@ -50,7 +50,8 @@ def shard(
     forward, where these weights are unsharded, tied or not.
 
     Args:
-        model: a torchtune decoder, on the meta device or loaded.
+        model: a decoder, on the meta device or loaded.
+        layers: its layers.
         world: a distributed world; without a mesh the model is not changed.
         reshard_after_forward: free the gathered weights after the forward (less memory, one more gather).
         compute_dtype: gather the weights in this dtype and compute in it; the shards, their gradients and the reduction of
@@ -75,7 +76,7 @@ def shard(
     policy = MixedPrecisionPolicy(
         param_dtype=compute_dtype, reduce_dtype=None if compute_dtype is None else torch.float32
     )
-    for module in (*reversed(model.layers), model):
+    for module in (*reversed(layers), model):
         fully_shard(module, mesh=world.mesh, reshard_after_forward=reshard_after_forward, mp_policy=policy)
     model.__dict__[_COMPUTE_DTYPE] = compute_dtype
 

@@ -1,6 +1,7 @@
-"""Policy and reference over torchtune's decoders, and the models that come with the package."""
+"""Policy and reference over decoders of torchtune and transformers, and the models that come with the package."""
 
 from tokenpref.data.reference_store import ReferenceStore
+from tokenpref.models.causal_lm import causal_lm
 from tokenpref.models.causal_lm_checkpointer import CausalLMCheckpointer
 from tokenpref.models.reference import CachedReference, FrozenReference, Reference, ReferenceOutput
 from tokenpref.models.scoring import ScoringModel, logits_of
@@ -15,6 +16,7 @@ __all__ = [
     "ReferenceOutput",
     "ReferenceStore",
     "ScoringModel",
+    "causal_lm",
     "logits_of",
     "lora_smollm2_135m",
     "lora_tiny_llama",

@@ -15,10 +15,10 @@ from tokenpref._torchtune import (
     DoRALinear,
     FeedForward,
     OffloadActivations,
-    TransformerDecoder,
     set_activation_checkpointing,
 )
 from tokenpref.errors import ConfigError
+from tokenpref.models.decoder_of import decoder_of
 
 __all__ = [
     "activation_offloading",
@@ -32,21 +32,22 @@ __all__ = [
 ]
 
 
-def checkpointed_layers(model: TransformerDecoder, every: int) -> list[nn.Module]:
+def checkpointed_layers(model: nn.Module, every: int) -> list[nn.Module]:
     """Every n-th layer of a decoder, counted as in torchtune and torchtitan: with 2 the second, the fourth, ...
 
     Raises:
         ConfigError: if it has fewer layers than that.
     """
-    if every > len(model.layers):
+    layers = list(decoder_of(model).layers)
+    if every > len(layers):
         raise ConfigError(
-            f"ac_option: is {every}, and the model has {len(model.layers)} layers, of which none would be checkpointed; set "
-            f"it to at most {len(model.layers)}"
+            f"ac_option: is {every}, and the model has {len(layers)} layers, of which none would be checkpointed; set "
+            f"it to at most {len(layers)}"
         )
-    return list(model.layers)[every - 1 :: every]
+    return layers[every - 1 :: every]
 
 
-def checkpoint_layers(model: TransformerDecoder, every: int = 1) -> None:
+def checkpoint_layers(model: nn.Module, every: int = 1) -> None:
     """Let every n-th layer keep only its input and recompute the rest in the backward pass (in place).
 
     torchtune's function for single layers counts over all models that it has seen. After a model with an odd number of
@@ -69,7 +70,7 @@ def activation_offloading() -> saved_tensors_hooks:
     return hooks
 
 
-def offload_layers(model: TransformerDecoder, hooks: saved_tensors_hooks) -> None:
+def offload_layers(model: nn.Module, hooks: saved_tensors_hooks) -> None:
     """Let ``hooks`` pack only the tensors that the layers keep in training (in place).
 
     The head is not changed, because it needs its tensors again at once.
@@ -89,19 +90,19 @@ def offload_layers(model: TransformerDecoder, hooks: saved_tensors_hooks) -> Non
         if entered.pop():
             hooks.__exit__(None, None, None)
 
-    for layer in model.layers:
+    for layer in decoder_of(model).layers:
         layer.register_forward_pre_hook(enter)
         layer.register_forward_hook(leave, always_call=True)
 
 
-def keep_gates_lean(model: TransformerDecoder) -> None:
+def keep_gates_lean(model: nn.Module) -> None:
     """Let SwiGLU layers keep only the two factors of ``silu(w1 x) * w3 x``, so three tensors instead of four (in place)."""
     for module in model.modules():
         if type(module) is FeedForward and is_swiglu(module):
             module.forward = MethodType(gated_feed_forward, module)
 
 
-def keep_dora_lean(model: TransformerDecoder) -> None:
+def keep_dora_lean(model: nn.Module) -> None:
     """Let DoRA layers compute the lengths of their rows without autograd and without an identity matrix (in place).
 
     torchtune multiplies ``A`` and ``B`` with an identity matrix as large as the input, because FSDP1 gathers weights in calls of

@@ -18,8 +18,9 @@ import torch
 from torch import Tensor, nn
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
-from tokenpref._torchtune import DoRALinear, LoRALinear, TransformerDecoder
+from tokenpref._torchtune import DoRALinear, LoRALinear
 from tokenpref.distributed import World, state_modules, state_parameters
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.peft_format import merged_weight
 
 __all__ = [
@@ -161,13 +162,14 @@ def merged(state: Mapping[str, Tensor], decoder: nn.Module) -> dict[str, Tensor]
     return found
 
 
-def check_adapters(decoder: TransformerDecoder) -> None:
+def check_adapters(decoder: nn.Module) -> None:
     """Check that a decoder's adapters are of a kind that can be trained and saved.
 
     Raises:
         ValueError: saying what is not supported and what to set instead.
     """
-    if callable(getattr(decoder.output, "adapter_params", None)):
+    view = decoder_of(decoder)
+    if view.head_name in adapter_layers(decoder):
         raise ValueError(
             "the head has an adapter, and token statistics need a plain one; set apply_lora_to_output=false"
         )

@@ -26,7 +26,6 @@ from tokenpref._torchtune import (
     FeedForward,
     LoRALinear,
     RMSNorm,
-    TransformerDecoder,
 )
 from tokenpref.models.activations import gated_feed_forward, is_swiglu
 from tokenpref.ops import products
@@ -47,7 +46,7 @@ _ROWS = 1024
 """The number of rows of a SwiGLU at a time; products of this size run at full speed."""
 
 
-def install_on_cpu(model: TransformerDecoder) -> None:
+def install_on_cpu(model: nn.Module) -> None:
     """Call :func:`use_fast_products`, and replace the forwards of a decoder's layers by those of this module (in place).
 
     Other kinds of modules are not changed, nor are modules with hooks, float8 or NF4 weights or other dtypes, or under

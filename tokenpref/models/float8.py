@@ -8,8 +8,8 @@ import torch
 from torch import nn
 from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.errors import ConfigError
+from tokenpref.models.decoder_of import decoder_of
 
 __all__ = ["FLOAT8_RECIPES", "Float8", "check_float8_device", "convert_to_float8", "float8_layers"]
 
@@ -53,7 +53,7 @@ def check_float8_device(device: torch.device, float8: Float8) -> None:
     )
 
 
-def float8_layers(model: TransformerDecoder) -> list[str]:
+def float8_layers(model: nn.Module) -> list[str]:
     """Names of the layers that can be computed in float8.
 
     The head is left out, because token statistics use its weight and logits need the precision. Layers with a dimension that is
@@ -69,7 +69,7 @@ def float8_layers(model: TransformerDecoder) -> list[str]:
             "enable_fp8_training=false, or a model without adapters"
         )
     linear = {name: module for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    linear.pop("output", None)
+    linear.pop(decoder_of(model).head_name, None)
     names = [name for name, module in linear.items() if not any(n % _MULTIPLE for n in module.weight.shape)]
     if not names:
         example = next(iter(linear.items()), None)
@@ -81,7 +81,7 @@ def float8_layers(model: TransformerDecoder) -> list[str]:
     return names
 
 
-def convert_to_float8(model: TransformerDecoder, float8: Float8, *, sharded: bool) -> list[str]:
+def convert_to_float8(model: nn.Module, float8: Float8, *, sharded: bool) -> list[str]:
     """Let a model's linear layers multiply in float8 (in place); weights keep names and dtype.
 
     Args:

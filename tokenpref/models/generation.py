@@ -6,12 +6,12 @@ from collections.abc import Callable, Sequence
 from functools import partial
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenpref._torchtune import TransformerDecoder, local_kv_cache
-from tokenpref.distributed import World, compute_dtype_of
+from tokenpref.distributed import World
 from tokenpref.errors import TokenprefError
-from tokenpref.models.scoring import next_token_logits
+from tokenpref.models.decoder import Decoder, evaluating
+from tokenpref.models.decoder_of import decoder_of
 
 __all__ = ["sample", "sampling_probabilities"]
 
@@ -22,7 +22,7 @@ _ENDED, _RUNNING, _NOT_FINITE = range(
 
 @torch.no_grad()
 def sample(
-    model: TransformerDecoder,
+    model: nn.Module,
     prompts: Sequence[Sequence[int]],
     *,
     seeds: Sequence[int],
@@ -42,8 +42,8 @@ def sample(
     ranks. Every rank runs the same number of forwards, independent of its prompts and their ends.
 
     Args:
-        model: a torchtune decoder, sharded or not. Its modules' modes are restored and its caches are removed
-            afterwards.
+        model: a torchtune decoder or a causal LM of transformers, sharded or not. Its modules' modes are restored and its caches
+            are removed afterwards.
         prompts: this rank's token ids, each with at least one token; ranks may hold different numbers.
         seeds: one for each prompt.
         max_new_tokens: tokens to sample at most.
@@ -63,21 +63,17 @@ def sample(
             the model's context.
         TokenprefError: if the model's logits are nan or infinite, or another rank's arguments were refused.
     """
+    decoder = decoder_of(model)
     world.together(
-        lambda: _check(model, prompts, seeds, max_new_tokens, temperature, top_k, top_p, batch_size)
+        lambda: _check(decoder, prompts, seeds, max_new_tokens, temperature, top_k, top_p, batch_size)
     )
     choose = partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
     outputs: list[list[int]] = []
-    try:
+    with evaluating(model):
         for index in range(world.max(-(-len(prompts) // batch_size))):
             part = slice(index * batch_size, (index + 1) * batch_size)
             uniforms = _uniforms(seeds[part], max_new_tokens)
-            outputs += _sample_batch(model, prompts[part], uniforms, choose, eos_id, pad_id, world)
-    finally:
-        for module, mode in modes:
-            module.training = mode
+            outputs += _sample_batch(decoder, prompts[part], uniforms, choose, eos_id, pad_id, world)
     return outputs
 
 
@@ -112,7 +108,7 @@ def sampling_probabilities(
 
 
 def _sample_batch(
-    model: TransformerDecoder,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     uniforms: Tensor,
     choose: Callable[[Tensor, Tensor], Tensor],
@@ -132,18 +128,12 @@ def _sample_batch(
     tokens, mask, positions, uniforms = (t.to(device) for t in (tokens, mask, positions, uniforms))
     drawn = torch.full((rows, steps), eos_id, dtype=torch.int64, device=device)
     alive = torch.full((rows,), len(prompts) > 0, dtype=torch.bool, device=device)
-    with local_kv_cache(
-        model,
-        batch_size=rows,
-        device=device,
-        dtype=compute_dtype_of(model),
-        decoder_max_seq_len=longest + steps,
-    ):
+    with decoder.cache(rows, longest + steps, device) as cache:
         seen, start = tokens, 0
         for step in range(steps):
             end = longest + step
-            logits = next_token_logits(
-                model, seen, mask=mask[:, start:end], input_pos=positions[:, start:end]
+            logits = decoder.next_token_logits(
+                seen, mask=mask[:, start:end], positions=positions[:, start:end], cache=cache
             )
             chosen = choose(logits, uniforms[:, step])
             drawn[:, step] = torch.where(alive, chosen, eos_id)
@@ -210,7 +200,7 @@ def _until_eos(tokens: list[int], eos_id: int) -> list[int]:
 
 
 def _check(
-    model: TransformerDecoder,
+    decoder: Decoder,
     prompts: Sequence[Sequence[int]],
     seeds: Sequence[int],
     max_new_tokens: int,
@@ -232,7 +222,7 @@ def _check(
             f"temperature must be at least 0, top_k at least 1 and top_p in (0, 1]; got {temperature}, {top_k}, {top_p}"
         )
     longest = max((len(prompt) for prompt in prompts), default=0) + max_new_tokens
-    if longest > model.max_seq_len:
+    if longest > decoder.context:
         raise ValueError(
-            f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {model.max_seq_len}"
+            f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {decoder.context}"
         )

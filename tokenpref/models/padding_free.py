@@ -1,8 +1,8 @@
-"""Runs the sequences of a batch through torchtune's decoders one after another, without padding.
+"""Runs the sequences of a batch through a decoder one after another, without padding.
 
-The layers of a decoder treat each position by itself, except for attention. A batch therefore enters as ``[N, 1]``: the N
-positions of all sequences, each with its place in its own sequence. Only the attention needs to know where sequences begin. It
-gets this through ``mask``, which torchtune passes on unread, also when it recomputes checkpointed layers.
+The layers of a decoder treat each position by itself, except for attention. A batch therefore enters as the N positions of all
+sequences, each with its place in its own sequence. Only the attention needs to know where sequences begin. It gets this as
+:class:`Segments`, which decoders pass on unread, also when they recompute checkpointed layers.
 
 The state of a position depends only on the tokens up to it. A prompt that both answers of a pair share, and a common beginning
 of the answers, therefore enters only once, and the attention uses it for both.
@@ -10,23 +10,21 @@ of the answers, therefore enters only once, and the attention uses it for both.
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from itertools import groupby
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from tokenpref._torchtune import MultiHeadAttention, TransformerDecoder, TransformerSelfAttentionLayer
 from tokenpref.ops import AnswerRows
 
-__all__ = ["PackedRows", "Segments", "install_segments"]
+__all__ = ["PackedRows", "Segments", "attention_by_segment"]
 
 
 @dataclass(frozen=True)
 class Segments:
-    """Where sequences begin and end in ``[N, 1]`` positions.
+    """Where sequences begin and end in ``[N]`` positions.
 
     Args:
         lengths: of the sequences, in order; M tokens in total.
@@ -49,8 +47,8 @@ class PackedRows:
     """The positions of a batch whose output is needed, one sequence after another.
 
     Args:
-        tokens: ``[N, 1]`` ids.
-        positions: ``[N, 1]``, places in their sequences.
+        tokens: ``[N]`` ids.
+        positions: ``[N]``, places in their sequences.
         segments: the sequences.
         answers: ``[M]``, which of the N positions predict an answer's token, in the order of :class:`AnswerRows`.
     """
@@ -90,8 +88,8 @@ class PackedRows:
         else:
             segments = Segments(whole, members=slots[inside], firsts=own[inside].nonzero().squeeze(1))
         return cls(
-            tokens=packed[:, None],
-            positions=places.expand_as(own)[own][:, None],
+            tokens=packed,
+            positions=places.expand_as(own)[own],
             segments=segments,
             answers=nn.functional.pad(slots, (0, 1)).flatten()[rows.index],
         )
@@ -106,67 +104,36 @@ def _shared(tokens: Tensor, inside: Tensor, sides: int) -> Tensor:
     return prefix.flatten(0, 1)
 
 
-def install_segments(model: TransformerDecoder) -> None:
-    """Let a decoder's attention accept :class:`Segments` as its mask. Other uses are not changed; a second call has no effect.
-
-    Raises:
-        TypeError: if a layer is not torchtune's plain causal self-attention.
-    """
-    if model.__dict__.get("_takes_segments"):
-        return
-    layers = [module for module in model.modules() if isinstance(module, TransformerSelfAttentionLayer)]
-    strange = [
-        type(layer.attn).__name__
-        for layer in layers
-        if not isinstance(layer.attn, MultiHeadAttention)
-        or not layer.attn.is_causal
-        or getattr(layer, "mask_mod", None) is not None
-    ]
-    if strange or len(layers) != len(model.layers):
-        raise TypeError(
-            f"the model has {len(model.layers)} layers, {len(layers) - len(strange)} of them with torchtune's causal "
-            "self-attention, which batches without padding need of all; set padding_free=false (ScoringModel(..., "
-            "padding_free=False))"
-        )
-    for layer in layers:
-        layer.attn._attention_call = _SegmentAttention(layer.attn._attention_call)
-    model.__dict__["_takes_segments"] = True
-
-
-class _SegmentAttention:
-    """Attention inside each sequence, by the layer's own function.
+# Lengths change with every batch, and a compiled layer would be compiled again for each set of lengths.
+@torch.compiler.disable
+def attention_by_segment(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
+    """Causal attention inside each sequence.
 
     Args:
-        inner: torchtune's attention function.
+        q: queries ``[N, heads, d]``.
+        k: keys ``[N, heads or fewer, d]``.
+        v: values of the same shape.
+        segments: the sequences.
+        attention: causal attention of ``[B, heads, L, d]`` queries, keys and values.
+
+    Returns:
+        ``[N, heads, d]``.
     """
-
-    def __init__(self, inner: Any) -> None:
-        self._inner = inner
-
-    def __call__(
-        self, q: Tensor, k: Tensor, v: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
-    ) -> Tensor:
-        if not isinstance(mask, Segments):
-            output: Tensor = self._inner(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
-            return output
-        return self._by_segment(q, k, v, mask, dropout_p)
-
-    # Lengths change with every batch, and a compiled layer would be compiled again for each set of lengths.
-    @torch.compiler.disable
-    def _by_segment(self, q: Tensor, k: Tensor, v: Tensor, segments: Segments, dropout_p: float) -> Tensor:
-        """``[N, heads, 1, d]`` each, and so the output."""
-        runs = list(segments.runs())
-        sizes = [count * length for count, length in runs]
-        own = (x.squeeze(2) for x in (q, k, v))
-        whole = own if segments.members is None else (x.index_select(0, segments.members) for x in own)
-        # One split instead of slices, because the backward of a slice makes a tensor of the full size.
-        parts = zip(*(x.split(sizes) for x in whole), strict=True)
-        outputs = []
-        for (count, length), part in zip(runs, parts, strict=True):
-            batched = (x.unflatten(0, (count, length)).transpose(1, 2) for x in part)
-            output = self._inner(*batched, mask=None, dropout_p=dropout_p, is_causal=True)
-            outputs.append(output.transpose(1, 2).flatten(0, 1))
-        joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
-        if segments.firsts is not None:
-            joined = joined.index_select(0, segments.firsts)
-        return joined.unsqueeze(2)
+    runs = list(segments.runs())
+    sizes = [count * length for count, length in runs]
+    own = (q, k, v)
+    whole = own if segments.members is None else [x.index_select(0, segments.members) for x in own]
+    # One split instead of slices, because the backward of a slice makes a tensor of the full size.
+    parts = zip(*(x.split(sizes) for x in whole), strict=True)
+    outputs = []
+    for (count, length), part in zip(runs, parts, strict=True):
+        output = attention(*(x.unflatten(0, (count, length)).transpose(1, 2) for x in part))
+        outputs.append(output.transpose(1, 2).flatten(0, 1))
+    joined = torch.cat(outputs) if len(outputs) > 1 else outputs[0]
+    return joined if segments.firsts is None else joined.index_select(0, segments.firsts)

@@ -1,160 +1,45 @@
-"""Token statistics out of a torchtune decoder, with the LM head inside the root's forward.
-
-FSDP2 hands a module its whole weights only inside a forward of that module. The head therefore runs inside a forward of the
-root's (:func:`run_decoder`). It turns the last hidden states into per-token statistics there, so that ``[B, L, V]`` logits never
-exist and FSDP2 reduces the head's gradient like any other.
-"""
+"""Token statistics out of a decoder, with the LM head inside the root's forward; see :mod:`tokenpref.models.decoder`."""
 
 from __future__ import annotations
 
 import copy
-from collections.abc import Callable, Mapping
+from collections.abc import Mapping
 from contextlib import AbstractContextManager, nullcontext
-from types import MethodType
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
-from tokenpref._torchtune import TiedLinear, TransformerDecoder
-from tokenpref.distributed import World, other_values, own_parts, register_forward
+from tokenpref.distributed import World, other_values, own_parts
 from tokenpref.models.activations import keep_dora_lean, keep_gates_lean
 from tokenpref.models.adapters import adapter_names, adapters_off, has_adapters
 from tokenpref.models.cpu import install_on_cpu
-from tokenpref.models.padding_free import PackedRows, Segments, install_segments
+from tokenpref.models.decoder import HeadJob
+from tokenpref.models.decoder_of import decoder_of
+from tokenpref.models.padding_free import PackedRows
 from tokenpref.ops import AnswerRows, score_tokens
 from tokenpref.ops.answers import check_shapes, needs_of_rows
 from tokenpref.stats import TokenStats
 
-__all__ = [
-    "HeadJob",
-    "ScoringModel",
-    "check_head",
-    "head_weight",
-    "logits_of",
-    "next_token_logits",
-    "run_decoder",
-]
-
-HeadJob = Callable[[Tensor, Tensor], Any]
-"""What to make of the last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``."""
-
-_METHOD = "run_with_head"
+__all__ = ["ScoringModel", "logits_of"]
 
 
-def check_head(model: TransformerDecoder) -> None:
-    """Check that a decoder's logits are its last hidden states times the weight of its output layer.
-
-    Raises:
-        TypeError: for any other output layer (with a bias, soft-capped logits, adapters), whose numbers would differ, or for a
-            decoder with a forward of its own.
-    """
-    output = model.output
-    if not isinstance(output, (nn.Linear, TiedLinear)) or getattr(output, "bias", None) is not None:
-        raise TypeError(
-            f"the model's output layer is {type(output).__name__}; token statistics need a plain linear head "
-            "without bias (nn.Linear or torchtune's TiedLinear)"
-        )
-    decoder, own = type(model), isinstance(model, TransformerDecoder)
-    if own and (decoder.forward, decoder.unembed) != (TransformerDecoder.forward, TransformerDecoder.unembed):
-        raise TypeError(
-            f"{decoder.__name__} has a forward of its own; token statistics need that of torchtune's TransformerDecoder"
-        )
-
-
-def head_weight(model: TransformerDecoder) -> Tensor:
-    """The head's weight ``[V, D]``; whole only while the root's parameters are gathered."""
-    output = model.output
-    weight: Tensor = output.tied_module.weight if isinstance(output, TiedLinear) else output.weight
-    return weight
-
-
-def run_decoder(
-    model: TransformerDecoder,
-    tokens: Tensor,
-    job: HeadJob,
-    *,
-    mask: Tensor | Segments | None = None,
-    input_pos: Tensor | None = None,
-) -> Any:
-    """One forward of a decoder that ends with ``job`` in place of the output layer.
-
-    Args:
-        model: a torchtune decoder, sharded or not.
-        tokens: ``[B, L]`` ids.
-        job: last hidden states ``[B, L, D]`` and the head's weight ``[V, D]``, which is whole inside the call alone, to what is
-            returned. Under FSDP2 that has to be a tensor or a dict of tensors: their backward is hooked.
-        mask: for the layers' attention.
-        input_pos: positions ``[B, L]``.
-
-    Raises:
-        TypeError: see :func:`check_head`.
-        ValueError: for more tokens than the model's context.
-    """
-    if _METHOD not in vars(model):
-        check_head(model)
-        setattr(model, _METHOD, MethodType(_run_with_head, model))
-        register_forward(model, _METHOD)
-    return getattr(model, _METHOD)(tokens, job, mask, input_pos)
-
-
-def _run_with_head(
-    model: TransformerDecoder,
-    tokens: Tensor,
-    job: HeadJob,
-    mask: Tensor | Segments | None,
-    input_pos: Tensor | None,
-) -> Any:
-    """torchtune's ``forward`` up to its output layer."""
-    check_length(model, tokens.shape[1])
-    hidden = model.tok_embeddings(tokens)
-    for layer in model.layers:
-        hidden = layer(hidden, mask=mask, input_pos=input_pos)
-    return job(model.norm(hidden), head_weight(model))
-
-
-def check_length(model: TransformerDecoder, longest: int) -> None:
-    """Check that a sequence fits the model.
-
-    Raises:
-        ValueError: if it does not.
-    """
-    if longest > model.max_seq_len:
-        raise ValueError(f"a sequence has {longest} tokens and the model's context is {model.max_seq_len}")
-
-
-def logits_of(model: TransformerDecoder, tokens: Tensor, **kwargs: Any) -> Tensor:
+def logits_of(model: nn.Module, tokens: Tensor, **kwargs: Any) -> Tensor:
     """Logits ``[B, L, V]`` of a decoder in its own dtype.
 
     Args:
-        model: a torchtune decoder.
+        model: a torchtune decoder or a causal LM of transformers.
         tokens: token ids ``[B, L]``.
-        kwargs: as in :func:`run_decoder` (``mask``, ``input_pos``).
+        kwargs: as in :meth:`tokenpref.models.decoder.Decoder.run` (``mask``, ``positions``).
     """
-    logits: Tensor = run_decoder(model, tokens, F.linear, **kwargs)
-    return logits
-
-
-def next_token_logits(model: TransformerDecoder, tokens: Tensor, **kwargs: Any) -> Tensor:
-    """Logits ``[B, V]`` of the token after the last one; the head sees that position alone.
-
-    Args:
-        model: a torchtune decoder.
-        tokens: token ids ``[B, L]``, left padded where they differ in length.
-        kwargs: as in :func:`run_decoder` (``mask``, ``input_pos``).
-    """
-    logits: Tensor = run_decoder(
-        model, tokens, lambda hidden, weight: F.linear(hidden[:, -1], weight), **kwargs
-    )
-    return logits
+    return decoder_of(model).logits(tokens, **kwargs)
 
 
 class ScoringModel:
     """A decoder and its head: hidden states, log-probabilities and token statistics of batches.
 
     Args:
-        model: a torchtune decoder, sharded or not.
+        model: a torchtune decoder or a causal LM of transformers, sharded or not.
         head_memory_mb: MiB of logits that are kept for the backward pass; see :func:`tokenpref.ops.linear_token_stats`.
         padding_free: score sequences one after another, so that nothing is computed for padding; see
             :mod:`tokenpref.models.padding_free`. False: padded batches, which any decoder takes.
@@ -166,14 +51,15 @@ class ScoringModel:
 
     def __init__(
         self,
-        model: TransformerDecoder,
+        model: nn.Module,
         *,
         head_memory_mb: float | None = None,
         padding_free: bool = True,
         compiled: bool = False,
     ) -> None:
-        check_head(model)
         self.model = model
+        self.decoder = decoder_of(model)
+        self.decoder.check()
         self.head_memory_mb = head_memory_mb
         self.padding_free = padding_free
         self.compiled = compiled
@@ -184,7 +70,7 @@ class ScoringModel:
         if next(model.parameters()).device.type == "cpu":
             install_on_cpu(model)
         if padding_free:
-            install_segments(model)
+            self.decoder.install_padding_free()
 
     def base(self) -> ScoringModel:
         """The same decoder, in the same memory, with its adapters switched off whenever this scores something.
@@ -242,12 +128,12 @@ class ScoringModel:
     @property
     def head_weight(self) -> Tensor:
         """``[V, D]``; whole only while the root's parameters are gathered."""
-        return head_weight(self.model)
+        return self.decoder.head_weight
 
     def hidden(self, tokens: Tensor) -> Tensor:
         """Last hidden states ``[B, L, D]``, after the final norm."""
         with self.switched():
-            hidden: Tensor = run_decoder(self.model, tokens, lambda hidden, _weight: hidden)
+            hidden: Tensor = self.decoder.run(tokens, lambda hidden, _weight: hidden)
         return hidden
 
     def answer_hidden(self, tokens: Tensor, labels: Tensor, *, sides: int = 1) -> Tensor:
@@ -310,6 +196,8 @@ class ScoringModel:
                 ref_hidden=ref_hidden,
                 ref_head_weight=of_reference,
                 needs=computed,
+                logit_scale=self.decoder.logit_scale,
+                soft_cap=self.decoder.soft_cap,
                 memory_mb=self.head_memory_mb,
                 compiled=self.compiled,
             )
@@ -320,16 +208,11 @@ class ScoringModel:
         """One forward, in which ``job`` gets the hidden states ``[N, D]`` of the answers' positions."""
         if not self.padding_free:
             with self.switched():
-                return run_decoder(self.model, tokens, lambda hidden, weight: job(rows.take(hidden), weight))
+                return self.decoder.run(tokens, lambda hidden, weight: job(rows.take(hidden), weight))
         packed = PackedRows.of(tokens, labels, rows, sides)
-        check_length(self.model, max(packed.segments.lengths))
         with self.switched():
-            return run_decoder(
-                self.model,
-                packed.tokens,
-                lambda hidden, weight: job(hidden.squeeze(1).index_select(0, packed.answers), weight),
-                mask=packed.segments,
-                input_pos=packed.positions,
+            return self.decoder.run_packed(
+                packed, lambda hidden, weight: job(hidden.index_select(0, packed.answers), weight)
             )
 
     @torch.no_grad()

@@ -9,11 +9,10 @@ from typing import Any
 
 import torch
 from safetensors import safe_open
-from torch import Tensor
+from torch import Tensor, nn
 
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.errors import ConfigError
-from tokenpref.models.agreement import is_tied
+from tokenpref.models.decoder_of import decoder_of
 
 __all__ = ["HEAD", "HEAD_IN_FILES", "check_unread_head", "drop_tied_head", "head_hint"]
 
@@ -21,7 +20,7 @@ HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 HEAD_IN_FILES = "lm_head.weight"
 
 
-def drop_tied_head(state: dict[str, Tensor], model: TransformerDecoder, key: str) -> str | None:
+def drop_tied_head(state: dict[str, Tensor], model: nn.Module, key: str) -> str | None:
     """Remove the head from a tied model's weights (in place).
 
     Args:
@@ -35,7 +34,7 @@ def drop_tied_head(state: dict[str, Tensor], model: TransformerDecoder, key: str
     Raises:
         ConfigError: if the head is not the embedding.
     """
-    if not is_tied(model) or HEAD not in state or EMBEDDING not in state:
+    if not decoder_of(model).is_tied or HEAD not in state or EMBEDDING not in state:
         return None
     _check_equal(state.pop(HEAD), state[EMBEDDING], key)
     return (
@@ -63,7 +62,7 @@ def check_unread_head(checkpointer: Any, state: dict[str, Tensor], key: str) -> 
             _check_equal(head, state[EMBEDDING], key)
 
 
-def head_hint(state: dict[str, Tensor], model: TransformerDecoder) -> str:
+def head_hint(state: dict[str, Tensor], model: nn.Module) -> str:
     """A hint for an error about weights without a head, for a model that has one; otherwise an empty text."""
     if HEAD in state or HEAD not in model.state_dict():
         return ""

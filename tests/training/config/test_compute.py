@@ -217,10 +217,10 @@ def test_a_world_of_one_computes_and_samples_in_another_dtype():
     for parameter in half.parameters():
         parameter.data = parameter.data.to(torch.bfloat16)
     with pytest.raises(ValueError, match="compute_dtype needs FSDP2 and so a world with a mesh"):
-        shard(mixed, plain, compute_dtype=torch.bfloat16)
+        shard(mixed, list(mixed.layers), plain, compute_dtype=torch.bfloat16)
     world = init_world("cpu", process_group=True)
     try:
-        shard(mixed, world, compute_dtype=torch.bfloat16)
+        shard(mixed, list(mixed.layers), world, compute_dtype=torch.bfloat16)
         assert compute_dtype_of(mixed) == compute_dtype_of(half) == torch.bfloat16
         settings = {"seeds": [1, 2], "max_new_tokens": 8, "eos_id": 60, "pad_id": 0, "temperature": 1.0}
         drawn = [

@@ -6,7 +6,7 @@ import yaml
 from tokenpref.components import COMPONENT
 from tokenpref.distributed import single_process_world
 from tokenpref.errors import DataError
-from tokenpref.models.agreement import config_numbers
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.fields import Component, read_config
 from tokenpref.training.estimation.estimators import EstimateConfig
@@ -48,7 +48,7 @@ def pair(tmp_path, base):
         folder,
         method="dpo",
         tokenizer=TOKENIZER,
-        model=config_numbers(maker(base).on_meta()),
+        model=decoder_of(maker(base).on_meta()).numbers(),
         base=base_digest(base),
         sides={side: {"checkpoint": f"{side}/epoch_0", "prompt": None} for side in SIDES},
         config={"method": "dpo"},

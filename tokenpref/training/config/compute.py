@@ -6,8 +6,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
+from torch import nn
 
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World
 from tokenpref.models.activations import checkpointed_layers
 from tokenpref.models.float8 import FLOAT8_RECIPES, Float8, check_float8_device, float8_layers
@@ -170,7 +170,7 @@ def check_device(compute: Compute, world: World) -> None:
         check_float8_device(world.device, compute.float8)
 
 
-def check_model(compute: Compute, model: TransformerDecoder) -> None:
+def check_model(compute: Compute, model: nn.Module) -> None:
     """Check that the settings fit the model, without changing the model.
 
     Raises:

@@ -101,7 +101,7 @@ class AnchorSampler:
         Raises:
             ConfigError: if the longest prompt with ``max_new_tokens`` exceeds the model's context.
         """
-        self.check_context(models.policy.model.max_seq_len)
+        self.check_context(models.policy.decoder.context)
         return self._cache.get(
             rows, models, lambda places: self._sample([rows[place] for place in places], models)
         )

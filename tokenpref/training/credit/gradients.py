@@ -7,12 +7,12 @@ from contextlib import contextmanager
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref.data import IGNORE_INDEX
 from tokenpref.errors import ConfigError
-from tokenpref.models.scoring import ScoringModel, run_decoder
+from tokenpref.models.decoder import evaluating
+from tokenpref.models.scoring import ScoringModel
 from tokenpref.ops import linear_token_stats
 from tokenpref.stats import SIDES
 from tokenpref.weights.attribution import (
@@ -68,12 +68,20 @@ def token_importances(
 
         def logps() -> Tensor:
             stats = linear_token_stats(
-                hidden, weight, None, None, labels, needs=frozenset(), memory_mb=scorer.head_memory_mb
+                hidden,
+                weight,
+                None,
+                None,
+                labels,
+                needs=frozenset(),
+                logit_scale=scorer.decoder.logit_scale,
+                soft_cap=scorer.decoder.soft_cap,
+                memory_mb=scorer.head_memory_mb,
             )
             return stats.policy_logps
 
         inputs = TargetInputs(
-            logits_at=lambda at: F.linear(hidden[rows, at], weight),
+            logits_at=lambda at: scorer.decoder.final_logits(hidden[rows, at], weight),
             logps=logps,
             labels=labels,
             last=last,
@@ -84,13 +92,13 @@ def token_importances(
     with (
         torch.enable_grad(),
         scorer.switched(),
-        _evaluating(scorer.model),
-        _hooked_embeddings(scorer.model) as found,
+        evaluating(scorer.model),
+        _hooked_embeddings(scorer.decoder.embedding) as found,
     ):
-        value = run_decoder(scorer.model, tokens, job)
+        value = scorer.decoder.run(tokens, job)
         if len(found) != 1:
             raise ConfigError(
-                f"model: its embeddings cannot be hooked: tok_embeddings ran {len(found)} times in one forward; "
+                f"model: its embedding ran {len(found)} times in one forward; "
                 "attribution needs a decoder that embeds its tokens once"
             )
         (gradient,) = torch.autograd.grad(value.sum(), found)
@@ -98,32 +106,15 @@ def token_importances(
 
 
 @contextmanager
-def _evaluating(model: nn.Module) -> Iterator[None]:
-    modes = [(module, module.training) for module in model.modules()]
-    model.eval()
-    try:
-        yield
-    finally:
-        for module, mode in modes:
-            module.training = mode
-
-
-@contextmanager
-def _hooked_embeddings(model: nn.Module) -> Iterator[list[Tensor]]:
+def _hooked_embeddings(embedding: nn.Module) -> Iterator[list[Tensor]]:
     """The embeddings of each forward inside the context, detached, as leaves that require a gradient."""
-    embeddings = getattr(model, "tok_embeddings", None)
-    if not isinstance(embeddings, nn.Module):
-        raise ConfigError(
-            f"model: {type(model).__name__} has no module tok_embeddings, so its embeddings cannot be hooked; attribution "
-            "needs a torchtune decoder. Use stored weights, or another source in token_weights"
-        )
     found: list[Tensor] = []
 
     def cut(_module: nn.Module, _inputs: Any, output: Tensor) -> Tensor:
         found.append(output.detach().requires_grad_())
         return found[-1]
 
-    handle = embeddings.register_forward_hook(cut)
+    handle = embedding.register_forward_hook(cut)
     try:
         yield found
     finally:

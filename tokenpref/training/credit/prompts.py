@@ -59,10 +59,8 @@ class ContrastiveScores:
         sides: list[tuple[Tensor, Tensor]] = []
         for prompt, scorer in zip(self._prompts, scorers, strict=True):
             answers = [self._answer(row, side, prompt) if row >= 0 else filler for row, side in batch.answers]
-            _check_lengths(answers, scorer.model.max_seq_len)
-            check_answer_ids(
-                answers, scorer.model.tok_embeddings.num_embeddings, key="dataset, with the side's prompt"
-            )
+            _check_lengths(answers, scorer.decoder.context)
+            check_answer_ids(answers, scorer.decoder.vocabulary, key="dataset, with the side's prompt")
             tokens, labels = padded(answers, models.pad_id)
             sides.append((tokens.to(batch.tokens.device), labels.to(batch.tokens.device)))
         return contrastive_log_ratios(scorers[0].logps, scorers[1].logps, sides[0], sides[1])

@@ -16,7 +16,7 @@ from tokenpref.components import COMPONENT, accepts
 from tokenpref.data import adapt_tokenizer
 from tokenpref.distributed import World, init_world
 from tokenpref.errors import ConfigError, DryRun
-from tokenpref.models.agreement import config_numbers
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import Component, component, flag, read_config, text
 from tokenpref.training.config.keys import TrainConfig
@@ -157,7 +157,7 @@ class ContrastiveReference:
                 folder,
                 method=config.method,
                 tokenizer=adapt_tokenizer(config.tokenizer.build()).fingerprint(),
-                model=config_numbers(maker.on_meta()),
+                model=decoder_of(maker.on_meta()).numbers(),
                 base=base_digest(config.checkpointer),
                 sides=sides,
                 config=plain_without_environment(self._cfg),

@@ -14,13 +14,12 @@ from pathlib import Path
 from typing import Any
 
 import yaml
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpref._sealed import write_file
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref._yaml import read_yaml
 from tokenpref.errors import DataError
-from tokenpref.models.agreement import config_numbers
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
 from tokenpref.training.config.fields import Component
 from tokenpref.training.loading.models import ModelMaker, weights_digest
@@ -80,7 +79,7 @@ class ContrastivePair:
         """Both sides by name."""
         return dict(zip(SIDES, (self.positive, self.negative), strict=True))
 
-    def read_adapter(self, side: str, decoder: TransformerDecoder) -> dict[str, Tensor]:
+    def read_adapter(self, side: str, decoder: nn.Module) -> dict[str, Tensor]:
         """The adapter of a side, by its names in a decoder with adapters of the same size (on any device).
 
         Raises:
@@ -140,7 +139,7 @@ class ContrastivePair:
             here = maker.model.plain()
             keys = sorted(self.model.keys() | here.keys())
         else:
-            here = config_numbers(maker.on_meta())
+            here = decoder_of(maker.on_meta()).numbers()
             keys = [key for key in self.model if key in here]
         return ", ".join(
             f"{key} is {self.model.get(key)!r:.60} there and {here.get(key)!r:.60} here"
@@ -196,7 +195,7 @@ def write_pair(
         folder: the pair's folder.
         method: one of :data:`METHODS`.
         tokenizer: fingerprint of the tokenizer.
-        model: :func:`tokenpref.models.agreement.config_numbers` of the model of both sides.
+        model: :meth:`tokenpref.models.decoder.Decoder.numbers` of the model of both sides.
         base: :func:`base_digest` of the checkpointer of the model that both sides started from.
         sides: for each of :data:`SIDES` its :data:`SIDE_KEYS`; those that are left out are None. ``checkpoint`` and ``adapter``
             are folders inside ``folder``. A side with neither is the base.

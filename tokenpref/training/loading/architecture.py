@@ -8,7 +8,8 @@ from importlib import import_module
 from pathlib import Path
 from typing import Any
 
-from tokenpref._torchtune import TransformerDecoder
+from torch import nn
+
 from tokenpref.components import accepts
 from tokenpref.errors import ConfigError
 from tokenpref.models.agreement import Difference, compare_with_config, pairs_interleaved
@@ -32,7 +33,7 @@ _GENERAL = {
 def check_architecture(
     checkpointer: Component,
     model: Component,
-    decoder: TransformerDecoder,
+    decoder: nn.Module,
     *,
     key: str = "checkpointer",
     longest: int | None = None,
@@ -119,7 +120,7 @@ def _general_builder(path: str) -> tuple[Any, str] | None:
     return (module, name) if hasattr(module, name) else None
 
 
-def _order_fault(checkpointer: Component, decoder: TransformerDecoder, key: str) -> str | None:
+def _order_fault(checkpointer: Component, decoder: nn.Module, key: str) -> str | None:
     """Weights of queries and keys are read in an order that rotary embeddings of one kind expect."""
     kind, interleaved = str(checkpointer.kwargs.get("model_type")), pairs_interleaved(decoder)
     if not checkpointer.path.endswith(_HF_CHECKPOINTER) or interleaved is None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import os
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -14,8 +15,6 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from tokenpref._files import sampled_digest, weight_files
 from tokenpref._paths import resolve_path
 from tokenpref._torchtune import (
-    TransformerDecoder,
-    compile_model,
     set_default_dtype,
     validate_no_params_on_meta_device,
 )
@@ -29,6 +28,7 @@ from tokenpref.models.adapters import (
     has_adapters,
     initial_adapters,
 )
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.float8 import convert_to_float8
 from tokenpref.models.peft_format import AdapterLayout, read_adapter
 from tokenpref.models.reference import FrozenReference
@@ -84,7 +84,7 @@ def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]
     return world.together(read)
 
 
-def check_state_fits(state: dict[str, Tensor], model: TransformerDecoder, key: str) -> None:
+def check_state_fits(state: dict[str, Tensor], model: nn.Module, key: str) -> None:
     """Compare names and shapes of a checkpoint with the model's, whose adapters are not part of it.
 
     Raises:
@@ -144,6 +144,7 @@ class ModelMaker:
         self._checkpointer = checkpointer
         self._adapter: Path | None = None if adapter is None else resolve_path(adapter)
         self._said: set[str] = set()
+        self._proven = False
 
     @cached_property
     def checkpointer(self) -> Any:
@@ -213,7 +214,7 @@ class ModelMaker:
         scorer = self._filled(checkpointer.build(), key, trainable=False, adapter=adapter)
         return scorer.base() if adapter is None and has_adapters(scorer.model) else scorer
 
-    def on_meta(self, dtype: torch.dtype | None = None) -> TransformerDecoder:
+    def on_meta(self, dtype: torch.dtype | None = None) -> nn.Module:
         """The policy on the meta device, built by each call. ``requires_grad`` tells which parameters are trained.
 
         Args:
@@ -224,7 +225,7 @@ class ModelMaker:
             none and ``adapter_checkpoint`` is set.
         """
         with set_default_dtype(dtype or DTYPES[self.config.dtype]), torch.device("meta"):
-            decoder: TransformerDecoder = self.model.build()
+            decoder: nn.Module = self.model.build()
         check_decoder(decoder, self.model)
         if self._adapter is not None and not has_adapters(decoder):
             raise ConfigError(
@@ -234,18 +235,18 @@ class ModelMaker:
         return choose_trainable(decoder, True)
 
     @cached_property
-    def _policy_on_meta(self) -> TransformerDecoder:
+    def _policy_on_meta(self) -> nn.Module:
         return self.on_meta()
 
     @property
     def context(self) -> int:
         """The length of the model's context, in tokens."""
-        return int(self._policy_on_meta.max_seq_len)
+        return decoder_of(self._policy_on_meta).context
 
     @property
     def vocabulary(self) -> int:
         """The number of token ids that the model embeds."""
-        return int(self._policy_on_meta.tok_embeddings.num_embeddings)
+        return decoder_of(self._policy_on_meta).vocabulary
 
     @cached_property
     def adapters(self) -> dict[str, Any] | None:
@@ -316,7 +317,7 @@ class ModelMaker:
         load_full_state_dict(decoder, state, world)
         validate_no_params_on_meta_device(decoder)
         try:
-            return ScoringModel(
+            scorer = ScoringModel(
                 decoder,
                 head_memory_mb=config.head_memory_mb,
                 padding_free=config.padding_free,
@@ -325,11 +326,16 @@ class ModelMaker:
             )
         except TypeError as error:
             raise ConfigError(f"model ({self.model.path}): {error}") from error
+        # All models of a run have one architecture, so the first one is enough.
+        if not self._proven:
+            scorer.decoder.prove(padding_free=config.padding_free)
+            self._proven = True
+        return scorer
 
     def _complete_state(
         self,
         state: dict[str, Tensor],
-        decoder: TransformerDecoder,
+        decoder: nn.Module,
         key: str,
         adapter: Path | None,
         compute: Compute,
@@ -355,7 +361,7 @@ class ModelMaker:
             )
 
 
-def weight_nbytes(decoder: TransformerDecoder, dtype: torch.dtype) -> int:
+def weight_nbytes(decoder: nn.Module, dtype: torch.dtype) -> int:
     """Bytes of a decoder's weights, if those that are not quantised have some dtype."""
     return sum(
         nbytes(parameter) if hasattr(parameter, "__tensor_flatten__") else parameter.numel() * dtype.itemsize
@@ -370,7 +376,7 @@ def nbytes(tensor: Tensor) -> int:
     return tensor.nbytes
 
 
-def choose_trainable(decoder: TransformerDecoder, trainable: bool) -> TransformerDecoder:
+def choose_trainable(decoder: nn.Module, trainable: bool) -> nn.Module:
     """Mark the parameters to train (in place): a policy's adapters if it has any, else all, and none of a frozen model."""
     decoder.requires_grad_(trainable)
     if trainable and has_adapters(decoder):
@@ -381,7 +387,7 @@ def choose_trainable(decoder: TransformerDecoder, trainable: bool) -> Transforme
 
 
 def place_decoder(
-    decoder: TransformerDecoder,
+    decoder: nn.Module,
     compute: Compute,
     world: World,
     *,
@@ -412,7 +418,8 @@ def place_decoder(
         if world.is_main:
             log.info(f"{key}: {len(names)} linear layers multiply in float8 ({compute.float8.recipe})")
     if compiled:
-        compile_model(decoder, verbose=False)
+        for layer in decoder_of(decoder).layers:
+            layer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
     if compute.checkpoint_every is not None:
         checkpoint_layers(decoder, compute.checkpoint_every)
     if compute.offload:
@@ -420,20 +427,17 @@ def place_decoder(
     choose_trainable(decoder, trainable)
     shard(
         decoder,
+        list(decoder_of(decoder).layers),
         world,
         reshard_after_forward=reshard_after_forward,
         compute_dtype=compute.compute_dtype,
     )
     decoder.to_empty(device=world.device)
-    with torch.device(world.device):
-        for module in decoder.modules():
-            # Rotary caches are not in checkpoints. They are float32 for any dtype of the model.
-            if hasattr(module, "rope_init"):
-                module.rope_init()
+    decoder_of(decoder).fill_buffers(world.device)
     decoder.train(trainable)
 
 
-def _switch_dropout_off(model: TransformerDecoder) -> None:
+def _switch_dropout_off(model: nn.Module) -> None:
     """Switch dropout off, as in the papers: a policy that equals its reference must give a loss of exactly log 2."""
     found = set()
     for module in model.modules():
@@ -449,25 +453,28 @@ def _switch_dropout_off(model: TransformerDecoder) -> None:
 
 
 def check_decoder(decoder: Any, component: Component) -> None:
-    """Check that a component made a model of torchtune's kind.
+    """Check that a component made a decoder.
 
     Raises:
         ConfigError: if it did not, or if the model's adapters are of a kind that is not supported.
     """
-    if not isinstance(decoder, TransformerDecoder):
+    try:
+        view = decoder_of(decoder)
+    except TypeError as error:
         raise ConfigError(
-            f"{component.key} ({component.path}): makes a {type(decoder).__name__}, not a TransformerDecoder; name a model of "
-            "torchtune.models or tokenpref.models, or a function of your own that makes one"
-        )
+            f"{component.key} ({component.path}): makes a {type(decoder).__name__}, which is neither a TransformerDecoder of "
+            "torchtune nor a causal LM of transformers; name tokenpref.models.causal_lm, a model of torchtune.models or "
+            "tokenpref.models, or a function of your own that makes one"
+        ) from error
     try:
         check_adapters(decoder)
     except ValueError as error:
         raise ConfigError(f"{component.key} ({component.path}): {error}") from error
-    if len(decoder.layers) == 0:
+    if len(view.layers) == 0:
         raise ConfigError(f"{component.key} ({component.path}): makes a model without layers; set num_layers")
-    if not 2 <= decoder.max_seq_len <= LONGEST_CONTEXT:
+    if not 2 <= view.context <= LONGEST_CONTEXT:
         raise ConfigError(
-            f"{component.key} ({component.path}): its context is {decoder.max_seq_len} tokens; set max_seq_len from 2 to "
+            f"{component.key} ({component.path}): its context is {view.context} tokens; set max_seq_len from 2 to "
             f"{LONGEST_CONTEXT}, which is as long as rotary tables are made for"
         )
 

@@ -16,11 +16,11 @@ from torchao.dtypes.nf4tensor import NF4Tensor
 from tokenpref._memory import free_memory
 from tokenpref._paths import resolve_path
 from tokenpref._sealed import check_if_sealed
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.data import PreferenceDataset, Tokenizer
 from tokenpref.data.samples import read_openings
 from tokenpref.errors import ConfigError
 from tokenpref.models.cpu import install_on_cpu
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.token_ids import check_token_ids
 from tokenpref.ops.head import logit_budget
@@ -129,7 +129,7 @@ def preflight(
     notes = _check_folders(readers, config.model, model, longest)
     for data, component in ((dataset, config.dataset), (dataset_val, config.dataset_val)):
         if data is not None and component is not None:
-            check_data_fits(data, component, model)
+            check_data_fits(data, component, decoder_of(model))
             check_tokens_per_batch(data, component, config.tokens_per_batch, padded=not config.padding_free)
     tokens = 2 * config.batch_size * int(dataset.lengths().max())
     memory = estimate_memory(
@@ -170,7 +170,7 @@ def preflight(
     return [*notes, *lines] if warning is None else [*notes, *lines, f"warning: {warning}"]
 
 
-def _check_quantised(config: TrainConfig, maker: ModelMaker, model: TransformerDecoder) -> None:
+def _check_quantised(config: TrainConfig, maker: ModelMaker, model: nn.Module) -> None:
     """Check what a quantised base cannot do: be merged, be gathered by one process, or be split in the middle of a group.
 
     Raises:
@@ -198,7 +198,7 @@ def _check_quantised(config: TrainConfig, maker: ModelMaker, model: TransformerD
             )
 
 
-def trained_parameters(model: TransformerDecoder) -> tuple[int, int]:
+def trained_parameters(model: nn.Module) -> tuple[int, int]:
     """How many numbers of a model are trained, and how many it has."""
     sizes = [(p.numel(), p.requires_grad) for p in model.parameters()]
     return sum(size for size, trained in sizes if trained), sum(size for size, _ in sizes)
@@ -237,14 +237,14 @@ def check_scored(
 
     lines = world.together(check)
     if data is not None:
-        check_data_fits(*data, decoder)
+        check_data_fits(*data, decoder_of(decoder))
     padding = world.together(lambda: check_token_ids(tokenizer, maker.vocabulary, openings=openings))
     for line in [*lines, *([padding] if padding else [])] if world.is_main else []:
         log.info(line)
 
 
 def _check_folders(
-    readers: Mapping[str, Component], model: Component, decoder: TransformerDecoder, longest: int | None
+    readers: Mapping[str, Component], model: Component, decoder: nn.Module, longest: int | None
 ) -> list[str]:
     """Check the folders that weights come from, by their names in messages; see :func:`check_architecture`."""
     folders = {Path(str(reader.kwargs.get("checkpoint_dir", ""))): key for key, reader in readers.items()}
@@ -258,7 +258,7 @@ def _check_folders(
 
 
 def _cache_lines(
-    config: TrainConfig, model: TransformerDecoder, caches: Sequence[ReferenceCache], folder: Path, run: int
+    config: TrainConfig, model: nn.Module, caches: Sequence[ReferenceCache], folder: Path, run: int
 ) -> list[str]:
     """What the caches of the reference take on the disk, beside the bytes of the run where they share it.
 
@@ -332,7 +332,7 @@ def estimate_memory(
     # At most: a reference without a KL is scored by itself.
     of_one = logit_budget(
         config.head_memory_mb,
-        vocabulary * model.tok_embeddings.embedding_dim * policy.kept_dtype.itemsize,
+        vocabulary * decoder_of(model).width * policy.kept_dtype.itemsize,
         device,
     )
     budget = of_one * (2 if reference or head_of_cache or maker.reference_is_base else 1)
@@ -347,14 +347,14 @@ def estimate_memory(
     )
 
 
-def _activation_bytes_per_token(model: TransformerDecoder, compute: Compute, device: torch.device) -> float:
+def _activation_bytes_per_token(model: nn.Module, compute: Compute, device: torch.device) -> float:
     """What stays of a token until the backward, of a model in the dtype that it computes in."""
-    kept, layers = _saved_bytes_per_token(model, device), len(model.layers)
+    kept, layers = _saved_bytes_per_token(model, device), len(decoder_of(model).layers)
     if compute.checkpoint_every is None:
         return kept
     checkpointed = layers // compute.checkpoint_every
     of_layer = kept / layers
-    of_input = model.tok_embeddings.embedding_dim * next(model.parameters()).element_size()
+    of_input = decoder_of(model).width * next(model.parameters()).element_size()
     # A checkpointed layer keeps its input, and one of them at a time is computed again.
     inputs = min(checkpointed, _OFFLOADED_AT_A_TIME) if compute.offload else checkpointed
     return inputs * of_input + (layers - checkpointed + 1) * of_layer
@@ -370,13 +370,10 @@ def _optimizer_bytes_per_parameter(config: TrainConfig) -> float:
     return sum(nbytes(value) for value in state if isinstance(value, Tensor)) / _PROBE
 
 
-def _saved_bytes_per_token(model: TransformerDecoder, device: torch.device) -> float:
+def _saved_bytes_per_token(model: nn.Module, device: torch.device) -> float:
     """What autograd keeps of a token, counted on sequences so short that attention's own matrices do not matter."""
+    decoder_of(model).fill_buffers(torch.device("meta"))
     for module in model.modules():
-        if hasattr(module, "rope_init"):  # some rotary embeddings build no table on the meta device
-            with torch.device("cpu"):
-                module.rope_init()
-            module.to("meta")
         weight = getattr(module, "weight", None)
         if isinstance(weight, NF4Tensor):
             # NF4 cannot be restored on the meta device, and autograd keeps as much with any frozen weight.

@@ -17,14 +17,14 @@ from typing import Any
 
 import numpy as np
 import torch
-from torch import Tensor
+from torch import Tensor, nn
 from tqdm import tqdm
 
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.components import COMPONENT
 from tokenpref.data import IGNORE_INDEX, PairExample, PreferenceDataset, collate_pairs
 from tokenpref.data.reference_store import ReferenceStore, ReferenceWriter, StoredAnswers, StoreLayout
 from tokenpref.distributed import World, unsharded
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.reference import KL_STATISTICS, CachedReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.config.keys import TrainConfig
@@ -152,7 +152,7 @@ class ReferenceCache:
         described, complete, missing = world.broadcast_object(world.together(look))
         return cls(key, examples, StoreLayout(folder, kind, described, answers), complete, missing)
 
-    def nbytes(self, model: TransformerDecoder, element: int) -> int:
+    def nbytes(self, model: nn.Module, element: int) -> int:
         """The approximate size of the whole cache on disk.
 
         Args:
@@ -162,16 +162,15 @@ class ReferenceCache:
         tokens = self.layout.answers.tokens
         if self.layout.kind == "logps":
             return tokens * max(element, 4)  # log-probabilities are at least float32
-        return tokens * model.tok_embeddings.embedding_dim * element + self.head_nbytes(model, element)
+        return tokens * decoder_of(model).width * element + self.head_nbytes(model, element)
 
-    def head_nbytes(self, model: TransformerDecoder, element: int) -> int:
+    def head_nbytes(self, model: nn.Module, element: int) -> int:
         """Bytes in the memory of a process: the LM head for hidden states, nothing for log-probabilities."""
         held = self.layout.kind == "hidden"
-        return (
-            model.tok_embeddings.num_embeddings * model.tok_embeddings.embedding_dim * element if held else 0
-        )
+        decoder = decoder_of(model)
+        return decoder.vocabulary * decoder.width * element if held else 0
 
-    def forecast(self, model: TransformerDecoder, element: int) -> tuple[int, str]:
+    def forecast(self, model: nn.Module, element: int) -> tuple[int, str]:
         """Bytes still to be written, and a line about it for the log."""
         size, layout = self.nbytes(model, element), self.layout
         if self.complete:

@@ -17,13 +17,12 @@ from typing import Any
 import torch
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
 from tokenpref._files import follow_umask, sync, write_json, writing
 from tokenpref._sealed import Written, fault_of, read_record, seal, write_file
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import (
     BackgroundWrite,
     World,
@@ -102,7 +101,7 @@ class Checkpoints:
 
     def save(
         self,
-        model: TransformerDecoder,
+        model: nn.Module,
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
         progress: Progress,
@@ -222,7 +221,7 @@ class Checkpoints:
     def load(
         self,
         folder: Path,
-        model: TransformerDecoder,
+        model: nn.Module,
         optimizer: Optimizer,
         scheduler: LRScheduler | None,
         *,

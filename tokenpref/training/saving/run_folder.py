@@ -16,13 +16,12 @@ from typing import Any
 
 from omegaconf import OmegaConf
 from omegaconf.errors import OmegaConfBaseException
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpref import __version__
 from tokenpref._files import move_aside, try_lock, write_json, writing
 from tokenpref._paths import resolve_path
 from tokenpref._sealed import MANIFEST, fault_of, seal
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref._yaml import check_yaml
 from tokenpref.data import Tokenizer
 from tokenpref.distributed import World, full_state_dict
@@ -364,7 +363,7 @@ class RunFolder:
                 self.path.rmdir()
             raise
 
-    def export(self, checkpointer: Any, model: TransformerDecoder, epoch: int) -> None:
+    def export(self, checkpointer: Any, model: nn.Module, epoch: int) -> None:
         """Write a model to ``epoch_N``, with a manifest as the last file.
 
         Of a model with adapters, the adapter is written in PEFT's format, and with ``save_adapter_weights_only: false`` also the
@@ -414,7 +413,7 @@ class RunFolder:
         return base_of(self._config)
 
     def export_best(
-        self, checkpointer: Any, model: TransformerDecoder, *, epochs: int, record: dict[str, Any]
+        self, checkpointer: Any, model: nn.Module, *, epochs: int, record: dict[str, Any]
     ) -> None:
         """Write a model to ``best``. The previous one is kept until the new one is complete.
 

@@ -10,11 +10,10 @@ from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any, Protocol
 
-from torch import Tensor
+from torch import Tensor, nn
 from torch.optim import Optimizer
 from torch.optim.lr_scheduler import LRScheduler
 
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.distributed import World, first_not_finite
 from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.training.config.defaults import component_paths, without_defaults
@@ -61,7 +60,7 @@ class TrainState:
         built: the optimizer's settings as the config made them; the state is made before the first step.
     """
 
-    model: TransformerDecoder
+    model: nn.Module
     optimizer: Optimizer
     scheduler: LRScheduler | None
     sources: Mapping[str, Any]
@@ -265,7 +264,7 @@ class Saver:
             self._say(f"epoch_{epoch} is not there any more: written again from the checkpoint")
             self._folder.export(checkpointer, state.model, epoch)
 
-    def _refuse_not_finite(self, model: TransformerDecoder, step: int) -> None:
+    def _refuse_not_finite(self, model: nn.Module, step: int) -> None:
         """Refuse to write weights that are not finite.
 
         Raises:

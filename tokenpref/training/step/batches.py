@@ -9,9 +9,6 @@ from typing import Any
 
 import numpy as np
 
-from tokenpref._torchtune import (
-    TransformerDecoder,
-)
 from tokenpref.data import (
     PairBatch,
     PreferenceDataset,
@@ -25,6 +22,7 @@ from tokenpref.data import (
 )
 from tokenpref.distributed import World
 from tokenpref.errors import ConfigError
+from tokenpref.models.decoder import Decoder
 from tokenpref.training.config.fields import Component
 from tokenpref.training.config.keys import TrainConfig
 
@@ -72,20 +70,20 @@ def check_pairs(dataset: Any, component: Component) -> None:
         )
 
 
-def check_data_fits(dataset: PreferenceDataset, component: Component, model: TransformerDecoder) -> None:
+def check_data_fits(dataset: PreferenceDataset, component: Component, decoder: Decoder) -> None:
     """Check that the model can process every sequence and token id of a data set.
 
     Raises:
         ConfigError: if a sequence is longer than the model's context, or an id lies outside its vocabulary.
     """
     longest = dataset.longest
-    if longest > model.max_seq_len:
+    if longest > decoder.context:
         raise ConfigError(
             f"{component.key}: the longest sequence has {longest} tokens and the model's context is "
-            f"{model.max_seq_len}; set {component.key}.max_seq_len={model.max_seq_len} or raise the model's"
+            f"{decoder.context}; set {component.key}.max_seq_len={decoder.context} or raise the model's"
         )
     highest = dataset.highest_id
-    vocabulary = model.tok_embeddings.num_embeddings
+    vocabulary = decoder.vocabulary
     if highest >= vocabulary:
         raise ConfigError(
             f"tokenizer: it makes token id {highest} ({dataset.tokenizer.decode_special(highest)!r}) of {component.key} and the "

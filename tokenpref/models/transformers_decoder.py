@@ -1,0 +1,347 @@
+"""Causal language models of transformers behind the seam of :mod:`tokenpref.models.decoder`.
+
+transformers lets an attention function be registered by name, and hands it every keyword of the model's forward. Ours gets the
+places of the sequences that way, so the code of the models stays as it is.
+"""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterator
+from contextlib import contextmanager
+from functools import cached_property
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor, nn
+
+from tokenpref._torchtune import TiedLinear
+from tokenpref._transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from tokenpref.errors import ConfigError
+from tokenpref.models.decoder import Decoder, evaluating
+from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
+from tokenpref.ops import AnswerRows
+from tokenpref.ops.answers import IGNORE_INDEX
+
+__all__ = ["TransformersDecoder", "tie_head"]
+
+_ATTENTION = "tokenpref"
+"""The name under which transformers knows our attention."""
+
+_TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
+_ROUGH_TOLERANCE = 0.05
+"""The largest difference of logits that is rounding, as a part of the largest logit. Errors found so far were above 0.1."""
+
+_NOT_NUMBERS = frozenset(
+    {
+        "transformers_version",
+        "architectures",
+        "dtype",
+        "torch_dtype",
+        "use_cache",
+        "auto_map",
+        "task_specific_params",
+    }
+)
+
+
+class TransformersDecoder(Decoder):
+    """A ``PreTrainedModel`` with a language model head, such as :func:`tokenpref.models.causal_lm` builds.
+
+    Args:
+        module: the model.
+
+    Raises:
+        TypeError: if it is of another kind.
+    """
+
+    module: PreTrainedModel
+
+    def __init__(self, module: nn.Module) -> None:
+        if not isinstance(module, PreTrainedModel):
+            raise TypeError(
+                f"{type(module).__name__} is neither a TransformerDecoder of torchtune nor a causal LM of transformers"
+            )
+        super().__init__(module)
+
+    @property
+    def _config(self) -> Any:
+        return self.module.config.get_text_config()
+
+    @property
+    def _body(self) -> Any:
+        """The model without its head."""
+        return self.module.base_model
+
+    @property
+    def layers(self) -> nn.ModuleList:
+        """See :class:`Decoder`.
+
+        Raises:
+            TypeError: if they are not in one list.
+        """
+        lists = [child for child in self._body.children() if isinstance(child, nn.ModuleList)]
+        if len(lists) != 1:
+            raise TypeError(f"{type(self._body).__name__} keeps its layers in {len(lists)} lists, not in one")
+        return lists[0]
+
+    @property
+    def embedding(self) -> nn.Embedding:
+        """See :class:`Decoder`."""
+        embedding: nn.Embedding = self.module.get_input_embeddings()
+        return embedding
+
+    @property
+    def head_name(self) -> str:
+        """See :class:`Decoder`."""
+        return _head_name(self.module)
+
+    @property
+    def _head(self) -> Any:
+        return getattr(self.module, self.head_name)
+
+    @property
+    def head_weight(self) -> Tensor:
+        """See :class:`Decoder`."""
+        head = self._head
+        weight: Tensor = head.tied_module.weight if isinstance(head, TiedLinear) else head.weight
+        return weight
+
+    @property
+    def logit_scale(self) -> float:
+        """Granite divides its logits by ``logits_scaling``, Cohere multiplies them with ``logit_scale``."""
+        divisor, factor = (
+            getattr(self._config, "logits_scaling", None),
+            getattr(self._config, "logit_scale", None),
+        )
+        return (1.0 if factor is None else float(factor)) / (1.0 if divisor is None else float(divisor))
+
+    @property
+    def soft_cap(self) -> float | None:
+        """Gemma 2 bounds its logits by ``final_logit_softcapping``."""
+        cap = getattr(self._config, "final_logit_softcapping", None)
+        return None if cap is None else float(cap)
+
+    @property
+    def is_tied(self) -> bool:
+        """See :class:`Decoder`."""
+        return isinstance(self._head, TiedLinear)
+
+    @property
+    def context(self) -> int:
+        """See :class:`Decoder`."""
+        return int(self._config.max_position_embeddings)
+
+    def numbers(self) -> dict[str, Any]:
+        """What ``config.json`` says of the model, apart from files, versions and token ids."""
+        named: dict[str, Any] = self._config.to_dict()
+        return {
+            key: value
+            for key, value in named.items()
+            if key not in _NOT_NUMBERS and not key.startswith("_") and not key.endswith("_token_id")
+        }
+
+    def check(self) -> None:
+        """Check that the head is a linear layer without a bias; whether the logits are as expected is for :meth:`prove`.
+
+        Raises:
+            TypeError: if it is not.
+        """
+        head = self._head
+        if not isinstance(head, (nn.Linear, TiedLinear)) or getattr(head, "bias", None) is not None:
+            has = " with a bias" if isinstance(head, nn.Linear) else ""
+            raise TypeError(
+                f"the head of {type(self.module).__name__} is a {type(head).__name__}{has}; token statistics need a linear head "
+                "without bias"
+            )
+
+    @torch.no_grad()
+    def fill_buffers(self, device: torch.device) -> None:
+        """Let transformers compute the buffers that are not in checkpoints, as its own loading does.
+
+        It initialises whatever else the same module has, so weights have to be loaded afterwards.
+        """
+        for module in self.module.modules():
+            if any(name in module._non_persistent_buffers_set for name in module._buffers):
+                self.module._init_weights(module)
+
+    def install_padding_free(self) -> None:
+        """Let the model use our attention. Whether its numbers are right is for :meth:`prove`."""
+        AttentionInterface.register(_ATTENTION, _attention)
+        self.module.set_attn_implementation(_ATTENTION)
+
+    @cached_property
+    def _takes(self) -> frozenset[str]:
+        """Names of the arguments of the model's forward."""
+        return frozenset(inspect.signature(type(self._body).forward).parameters)
+
+    def hidden(
+        self, tokens: Tensor, *, mask: Any = None, positions: Tensor | None = None, cache: Any = None
+    ) -> Tensor:
+        """The model's own forward up to its head."""
+        ours = self.module.config._attn_implementation == _ATTENTION
+        arguments: dict[str, Any] = {"use_cache": cache is not None}
+        if cache is not None:
+            arguments["cache" if "cache" in self._takes else "past_key_values"] = cache
+        if ours:
+            arguments["segments"] = mask
+        elif mask is not None:
+            # The last token attends to all that is no padding, which is all that transformers needs to know.
+            arguments["attention_mask"] = mask[:, -1, : cache.get_seq_length() + tokens.shape[1]]
+        output = self._body(input_ids=tokens, position_ids=positions, **arguments)
+        hidden: Tensor = output.last_hidden_state
+        return hidden
+
+    def packed_hidden(self, packed: PackedRows) -> Tensor:
+        """See :class:`Decoder`. Positions enter as one row of N tokens."""
+        tokens, positions = packed.tokens[None], packed.positions[None]
+        return self.hidden(tokens, mask=packed.segments, positions=positions).squeeze(0)
+
+    @contextmanager
+    def cache(self, rows: int, length: int, device: torch.device) -> Iterator[Any]:
+        """A cache of transformers that keeps all keys, because our attention applies the windows of layers itself."""
+        ours = self.module.config._attn_implementation == _ATTENTION
+        yield DynamicCache() if ours else DynamicCache(config=self._config)
+
+    @torch.no_grad()
+    def prove(self, *, padding_free: bool) -> None:
+        """Compare logits with those of the model's own forward and eager attention, on a few short sequences.
+
+        Raises:
+            ConfigError: if they differ, with the difference.
+        """
+        tokens, labels = _proof_batch(self.vocabulary, self.head_weight.device)
+        rows = AnswerRows.of(labels)
+        name = type(self.module).__name__
+        with evaluating(self.module), torch.compiler.set_stance("force_eager"):
+            with self._attention_of("eager"):
+                apart = [row[: n + 1] for row, n in zip(tokens, rows.mask.sum(1).tolist(), strict=True)]
+                own = [self.module(input_ids=row[None], use_cache=False).logits[0, :-1] for row in apart]
+                padded = self.logits(tokens)[:, :-1][rows.mask]
+            expected = torch.cat(own)
+            self._compare(
+                expected,
+                padded,
+                f"{name} makes its logits from its last hidden states in another way than by a linear head, a scale and a soft "
+                "cap, so its token statistics would be wrong; use another model",
+            )
+            if padding_free:
+                packed = PackedRows.of(tokens, labels, rows, sides=2)
+                self._compare(
+                    expected,
+                    self.run_packed(
+                        packed, lambda hidden, weight: self.final_logits(hidden[packed.answers], weight)
+                    ),
+                    f"{name} computes something else where sequences are not padded; set padding_free=false",
+                )
+
+    @staticmethod
+    def _compare(expected: Tensor, found: Tensor, fault: str) -> None:
+        largest = expected.abs().max().clamp(min=1e-6)
+        difference = float((expected - found).abs().max() / largest)
+        if not difference <= _TOLERANCE.get(expected.dtype, _ROUGH_TOLERANCE):
+            raise ConfigError(f"model: {fault}. Logits differ by {difference:.1e} of the largest one")
+
+    @contextmanager
+    def _attention_of(self, implementation: str) -> Iterator[None]:
+        before = self.module.config._attn_implementation
+        self.module.set_attn_implementation(implementation)
+        try:
+            yield
+        finally:
+            self.module.set_attn_implementation(before)
+
+
+def _proof_batch(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+    """Two pairs of short sequences whose answers begin alike: tokens and labels ``[4, 12]``, right padded."""
+    lengths = torch.tensor([12, 7, 9, 10], device=device)
+    places = torch.arange(12, device=device)
+    tokens = (3 + places + 17 * torch.arange(4, device=device)[:, None]) * 7 % vocabulary
+    tokens[2:, :4] = tokens[:2, :4]
+    inside = places < lengths[:, None]
+    return torch.where(inside, tokens, 0), torch.where(inside, tokens, IGNORE_INDEX)
+
+
+def _head_name(module: PreTrainedModel) -> str:
+    """The attribute of a causal LM that makes logits: what the body is not."""
+    names = [name for name in ("lm_head", "embed_out", "output", "head") if hasattr(module, name)]
+    if len(names) != 1:
+        raise TypeError(f"{type(module).__name__} has no head by a known name, such as lm_head")
+    return names[0]
+
+
+def tie_head(module: PreTrainedModel) -> None:
+    """Let a head that shares the embedding's weight have none of its own (in place).
+
+    A tensor with two names would be sharded, counted and written twice.
+    """
+    name = _head_name(module)
+    delattr(module, name)
+    setattr(module, name, TiedLinear(module.get_input_embeddings()))
+
+
+def _attention(
+    _module: nn.Module,
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    _mask: Any,
+    *,
+    segments: Segments | Tensor | None = None,
+    scaling: float | None = None,
+    sliding_window: int | None = None,
+    softcap: float | None = None,
+    **_: Any,
+) -> tuple[Tensor, None]:
+    """Causal attention of ``[B, heads, L, d]`` queries; returns ``[B, L, heads, d]``.
+
+    Args:
+        q: queries.
+        k: keys ``[B, heads or fewer, S, d]``.
+        v: values.
+        segments: the sequences in a row of N positions; or which of the S keys each of L queries sees ``[B, L, S or more]``;
+            None: all keys up to its own.
+        scaling: factor of the products; None: ``1 / sqrt(d)``.
+        sliding_window: how many keys back a query sees, its own included; None: all.
+        softcap: bounds the scores by ``softcap tanh(score / softcap)``.
+    """
+
+    def attention(q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None = None) -> Tensor:
+        length, total = q.shape[2], k.shape[2]
+        window = sliding_window if sliding_window is not None and sliding_window < total else None
+        if mask is None and (window is not None or softcap is not None or length < total):
+            mask = _seen(length, total, None, q.device)
+        if window is not None and mask is not None:
+            mask = mask & _seen(length, total, window, q.device)
+        if softcap is not None:
+            return _soft_capped(q, k, v, mask, scaling, softcap)
+        grouped = q.shape[1] != k.shape[1]
+        return F.scaled_dot_product_attention(
+            q, k, v, attn_mask=mask, is_causal=mask is None, scale=scaling, enable_gqa=grouped
+        )
+
+    if isinstance(segments, Segments):
+        own = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+        return attention_by_segment(*own, segments, attention)[None], None
+    mask = None if segments is None else segments[:, None, :, : k.shape[2]]
+    return attention(q, k, v, mask).transpose(1, 2).contiguous(), None
+
+
+def _seen(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
+    """Which of ``total`` keys the last ``length`` positions see ``[L, S]``."""
+    back = torch.arange(total - length, total, device=device)[:, None] - torch.arange(total, device=device)
+    return back >= 0 if window is None else (back >= 0) & (back < window)
+
+
+def _soft_capped(
+    q: Tensor, k: Tensor, v: Tensor, mask: Tensor | None, scaling: float | None, cap: float
+) -> Tensor:
+    """The attention of Gemma 2, which PyTorch's has no place for; it makes the ``[L, S]`` scores."""
+    groups = q.shape[1] // k.shape[1]
+    k, v = (x.repeat_interleave(groups, 1) for x in (k, v))
+    scores = q @ k.mT * (q.shape[-1] ** -0.5 if scaling is None else scaling)
+    scores = cap * torch.tanh(scores / cap)
+    if mask is not None:
+        scores = scores.masked_fill(~mask, float("-inf"))
+    return scores.softmax(-1, dtype=torch.promote_types(scores.dtype, torch.float32)).to(v.dtype) @ v
