@@ -3,16 +3,19 @@
     python -m benchmarks.gpu --list                      # the cells
     python -m benchmarks.gpu --budget-s 540              # as many as begin within 9 minutes; again: those that are missing
     python -m benchmarks.gpu --only 8b float8            # cells whose name has both words
-    python -m benchmarks.gpu --report-only --write-docs  # the page, once all cells are there
+    python -m benchmarks.gpu --report-only --write-docs  # the page, from the cells that are there
     python -m benchmarks.gpu --tiny                      # a test of itself; chosen where there is no GPU
 
 Nothing is downloaded: weights are random, in the shapes of Llama-3.2-1B and Llama-3.1-8B, and so are the tokens; time depends on
 neither. Each cell runs in a process of its own, so that memory is its own too, and takes the library's own steps: a frozen
-reference, clipping, fused AdamW, one process and one GPU. A cell that fails says so in the table.
+reference, clipping, fused AdamW, one process and one GPU. A cell that fails says so in the table. A cell whose expected memory
+exceeds the card's memory is not run, and the table says that too. ``python -m benchmarks.gpu_drill`` is the shorter run, which
+also checks numbers.
 
-tokens/s credits all tokens of chosen and rejected answers, the prompt counted in both. No row has padding. Model FLOPs are those
-that a step cannot do without, whatever is computed twice: with N weights in the layers (embedding and head apart), a head of
-V x D, T positions (a prompt once for both answers) of which A are an answer's,
+tokens/s credits all tokens of chosen and rejected answers, the prompt counted in both. Nothing is computed for padding, except
+with full logits and unequal lengths. Model FLOPs are those that a step cannot do without, whatever is computed twice: with N
+weights in the layers (embedding and head apart), a head of V x D, T positions (a prompt once for both answers) of which A are an
+answer's,
 
     policy: 6 N T + 6 V D A        reference: 2 N T + 2 V D A
 
@@ -26,6 +29,7 @@ from __future__ import annotations
 import argparse
 import json
 import math
+import random
 import statistics
 import subprocess
 import sys
@@ -43,10 +47,10 @@ from torchtune.models.llama3_1 import llama3_1_8b
 from torchtune.models.llama3_2 import llama3_2_1b
 
 from benchmarks import tables
-from benchmarks.cpu.process import peak_mib, reset_peak, save, versions
+from benchmarks.cpu.process import peak_mib, reset_peak, save, versions, wait
 from tokenpref._torchtune import TransformerDecoder, set_default_dtype
 from tokenpref.data import PairBatch, PairExample, collate_pairs
-from tokenpref.distributed import World, init_world, load_full_state_dict
+from tokenpref.distributed import World, init_world, load_full_state_dict, single_process_world
 from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss
 from tokenpref.models import tiny_llama
 from tokenpref.models.float8 import Float8
@@ -54,16 +58,32 @@ from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.ops import AnswerRows, token_stats_from_logits
 from tokenpref.stats import TokenStats
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.compute import Compute
-from tokenpref.training.loading.models import place_decoder
+from tokenpref.training.config.fields import read_config
+from tokenpref.training.config.keys import TrainConfig
+from tokenpref.training.loading.models import ModelMaker, place_decoder
+from tokenpref.training.loading.preflight import estimate_memory
 from tokenpref.training.step.pair_loss import BatchWeights, no_weights
 from tokenpref.training.step.train_step import train_step
 from tokenpref.weights import TransformedWeights
 
-__all__ = ["PEAKS", "Cell", "ModelSize", "measure", "model_flops", "peak_flops", "table"]
+__all__ = [
+    "PEAKS",
+    "Cell",
+    "ModelSize",
+    "Training",
+    "measure",
+    "model_flops",
+    "needed_gib",
+    "peak_flops",
+    "scorer",
+    "seconds_of",
+    "table",
+]
 
 ROOT = Path(__file__).parents[1]
-PAGE = ROOT / "docs" / "results" / "gpu.md"
+PAGE = ROOT / "docs" / "results" / "gpu_steps.md"
 RESULTS = ROOT / "outputs" / "bench" / "gpu.json"
 
 PEAKS: dict[str, tuple[float, float | None]] = {
@@ -84,6 +104,14 @@ LOSSES: dict[str, Any] = {
 }
 PRECISIONS = ("bf16", "mixed", "float8", "float8_rowwise")
 KEPT = ("all", "selective", "full", "offload")
+COMPONENTS = {
+    "1b": "torchtune.models.llama3_2.llama3_2_1b",
+    "8b": "torchtune.models.llama3_1.llama3_1_8b",
+    "tiny": "tokenpref.models.tiny_llama",
+}
+UNEQUAL = {"prompt": (130, 0.9, 16, 1024), "answer": (55, 0.8, 4, 512)}
+"""Unequal lengths are drawn log-normally: median, sigma, least and most tokens. They resemble those of dialogues such as HH."""
+TINY_UNEQUAL = {"prompt": (8, 0.6, 2, 24), "answer": (12, 0.6, 2, 32)}
 
 
 @dataclass(frozen=True)
@@ -100,8 +128,9 @@ class Cell:
             on the CPU).
         compiled: every layer by ``torch.compile``.
         pairs: of a step.
-        prompt: its tokens.
-        answer: tokens of each answer.
+        prompt: its tokens (equal lengths).
+        answer: tokens of each answer (equal lengths).
+        lengths: "equal", or "unequal": drawn anew for every pair, see :data:`UNEQUAL`.
     """
 
     model: str
@@ -113,17 +142,50 @@ class Cell:
     pairs: int = 8
     prompt: int = 128
     answer: int = 384
+    lengths: str = "equal"
 
     @property
     def name(self) -> str:
         """Everything but the sizes of the batch."""
         words = [self.model, self.loss, self.precision, f"{self.head} head", f"keeps {self.kept}"]
+        words += ["unequal lengths"] if self.lengths == "unequal" else []
         return ", ".join([*words, "compiled" if self.compiled else "eager"])
 
-    @property
-    def tokens(self) -> int:
+    def sizes(self, step: int = 0) -> list[tuple[int, int, int]]:
+        """Tokens of prompt, chosen and rejected of a step's pairs."""
+        if self.lengths == "equal":
+            return [(self.prompt, self.answer, self.answer)] * self.pairs
+        rng = random.Random(step)
+        drawn = TINY_UNEQUAL if self.model == "tiny" else UNEQUAL
+
+        def draw(part: str) -> int:
+            median, sigma, least, most = drawn[part]
+            return int(min(max(rng.lognormvariate(math.log(median), sigma), least), most))
+
+        return [(draw("prompt"), draw("answer"), draw("answer")) for _ in range(self.pairs)]
+
+    def tokens(self, step: int = 0) -> int:
         """Of a step."""
-        return 2 * self.pairs * (self.prompt + self.answer)
+        return sum(2 * prompt + chosen + rejected for prompt, chosen, rejected in self.sizes(step))
+
+    def positions(self, step: int = 0) -> int:
+        """Of a step's tokens, those that are computed: a prompt once for both answers."""
+        return sum(map(sum, self.sizes(step)))
+
+    def overrides(self) -> list[str]:
+        """The keys of a recipe with these settings."""
+        float8 = {"float8": "tensorwise", "float8_rowwise": "rowwise"}.get(self.precision)
+        keys = ["dtype=fp32", "compute_dtype=bf16"] if self.precision == "mixed" else ["dtype=bf16"]
+        keys += ["device=cuda", "optimizer.lr=1e-4", "optimizer.fused=true"]
+        if float8 is not None:
+            keys += ["enable_fp8_training=true", f"fp8_recipe_name={float8}"]
+        if self.kept != "all":
+            keys.append("enable_activation_checkpointing=true")
+        if self.kept == "selective":
+            keys += ["ac_mode=selective", "ac_option=2"]
+        if self.kept == "offload":
+            keys.append("enable_activation_offloading=true")
+        return keys
 
     def compute(self, *, trainable: bool, emulate: bool) -> Compute:
         """How policy or reference compute, as a recipe with these settings would have it."""
@@ -150,6 +212,8 @@ def plan() -> list[Cell]:
             cell(),
             cell(precision="float8"),
             cell(loss="tdpo2"),
+            cell(lengths="unequal", pairs=16),
+            cell(loss="tdpo2", lengths="unequal", pairs=16),
             cell(loss="tis_dpo"),
             cell(head="full"),
             cell(loss="tdpo2", head="full"),
@@ -176,6 +240,7 @@ def tiny_plan() -> list[Cell]:
         cell(loss="tis_dpo", precision="float8", kept="full"),
         cell(loss="tdpo2", precision="float8_rowwise"),
         cell(precision="mixed", head="full"),
+        cell(loss="tdpo2", lengths="unequal", pairs=4),
     ]
 
 
@@ -233,11 +298,30 @@ class ModelSize:
         return cls(body, head, sum(p.numel() for p in model.parameters()))
 
 
-def model_flops(size: ModelSize, cell: Cell) -> float:
+def model_flops(size: ModelSize, cell: Cell, step: int = 0) -> float:
     """Operations that a step of a cell needs; see the module."""
-    answers = 2 * cell.pairs * cell.answer
-    positions = cell.pairs * cell.prompt + answers
-    return (6 + 2) * (float(size.body) * positions + float(size.head) * answers)
+    answers = sum(chosen + rejected for _, chosen, rejected in cell.sizes(step))
+    return (6 + 2) * (float(size.body) * cell.positions(step) + float(size.head) * answers)
+
+
+def needed_gib(cell: Cell) -> float:
+    """The memory that a step of a cell should need, in GiB: what ``dry_run=true`` prints, and what full logits take on top.
+
+    The allocator's waste is not counted.
+    """
+    model = [f"model._component_={COMPONENTS[cell.model]}"]
+    config = read_config(TrainConfig, load_config(["--config", "tiny/tdpo", *model, *cell.overrides()]))
+    world = single_process_world()
+    tokens = max(cell.positions(step) if cell.head == "fused" else cell.tokens(step) for step in range(3))
+    maker = ModelMaker(config, world)
+    estimate = estimate_memory(
+        config, maker, tokens=tokens, device=world.device, world_size=1, reference=True
+    )
+    total = estimate.total
+    if cell.head == "full":
+        # Logits of both models and two tensors of their size, in float32.
+        total += 4 * tokens * maker.vocabulary * 4 - estimate.head
+    return total / 2**30
 
 
 def peak_flops(device: str) -> tuple[float | None, float | None]:
@@ -255,8 +339,8 @@ def measure(cell: Cell, steps: int, warmup: int, device: str) -> dict[str, Any]:
         device: "cuda" or "cpu".
 
     Returns:
-        Seconds of the timed steps, tokens of one, its model FLOPs, the peak in GiB over all steps (allocated on the GPU, models
-        included; resident on the CPU), losses, device and versions.
+        Seconds of the timed steps, the mean of their tokens and model FLOPs, the peak in GiB over all steps (allocated on the
+        GPU, models included; resident on the CPU), losses, device and versions.
     """
     world = init_world(device, process_group=cell.precision == "mixed")
     try:
@@ -266,51 +350,76 @@ def measure(cell: Cell, steps: int, warmup: int, device: str) -> dict[str, Any]:
 
 
 def _measure(cell: Cell, steps: int, warmup: int, world: World) -> dict[str, Any]:
-    with torch.device("meta"):
-        size = ModelSize.of(MODELS[cell.model]())
-    policy = _scorer(cell, world, trainable=True)
-    reference = FrozenReference(_scorer(cell, world, trainable=False))
-    loss: nn.Module = LOSSES[cell.loss]()
-    optimizer = torch.optim.AdamW(policy.model.parameters(), lr=1e-5, fused=True)
-    weigh: BatchWeights = _random_weights if "weights" in loss.needs else no_weights
-    vocabulary = policy.model.tok_embeddings.num_embeddings
-    seconds, losses = [], []
-    _reset_peak(world.device)
+    training = Training(cell, world)
     for step in range(warmup + steps):
-        batch = _pairs(cell, step, vocabulary).to(world.device)
-        _wait(world.device)
+        training.step(step)
+    return training.found(warmup)
+
+
+class Training:
+    """Policy, reference, loss and optimizer of a cell, and what its steps have taken so far.
+
+    Args:
+        cell: what is trained.
+        world: the run's processes.
+    """
+
+    def __init__(self, cell: Cell, world: World) -> None:
+        self.cell, self.world = cell, world
+        with torch.device("meta"):
+            self.size = ModelSize.of(MODELS[cell.model]())
+        self.policy = scorer(cell, world, trainable=True)
+        self.reference = FrozenReference(scorer(cell, world, trainable=False))
+        self.loss: nn.Module = LOSSES[cell.loss]()
+        self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=1e-5, fused=True)
+        self.seconds: list[float] = []
+        self.losses: list[float] = []
+        reset_peak(world.device.type)
+
+    def step(self, step: int) -> float:
+        """Take the step of this number, from 0, and return its seconds."""
+        weigh: BatchWeights = _random_weights if "weights" in self.loss.needs else no_weights
+        vocabulary = self.policy.model.tok_embeddings.num_embeddings
+        batch = pairs_of(self.cell, step, vocabulary).to(self.world.device)
+        wait(self.world.device.type)
         start = time.perf_counter()
         result = train_step(
-            policy,
-            reference,
-            loss,
-            optimizer,
+            self.policy,
+            self.reference,
+            self.loss,
+            self.optimizer,
             [batch],
-            world,
+            self.world,
             step=step + 1,
-            needs=loss.needs,
+            needs=self.loss.needs,
             weigh=weigh,
             clip_grad_norm=1.0,
         )
-        _wait(world.device)
-        seconds.append(time.perf_counter() - start)
-        losses.append(result.sums.reduce(world)["loss"])
-        assert result.tokens == cell.tokens  # no padding
-    return {
-        "step_s": seconds[warmup:],
-        "warmup_s": seconds[:warmup],
-        "tokens": cell.tokens,
-        "flops": model_flops(size, cell),
-        "peak_gib": _peak_gib(world.device),
-        "losses": losses,
-        "parameters": size.total,
-        "device": torch.cuda.get_device_name() if world.device.type == "cuda" else "CPU",
-        "versions": versions("tokenpref", "torch", "torchtune", "torchao"),
-    }
+        wait(self.world.device.type)
+        seconds = time.perf_counter() - start
+        self.seconds.append(seconds)
+        self.losses.append(result.sums.reduce(self.world)["loss"])
+        assert result.tokens == self.cell.tokens(step)  # padding is not counted
+        return seconds
+
+    def found(self, warmup: int) -> dict[str, Any]:
+        """What was measured, see :func:`measure`; the first ``warmup`` steps are not timed."""
+        timed = range(warmup, len(self.seconds))
+        return {
+            "step_s": self.seconds[warmup:],
+            "warmup_s": self.seconds[:warmup],
+            "tokens": statistics.mean(self.cell.tokens(step) for step in timed),
+            "flops": statistics.mean(model_flops(self.size, self.cell, step) for step in timed),
+            "peak_gib": peak_mib(self.world.device.type) / 1024,
+            "losses": self.losses,
+            "parameters": self.size.total,
+            "device": torch.cuda.get_device_name() if self.world.device.type == "cuda" else "CPU",
+            "versions": versions("tokenpref", "torch", "torchtune", "torchao"),
+        }
 
 
-def _scorer(cell: Cell, world: World, *, trainable: bool) -> ScoringModel:
-    """Policy or reference, of the same random weights."""
+def scorer(cell: Cell, world: World, *, trainable: bool) -> ScoringModel:
+    """Policy or reference of a cell, of the same random weights."""
     compute = cell.compute(trainable=trainable, emulate=world.device.type != "cuda")
     with set_default_dtype(compute.dtype), torch.device("meta"):
         decoder: TransformerDecoder = MODELS[cell.model]()
@@ -331,19 +440,18 @@ def _random_state(shapes: Mapping[str, torch.Size], device: torch.device) -> dic
     return state
 
 
-def _pairs(cell: Cell, step: int, vocabulary: int) -> PairBatch:
+def pairs_of(cell: Cell, step: int, vocabulary: int) -> PairBatch:
+    """The pairs of a step, of random tokens."""
     generator = torch.Generator().manual_seed(step)
 
     def draw(count: int) -> list[int]:
         return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
 
     examples = []
-    for row in range(cell.pairs):
-        prompt = draw(cell.prompt)
-        chosen, rejected = (prompt + draw(cell.answer) for _ in range(2))
-        examples.append(
-            PairExample(row, chosen, cell.prompt, rejected, cell.prompt, [], [], False, False, "")
-        )
+    for row, (length, *answers) in enumerate(cell.sizes(step)):
+        prompt = draw(length)
+        chosen, rejected = (prompt + draw(answer) for answer in answers)
+        examples.append(PairExample(row, chosen, length, rejected, length, [], [], False, False, ""))
     return collate_pairs(examples, pad_id=0)
 
 
@@ -352,23 +460,6 @@ def _random_weights(batch: PairBatch) -> TransformedWeights:
     generator = torch.Generator(mask.device).manual_seed(0)
     weights = 0.5 + torch.rand(mask.shape, device=mask.device, generator=generator)
     return TransformedWeights(torch.where(mask, weights, 0), torch.zeros_like(mask))
-
-
-def _wait(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.synchronize(device)
-
-
-def _reset_peak(device: torch.device) -> None:
-    if device.type == "cuda":
-        torch.cuda.empty_cache()
-        torch.cuda.reset_peak_memory_stats(device)
-    else:
-        reset_peak()
-
-
-def _peak_gib(device: torch.device) -> float:
-    return torch.cuda.max_memory_allocated(device) / 2**30 if device.type == "cuda" else peak_mib() / 1024
 
 
 def _child(result: Path, settings: dict[str, Any]) -> None:
@@ -435,7 +526,9 @@ def run(cells: Sequence[Cell], file: Path, *, budget_s: float, again: bool, **se
         if left <= 0:
             print("no time is left; run it again for the rest", flush=True)
             return
-        found = run_cell(cell, file, timeout_s=min(left, 600.0), **settings)
+        found = _too_large(cell, settings["device"]) or run_cell(
+            cell, file, timeout_s=min(left, 600.0), **settings
+        )
         if "failed" in found and found["failed"].startswith("not done") and left < 600:
             print(f"{cell.name}: the time ended; run it again for the rest", flush=True)
             return
@@ -444,20 +537,35 @@ def run(cells: Sequence[Cell], file: Path, *, budget_s: float, again: bool, **se
         print(line(cell, found), flush=True)
 
 
+def _too_large(cell: Cell, device: str) -> dict[str, Any] | None:
+    """Why a cell is not run on this card; None if it should fit."""
+    if device != "cuda":
+        return None
+    has, needs = torch.cuda.get_device_properties(0).total_memory / 2**30, needed_gib(cell)
+    if needs <= has:
+        return None
+    return {"failed": f"not run: needs about {needs:.0f} GiB, the card has {has:.0f} GiB"}
+
+
 def line(cell: Cell, found: Mapping[str, Any]) -> str:
     """A line for the terminal, as soon as a cell is done."""
     if "failed" in found:
         return f"{cell.name}: {found['failed']}"
-    return f"{cell.name}: {_rate(found):.0f} tokens/s, {found['peak_gib']:.1f} GiB"
+    return (
+        f"{cell.name}: {found['tokens'] / seconds_of(cell, found):.0f} tokens/s, {found['peak_gib']:.1f} GiB"
+    )
 
 
-def _rate(found: Mapping[str, Any]) -> float:
-    return found["tokens"] / statistics.median(found["step_s"])
+def seconds_of(cell: Cell, found: Mapping[str, Any]) -> float:
+    """Of a step: the median, or the mean where steps have different numbers of tokens."""
+    seconds: float = (statistics.median if cell.lengths == "equal" else statistics.mean)(found["step_s"])
+    return seconds
 
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """All cells, those that failed too, in the order of the plans."""
-    head = ["model", "loss", "precision", "head", "activations kept", "layers", "s/step", "tokens/s", "MFU"]
+    head = ["model", "loss", "precision", "head", "activations kept", "layers", "lengths"]
+    head += ["s/step", "tokens/s", "MFU"]
     head += ["of float8 peak", "peak GiB"]
     order = [asdict(cell) for cell in (*plan(), *tiny_plan())]
     place = {json.dumps(cell): index for index, cell in enumerate(order)}
@@ -467,7 +575,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _about(cell: Cell) -> list[str]:
     layers = "compiled" if cell.compiled else "eager"
-    return [cell.model, cell.loss, cell.precision, cell.head, cell.kept, layers]
+    return [cell.model, cell.loss, cell.precision, cell.head, cell.kept, layers, cell.lengths]
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[str]:
@@ -475,46 +583,47 @@ def _cells(result: Mapping[str, Any]) -> Iterator[str]:
     if "failed" in found:
         yield from (found["failed"], "-", "-", "-", "-")
         return
-    seconds = statistics.median(found["step_s"])
+    seconds = seconds_of(Cell(**result["cell"]), found)
     peaks = peak_flops(found["device"])
     if not result["cell"]["precision"].startswith("float8"):
         peaks = peaks[0], None
     yield f"{seconds:.3f}"
-    yield f"{_rate(found):.0f}"
+    yield f"{found['tokens'] / seconds:.0f}"
     for peak in peaks:
         yield "-" if peak is None else f"{found['flops'] / seconds / peak:.1%}"
     yield f"{found['peak_gib']:.1f}"
 
 
 def page(results: Sequence[Mapping[str, Any]]) -> str:
-    """The whole of docs/results/gpu.md.
+    """The whole of docs/results/gpu_steps.md, with the names of the cells that were not measured.
 
     Raises:
-        SystemExit: if it was not measured as a whole, on one kind of GPU and one set of versions.
+        SystemExit: if no cell was measured, or not all on one kind of GPU and one set of versions.
     """
-    missing = [c.name for c in plan() if not any(r["cell"] == asdict(c) for r in results)]
-    if missing:
-        raise SystemExit(
-            f"--write-docs: {len(missing)} cells are missing, the first: {missing[0]}; run them first"
-        )
     good = [r["found"] for r in results if "failed" not in r["found"]]
     about = {(f["device"], json.dumps(f["versions"], sort_keys=True)) for f in good}
     if len(about) != 1 or good[0]["device"] == "CPU" or any(r["cell"]["model"] == "tiny" for r in results):
         raise SystemExit(
             "--write-docs: the page wants one GPU, one set of versions and no tiny model; name another --results"
         )
+    missing = [c.name for c in plan() if not any(r["cell"] == asdict(c) for r in results)]
     cell, found = plan()[0], good[0]
     made = ", ".join(f"{name} {version}" for name, version in found["versions"].items())
     steps = statistics.median(len(f["step_s"]) for f in good)
     first = max(abs(f["losses"][0] - math.log(2)) for f in good)
-    return (
+    (prompt, spread, *_), (answer, *_) = UNEQUAL["prompt"], UNEQUAL["answer"]
+    text = (
         "# Training steps on a GPU\n\n"
-        "What `python -m benchmarks.gpu` measured and `--report-only --write-docs` wrote; its first lines say what is counted. "
-        f"One {found['device']},\none process; {made}. Random weights in the shapes of Llama-3.2-1B (1b) and Llama-3.1-8B (8b), "
-        f"{cell.pairs} pairs a step of {cell.prompt} prompt\nand {cell.answer} answer tokens, frozen reference, fused AdamW, "
-        f"clipping. Medians of {steps:.0f} steps. No first loss was further than {first:.1g} from log 2.\n\n"
-        f"{table(results)}\n"
+        "`python -m benchmarks.gpu` measured this page, and `--report-only --write-docs` wrote it. The first lines of that module "
+        f"say what is counted. One {found['device']},\none process; {made}. Random weights in the shapes of Llama-3.2-1B (1b) and "
+        f"Llama-3.1-8B (8b), {cell.pairs} pairs a step of {cell.prompt} prompt\nand {cell.answer} answer tokens, frozen reference, "
+        f"fused AdamW, clipping. Unequal lengths are log-normal: a median of {prompt} tokens for\nprompts and {answer} for answers, "
+        f"sigma about {spread}. Median over {steps:.0f} steps, the mean for unequal lengths. No first loss was further than "
+        f"{first:.1g} from log 2.\n\n{table(results)}\n"
     )
+    if missing:
+        text += "\nNot measured: " + "; ".join(missing) + ".\n"
+    return text
 
 
 def main(arguments: Sequence[str] | None = None) -> None:
@@ -537,7 +646,7 @@ def main(arguments: Sequence[str] | None = None) -> None:
     parser.add_argument("--again", action="store_true", help="measure cells that are there already, too")
     parser.add_argument("--results", type=Path, default=RESULTS, help="results are added to this file")
     parser.add_argument("--report-only", action="store_true", help="measure nothing")
-    parser.add_argument("--write-docs", action="store_true", help="write docs/results/gpu.md")
+    parser.add_argument("--write-docs", action="store_true", help="write docs/results/gpu_steps.md")
     parser.add_argument("--cell", nargs=2, metavar=("RESULT", "SETTINGS"), help=argparse.SUPPRESS)
     given = parser.parse_args(arguments)
     if given.cell:

@@ -20,7 +20,7 @@ from typing import Any
 
 from benchmarks.cpu.process import peak_mib, reset_peak, save, settled_mib, versions
 
-__all__ = ["COMPILED", "HEADS", "NATIVE", "PEERS", "Inputs", "measure"]
+__all__ = ["COMPILED", "HEADS", "NATIVE", "PEERS", "Inputs", "draw_inputs", "measure"]
 
 PAIRS = 4  # that the rows are taken for where a head wants whole pairs
 
@@ -125,19 +125,22 @@ PEERS = ("liger", "trl")
 """Heads that live in TRL's environment."""
 
 
-def _inputs(rows: int, width: int, vocab: int, dtype: str, *, reference: bool) -> Inputs:
+def draw_inputs(
+    rows: int, width: int, vocab: int, dtype: str, *, reference: bool, device: str = "cpu"
+) -> Inputs:
+    """Random hidden states, heads and targets; those of a reference too where a head computes the KL."""
     import torch
 
-    generator = torch.Generator().manual_seed(0)
+    generator = torch.Generator(device).manual_seed(0)
 
     def normal(size: tuple[int, int], scale: float) -> Any:
         # In place and in blocks: what is made on the way would stay in the heap and hide memory of the head.
-        values = torch.empty(size, dtype=getattr(torch, dtype))
+        values = torch.empty(size, dtype=getattr(torch, dtype), device=device)
         for part in values.split(4096):
             part.normal_(0, scale, generator=generator)
         return values
 
-    targets = torch.randint(0, vocab, (rows,), generator=generator)
+    targets = torch.randint(0, vocab, (rows,), generator=generator, device=device)
     hidden = normal((rows, width), 1.0).requires_grad_()
     weight = normal((vocab, width), width**-0.5).requires_grad_()
     if not reference:
@@ -175,13 +178,13 @@ def measure(
     head, reference = HEADS[name], name.endswith("-kl")
     try:
         _once(
-            head, _inputs(4 * PAIRS, width, 64, dtype, reference=reference)
+            head, draw_inputs(4 * PAIRS, width, 64, dtype, reference=reference)
         )  # libraries load, threads start
     except (ImportError, RuntimeError, NotImplementedError) as error:
         if name not in PEERS:
             raise
         return {"failed": f"{type(error).__name__}: {str(error).splitlines()[0]}"}
-    inputs = _inputs(rows, width, vocab, dtype, reference=reference)
+    inputs = draw_inputs(rows, width, vocab, dtype, reference=reference)
     base = settled_mib()
     reset_peak()
     times = []

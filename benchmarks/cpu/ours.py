@@ -7,7 +7,6 @@ python -m benchmarks.cpu.ours FOLDER     # writes the adapter that LoRA starts f
 from __future__ import annotations
 
 import json
-import os
 import sys
 import tempfile
 import time
@@ -29,13 +28,14 @@ from benchmarks.cpu.work import (
     LORA_RANK,
     LORA_TARGETS,
     NORM_EPS,
-    OFFLINE,
     ROPE_BASE,
     SPECIAL,
     Task,
+    go_offline,
 )
+from tokenpref._torchtune import set_default_dtype
 from tokenpref.data import PairBatch, PairExample, collate_pairs
-from tokenpref.distributed import single_process_world
+from tokenpref.distributed import World, single_process_world
 from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
 from tokenpref.models.peft_format import AdapterLayout, read_adapter, write_adapter
 from tokenpref.models.reference import FrozenReference, Reference
@@ -47,7 +47,6 @@ from tokenpref.training.step.train_step import train_step
 
 __all__ = ["MODES", "measure", "write_first_adapter"]
 
-WORLD = single_process_world()
 PAD = SPECIAL["<pad>"]
 
 
@@ -80,10 +79,12 @@ def write_first_adapter(folder: Path) -> None:
     write_adapter(folder / ADAPTER, decoder.state_dict(), AdapterLayout.of(decoder))
 
 
-def _model(folder: Path, *, trainable: bool, lora: bool = False) -> ScoringModel:
+def _model(folder: Path, *, trainable: bool, lora: bool = False, device: str = "cpu") -> ScoringModel:
     """The checkpoint, read as recipes read it; with ``lora`` below the adapters of ``folder/adapter``."""
-    sizes = Task.read(folder).sizes
-    decoder = _decoder(folder, lora=lora)
+    task = Task.read(folder)
+    sizes = task.sizes
+    with set_default_dtype(getattr(torch, task.dtype)), torch.device(device):
+        decoder = _decoder(folder, lora=lora)
     with tempfile.TemporaryDirectory() as output:
         checkpointer = FullModelHFCheckpointer(
             checkpoint_dir=str(folder / "model"),
@@ -91,7 +92,7 @@ def _model(folder: Path, *, trainable: bool, lora: bool = False) -> ScoringModel
             output_dir=output,
             model_type="LLAMA3_2" if sizes.tied else "LLAMA3",
         )
-        state = read_weights(checkpointer, "checkpointer", WORLD)
+        state = read_weights(checkpointer, "checkpointer", single_process_world())
     if lora:
         state |= read_adapter(folder / ADAPTER, decoder, "adapter")
     decoder.load_state_dict(state)
@@ -128,25 +129,25 @@ def _micro_batches(examples: Sequence[PairExample]) -> list[PairBatch]:
     return [collate_pairs(examples, PAD)]
 
 
-def _model_reference(_policy: ScoringModel, folder: Path, _kept: Path) -> Reference:
+def _model_reference(_policy: ScoringModel, folder: Path, _kept: Path, world: World) -> Reference:
     """A second, frozen model beside the policy."""
-    return FrozenReference(_model(folder, trainable=False))
+    return FrozenReference(_model(folder, trainable=False, device=world.device.type))
 
 
-def _base(policy: ScoringModel, _folder: Path, _kept: Path) -> Reference:
+def _base(policy: ScoringModel, _folder: Path, _kept: Path, _world: World) -> Reference:
     """The policy with its adapters switched off."""
     return FrozenReference(policy.base(), shares_head=True)
 
 
-def _cached(kind: str) -> Callable[[ScoringModel, Path, Path], Reference]:
+def _cached(kind: str) -> Callable[[ScoringModel, Path, Path, World], Reference]:
     """What the policy says of all pairs before its first step, on the disk in the folder ``kept``."""
 
-    def make(policy: ScoringModel, folder: Path, kept: Path) -> Reference:
+    def make(policy: ScoringModel, folder: Path, kept: Path, world: World) -> Reference:
         task, examples = Task.read(folder), [pair for pairs in _steps(folder) for pair in pairs]
         cache = ReferenceCache.plan(
-            "pairs", examples, folder=kept, kind=kind, job=lambda: vars(task), world=WORLD
+            "pairs", examples, folder=kept, kind=kind, job=lambda: vars(task), world=world
         )
-        (reference,) = cached_references([cache], lambda: policy, WORLD, batch_size=task.batch, pad_id=PAD)
+        (reference,) = cached_references([cache], lambda: policy, world, batch_size=task.batch, pad_id=PAD)
         return reference
 
     return make
@@ -162,7 +163,9 @@ MODES: dict[str, tuple[Any, Any]] = {
 """Loss and reference of each mode; what is computed beforehand happens in those whose reference is no model."""
 
 
-def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False) -> dict[str, Any]:
+def measure(
+    folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
     """Train and return what was measured; a cached reference lies in a folder that is gone afterwards.
 
     Args:
@@ -170,40 +173,40 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
         mode: of :data:`MODES`.
         threads: of torch.
         fused_adamw: update all parameters in one call.
+        device: "cpu" or "cuda", whose memory is then reported.
 
     Returns:
         The entries of :func:`benchmarks.cpu.peer.measure`.
     """
-    for name, value in OFFLINE.items():
-        os.environ.setdefault(name, value)
+    go_offline(device)
     torch.set_num_threads(threads)
     with tempfile.TemporaryDirectory() as kept:
-        return _measure(folder, Path(kept), mode, fused_adamw)
+        return _measure(folder, Path(kept), mode, fused_adamw, device)
 
 
-def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool) -> dict[str, Any]:
-    task = Task.read(folder)
+def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool, device: str) -> dict[str, Any]:
+    task, world = Task.read(folder), single_process_world(device)
     make_loss, make_reference = MODES[mode]
     loss: PreferenceLoss = make_loss(beta=task.beta)
-    policy = _model(folder, trainable=True, lora=mode == "lora")
+    policy = _model(folder, trainable=True, lora=mode == "lora", device=device)
     memory: dict[str, float] = {}
     precompute_s = None
     if make_reference in (_model_reference, _base):
-        reference = make_reference(policy, folder, kept)
-        memory["loaded"] = settled_mib()
+        reference = make_reference(policy, folder, kept, world)
+        memory["loaded"] = settled_mib(device)
     else:
-        memory["loaded"] = settled_mib()
-        reset_peak()
+        memory["loaded"] = settled_mib(device)
+        reset_peak(device)
         start = time.perf_counter()
-        reference = make_reference(policy, folder, kept)
+        reference = make_reference(policy, folder, kept, world)
         precompute_s = time.perf_counter() - start
-        memory["precompute_peak"] = peak_mib()
+        memory["precompute_peak"] = peak_mib(device)
     optimizer = torch.optim.AdamW(
         policy.trainable_parameters(), lr=task.lr, weight_decay=0.0, fused=True if fused_adamw else None
     )
-    clock, losses = StepClock(), []
-    memory["before"] = rss_mib()
-    reset_peak()
+    clock, losses = StepClock(device), []
+    memory["before"] = settled_mib(device) if device == "cuda" else rss_mib()
+    reset_peak(device)
     for step, pairs in enumerate(_steps(folder), 1):
         clock.begin()
         result = train_step(
@@ -211,15 +214,15 @@ def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool) -> dict[str
             reference,
             loss,
             optimizer,
-            _micro_batches(pairs),
-            WORLD,
+            [batch.to(world.device) for batch in _micro_batches(pairs)],
+            world,
             step=step,
             needs=loss.needs,
             weigh=no_weights,
         )
         clock.end()
-        losses.append(result.sums.reduce(WORLD)["loss"])
-    memory["peak"] = peak_mib()
+        losses.append(result.sums.reduce(world)["loss"])
+    memory["peak"] = peak_mib(device)
     tokens, answers = task.tokens(folder)
     return {
         **clock.summary(tokens, task.warmup),

@@ -7,7 +7,6 @@ from __future__ import annotations
 
 import importlib
 import json
-import os
 import sys
 import tempfile
 import time
@@ -15,12 +14,14 @@ from pathlib import Path
 from typing import Any
 
 from benchmarks.cpu.process import StepClock, peak_mib, reset_peak, rss_mib, save, settled_mib, versions
-from benchmarks.cpu.work import ADAPTER, OFFLINE, Task
+from benchmarks.cpu.work import ADAPTER, Task, go_offline
 
 __all__ = ["measure"]
 
 
-def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False) -> dict[str, Any]:
+def measure(
+    folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False, device: str = "cpu"
+) -> dict[str, Any]:
     """Train and return what was measured.
 
     Args:
@@ -28,13 +29,13 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
         mode: "ref", "precompute", or "lora", which trains the adapters of ``folder/adapter`` with peft.
         threads: of torch.
         fused_adamw: update all parameters in one call.
+        device: "cpu" or "cuda", whose memory is then reported.
 
     Returns:
         Times, losses and memory in MiB: ``loaded`` (models read, nothing computed), ``before`` training, ``peak`` in it, and
         ``precompute_peak`` and ``precompute_s`` where there is something to compute beforehand.
     """
-    for name, value in OFFLINE.items():
-        os.environ.setdefault(name, value)
+    go_offline(device)
     import torch
     from datasets import Dataset
     from safetensors.torch import load_file
@@ -49,7 +50,7 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
         adapter = peft.LoraConfig.from_pretrained(folder / ADAPTER)
         adapter.inference_mode = False  # files of saved adapters say true
     memory: dict[str, float] = {}
-    clock = StepClock()
+    clock = StepClock(device)
     losses: list[float] = []
     precompute: list[float] = []
 
@@ -77,12 +78,12 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
 
         def _precompute_ref_logps(self, *args: Any, **more: Any) -> Any:
             touch(self.model)
-            memory["loaded"] = settled_mib()
-            reset_peak()
+            memory["loaded"] = settled_mib(device)
+            reset_peak(device)
             start = time.perf_counter()
             result = super()._precompute_ref_logps(*args, **more)
             precompute.append(time.perf_counter() - start)
-            memory["precompute_peak"] = peak_mib()
+            memory["precompute_peak"] = peak_mib(device)
             return result
 
     texts = [{k: pair[k] for k in ("prompt", "chosen", "rejected")} for pair in task.pairs(folder)]
@@ -105,8 +106,8 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
                 precompute_ref_log_probs=mode == "precompute",
                 train_sampling_strategy="sequential",
                 bf16=False,
-                use_cpu=True,
-                model_init_kwargs={"dtype": "float32"},
+                use_cpu=device == "cpu",
+                model_init_kwargs={"dtype": task.dtype},
                 logging_steps=1,
                 report_to="none",
                 save_strategy="no",
@@ -125,11 +126,11 @@ def measure(folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False
             )
         touch(trainer.model, trainer.ref_model)
         if "loaded" not in memory:
-            memory["loaded"] = settled_mib()
-        memory["before"] = rss_mib()
-        reset_peak()
+            memory["loaded"] = settled_mib(device)
+        memory["before"] = settled_mib(device) if device == "cuda" else rss_mib()
+        reset_peak(device)
         trainer.train()
-        memory["peak"] = peak_mib()
+        memory["peak"] = peak_mib(device)
     tokens, answers = task.tokens(folder)
     return {
         **clock.summary(tokens, task.warmup),

@@ -24,6 +24,7 @@ __all__ = [
     "save",
     "settled_mib",
     "versions",
+    "wait",
 ]
 
 
@@ -39,37 +40,70 @@ def rss_mib() -> float:
     return _status("VmRSS")
 
 
-def settled_mib() -> float:
-    """Resident memory after all that loading left behind has gone back to the system: what is in use."""
+def settled_mib(device: str = "cpu") -> float:
+    """Resident memory after all that loading left behind has gone back to the system: what is in use.
+
+    Args:
+        device: "cuda" for the memory that tensors have on the GPU.
+    """
     gc.collect()
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.memory_allocated() / 2**20
     ctypes.CDLL(None).malloc_trim(0)
     return rss_mib()
 
 
-def peak_mib() -> float:
-    """Highest resident memory since :func:`reset_peak`."""
+def peak_mib(device: str = "cpu") -> float:
+    """Highest resident memory, or allocated memory of the GPU, since :func:`reset_peak`."""
+    if device == "cuda":
+        import torch
+
+        return torch.cuda.max_memory_allocated() / 2**20
     return _status("VmHWM")
 
 
-def reset_peak() -> None:
-    """Let the highest resident memory count from here."""
+def reset_peak(device: str = "cpu") -> None:
+    """Let the highest memory count from here."""
+    if device == "cuda":
+        import torch
+
+        torch.cuda.empty_cache()
+        torch.cuda.reset_peak_memory_stats()
+        return
     Path("/proc/self/clear_refs").write_text("5", encoding="ascii")
 
 
-class StepClock:
-    """Wall and CPU seconds of every step (CPU: user and system, all threads)."""
+def wait(device: str) -> None:
+    """Wait until a GPU has done all that it was given."""
+    if device == "cuda":
+        import torch
 
-    def __init__(self) -> None:
+        torch.cuda.synchronize()
+
+
+class StepClock:
+    """Wall and CPU seconds of every step (CPU: user and system, all threads).
+
+    Args:
+        device: "cuda" to wait for the GPU at the beginning and the end of a step.
+    """
+
+    def __init__(self, device: str = "cpu") -> None:
+        self.device = device
         self.wall: list[float] = []
         self.cpu: list[float] = []
         self._start = (0.0, 0.0)
 
     def begin(self) -> None:
         """A step begins."""
+        wait(self.device)
         self._start = time.perf_counter(), time.process_time()
 
     def end(self) -> None:
         """It is done."""
+        wait(self.device)
         self.wall.append(time.perf_counter() - self._start[0])
         self.cpu.append(time.process_time() - self._start[1])
 

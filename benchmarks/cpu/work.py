@@ -32,6 +32,7 @@ __all__ = [
     "TOLERANCE",
     "Shape",
     "Task",
+    "go_offline",
     "write",
 ]
 
@@ -108,9 +109,10 @@ class Shape:
 SHAPES = {
     "llama-20m": Shape(),
     "smollm2-135m": Shape(49_152, 576, 30, 9, 3, 1536, tied=True),
+    "llama3.2-1b": Shape(128_256, 2048, 16, 32, 8, 8192, tied=True),
     "tiny": Shape(96, 16, 2, 2, 2, 32),
 }
-"""Models by name. ``smollm2-135m`` has that model's sizes and random weights, which do not affect the time."""
+"""Models by name. Those of published models have their sizes and random weights, which do not affect the time."""
 
 
 @dataclass(frozen=True)
@@ -128,6 +130,7 @@ class Task:
         beta: of the loss.
         lr: of AdamW, without weight decay; gradients are not clipped.
         seed: of weights and pairs.
+        dtype: of the stored weights, in which both sides compute.
     """
 
     shape: str = "llama-20m"
@@ -140,6 +143,7 @@ class Task:
     beta: float = 0.1
     lr: float = 1e-4
     seed: int = 0
+    dtype: str = "float32"
 
     @property
     def name(self) -> str:
@@ -185,12 +189,18 @@ def _answer_lengths(task: Task, rng: random.Random) -> tuple[int, int, int]:
     return (prompt, shorter, longer) if rng.random() < 0.5 else (prompt, longer, shorter)
 
 
-def write(folder: Path, task: Task) -> None:
-    """Write model and pairs, unless they are there."""
+def go_offline(device: str) -> None:
+    """Set :data:`OFFLINE` where it is not set. A process that computes on "cuda" still sees its GPU."""
+    for name, value in OFFLINE.items():
+        if device == "cpu" or name != "CUDA_VISIBLE_DEVICES":
+            os.environ.setdefault(name, value)
+
+
+def write(folder: Path, task: Task, device: str = "cpu") -> None:
+    """Write model and pairs, unless they are there; ``device`` draws the weights."""
     if (folder / "task.json").exists() and Task.read(folder) == task:
         return
-    for name, value in OFFLINE.items():
-        os.environ.setdefault(name, value)
+    go_offline(device)
     import torch
     from tokenizers import Tokenizer, models, pre_tokenizers
     from transformers import LlamaConfig, LlamaForCausalLM, PreTrainedTokenizerFast
@@ -227,7 +237,9 @@ def write(folder: Path, task: Task) -> None:
         pad_token_id=3,
         use_cache=False,
     )
-    LlamaForCausalLM(config).save_pretrained(folder / "model")
+    with torch.device(device):
+        model = LlamaForCausalLM(config)
+    model.to(getattr(torch, task.dtype)).save_pretrained(folder / "model")
     rng = random.Random(task.seed)
 
     def text(count: int) -> str:

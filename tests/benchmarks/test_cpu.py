@@ -13,6 +13,7 @@ sys.path.insert(0, str(Path(__file__).parents[2]))  # benchmarks/ is no part of 
 
 from benchmarks.cpu import __main__ as command
 from benchmarks.cpu import floor, heads, ours, report, work
+from tokenpref.distributed import single_process_world
 from tokenpref.models.reference import FrozenReference
 
 pytest.importorskip("transformers")
@@ -95,7 +96,7 @@ def test_what_is_computed_beforehand_is_the_reference_models(folder, tmp_path, m
     policy = ours._model(folder, trainable=True)
     reference = FrozenReference(ours._model(folder, trainable=False))
     make_loss, make_reference = ours.MODES[mode]
-    kept = make_reference(policy, folder, tmp_path)
+    kept = make_reference(policy, folder, tmp_path, single_process_world())
     needs = make_loss().needs
     for pairs in ours._steps(folder):
         for batch in ours._micro_batches(pairs):

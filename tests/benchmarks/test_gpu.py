@@ -33,7 +33,7 @@ def found(**changes):
 def test_operations_by_hand():
     """10 weights in the layers, a head of 7; 3 pairs of 2 + 4 tokens: 36 tokens at 30 positions, 24 of them an answer's."""
     cell = Cell("1b", pairs=3, prompt=2, answer=4)
-    assert cell.tokens == 36
+    assert cell.tokens() == 36
     assert gpu.model_flops(ModelSize(body=10, head=7, total=20), cell) == 8 * (10 * 30 + 7 * 24)
 
 
@@ -68,11 +68,11 @@ def test_the_table_by_hand():
         {"cell": asdict(replace(plain, loss="tdpo2")), "found": found(device="NVIDIA Novel")},
     ]
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in gpu.table(results).splitlines()[2:]]
-    assert rows[0][:6] == ["1b", "dpo", "bf16", "fused", "all", "compiled"]
-    assert rows[0][6:] == ["0.500", "2000", "40.4%", "-", "12.3"]
-    assert rows[1][2] == "float8" and rows[1][8:10] == ["40.4%", "20.2%"]
-    assert rows[2][1] == "tdpo2" and rows[2][8:10] == ["-", "-"]
-    assert rows[3][6:] == ["out of memory", "-", "-", "-", "-"]
+    assert rows[0][:7] == ["1b", "dpo", "bf16", "fused", "all", "compiled", "equal"]
+    assert rows[0][7:] == ["0.500", "2000", "40.4%", "-", "12.3"]
+    assert rows[1][2] == "float8" and rows[1][9:11] == ["40.4%", "20.2%"]
+    assert rows[2][1] == "tdpo2" and rows[2][9:11] == ["-", "-"]
+    assert rows[3][7:] == ["out of memory", "-", "-", "-", "-"]
 
 
 def test_names_tell_cells_apart():
@@ -83,7 +83,8 @@ def test_names_tell_cells_apart():
 @pytest.mark.parametrize("cell", TINY, ids=[cell.name for cell in TINY])
 def test_every_choice_trains_here(cell):
     result = gpu.measure(cell, steps=2, warmup=1, device="cpu")
-    assert len(result["step_s"]) == 2 and min(result["step_s"]) > 0 and result["tokens"] == 2 * 2 * 32
+    assert len(result["step_s"]) == 2 and min(result["step_s"]) > 0
+    assert result["tokens"] == (cell.tokens(1) + cell.tokens(2)) / 2
     assert result["losses"][0] == pytest.approx(math.log(2), abs=1e-6) and len(set(result["losses"])) == 3
     assert result["peak_gib"] > 0 and result["device"] == "CPU"
 
@@ -103,7 +104,7 @@ def test_cells_run_in_processes_of_their_own_and_failures_are_in_the_table(tmp_p
     settings = {"steps": 1, "warmup": 0, "device": "cpu"}
     gpu.run([good, bad], file, budget_s=200, again=False, **settings)
     first, second = gpu.read_results(file)
-    assert first["found"]["tokens"] == good.tokens
+    assert first["found"]["tokens"] == good.tokens()
     assert second == {"cell": asdict(bad), "found": {"failed": "exit code 1: KeyError: 'ppo'"}}
     assert "exit code 1: KeyError: 'ppo'" in gpu.table([first, second])
     before = file.read_bytes()
@@ -126,26 +127,59 @@ def test_a_tiny_run_prints_its_table(tmp_path, monkeypatch, capsys):
     monkeypatch.setattr(gpu, "run_cell", lambda *args, **settings: found(device="CPU"))
     gpu.main(["--tiny", "--results", str(tmp_path / "r.json"), "--only", "tdpo2"])
     rows = capsys.readouterr().out.split("\n\n")[1].strip().splitlines()[2:]
-    assert len(rows) == 2 and all("| tdpo2" in row for row in rows)
+    assert len(rows) == 3 and all("| tdpo2" in row for row in rows)
 
 
-def test_the_page_wants_a_whole_run_on_one_gpu(tmp_path, monkeypatch):
+def test_lengths_by_hand():
+    """Equal: every pair has 2 + 4 tokens twice. Unequal: within their bounds, and others in every step."""
+    assert Cell("1b", pairs=3, prompt=2, answer=4).sizes(7) == [(2, 4, 4)] * 3
+    cell = Cell("1b", pairs=50, lengths="unequal")
+    first, second = cell.sizes(0), cell.sizes(1)
+    assert first == cell.sizes(0) != second and len({chosen for _, chosen, _ in first}) > 20
+    assert all(16 <= p <= 1024 and 4 <= c <= 512 and 4 <= r <= 512 for p, c, r in first)
+    assert cell.tokens() == sum(2 * p + c + r for p, c, r in first)
+    assert cell.positions() == sum(p + c + r for p, c, r in first)
+
+
+def test_memory_of_cells_by_hand():
+    """1.24 G parameters: 8 bytes of the policy and AdamW and 2 of the reference, then what grows with the batch."""
+    small, large = (gpu.needed_gib(Cell("1b", kept="full", pairs=pairs)) for pairs in (1, 8))
+    static = 10 * 1_235_814_400 / 2**30
+    assert static < small < static + 4 and small < large < static + 6
+    assert gpu.needed_gib(Cell("1b", head="full")) > large + 10  # four tensors of 1,024 x 8 logits of 128 k tokens
+
+
+def test_cells_that_cannot_fit_are_not_run(tmp_path, monkeypatch, capsys):
+    card = type("Card", (), {"total_memory": 24 * 2**30})
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda _index: card)
+    monkeypatch.setattr(gpu, "run_cell", lambda cell, *args, **settings: found())
+    cells = [Cell("1b", kept="full"), Cell("1b", precision="mixed")]
+    gpu.run(cells, tmp_path / "r.json", budget_s=100, again=False, steps=1, warmup=0, device="cuda")
+    first, second = (r["found"] for r in gpu.read_results(tmp_path / "r.json"))
+    assert first["tokens"] == 1000
+    assert second["failed"].startswith("not run: needs about 3") and "the card has 24 GiB" in second["failed"]
+    assert "not run: needs about" in capsys.readouterr().out
+
+
+def test_the_page_shows_what_was_measured_on_one_gpu(tmp_path, monkeypatch):
     file, page = tmp_path / "r.json", tmp_path / "gpu.md"
     monkeypatch.setattr(gpu, "PAGE", page)
     write = ["--report-only", "--write-docs", "--results", str(file)]
     whole = [{"cell": asdict(cell), "found": found()} for cell in gpu.plan()]
     other = {**whole[0], "found": found(device="NVIDIA A100")}
-    for results, says in (
-        (whole[1:], "1 cells are missing, the first: 1b, dpo"),
-        ([other, *whole[1:]], "wants one GPU"),
-        ([{**r, "found": found(device="CPU")} for r in whole], "wants one GPU"),
-    ):
+    failed = [{**r, "found": {"failed": "out of memory"}} for r in whole]
+    for results in ([other, *whole[1:]], [{**r, "found": found(device="CPU")} for r in whole], failed):
         file.write_text(json.dumps(results))
-        with pytest.raises(SystemExit, match=says):
+        with pytest.raises(SystemExit, match="wants one GPU"):
             gpu.main(write)
         assert not page.exists()
+    file.write_text(json.dumps([*whole[1:3], failed[4]]))
+    gpu.main(write)
+    text = page.read_text()
+    assert text.count("\n| ") == 3 + 2 and "| out of memory" in text
+    assert "Not measured: 1b, dpo, bf16, fused head, keeps all, compiled; " in text
     file.write_text(json.dumps(whole))
     gpu.main(write)
     text = page.read_text()
-    assert "One NVIDIA H200" in text and text.count("\n| ") == len(whole) + 2
+    assert "One NVIDIA H200" in text and text.count("\n| ") == len(whole) + 2 and "Not measured" not in text
     assert "further than 0.06 from log 2" in text  # 0.75 - 0.693
