@@ -42,7 +42,7 @@ from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 from torchtune.models.llama3_1 import llama3_1_8b
 from torchtune.models.llama3_2 import llama3_2_1b
 
@@ -51,7 +51,7 @@ from benchmarks.cpu.process import peak_mib, reset_peak, save, versions, wait
 from tokenpref._torchtune import TransformerDecoder, set_default_dtype
 from tokenpref.data import PairBatch, PairExample, collate_pairs
 from tokenpref.distributed import World, init_world, load_full_state_dict, single_process_world
-from tokenpref.losses import DPOLoss, TISDPOLoss, TokenDPOLoss
+from tokenpref.losses import DPOLoss, PreferenceLoss, TISDPOLoss, TokenDPOLoss
 from tokenpref.models import tiny_llama
 from tokenpref.models.float8 import Float8
 from tokenpref.models.reference import FrozenReference
@@ -370,7 +370,7 @@ class Training:
             self.size = ModelSize.of(MODELS[cell.model]())
         self.policy = scorer(cell, world, trainable=True)
         self.reference = FrozenReference(scorer(cell, world, trainable=False))
-        self.loss: nn.Module = LOSSES[cell.loss]()
+        self.loss: PreferenceLoss = LOSSES[cell.loss]()
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=1e-5, fused=True)
         self.seconds: list[float] = []
         self.losses: list[float] = []
@@ -614,11 +614,12 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
     (prompt, spread, *_), (answer, *_) = UNEQUAL["prompt"], UNEQUAL["answer"]
     text = (
         "# Training steps on a GPU\n\n"
-        "`python -m benchmarks.gpu` measured this page, and `--report-only --write-docs` wrote it. The first lines of that module "
-        f"say what is counted. One {found['device']},\none process; {made}. Random weights in the shapes of Llama-3.2-1B (1b) and "
-        f"Llama-3.1-8B (8b), {cell.pairs} pairs a step of {cell.prompt} prompt\nand {cell.answer} answer tokens, frozen reference, "
-        f"fused AdamW, clipping. Unequal lengths are log-normal: a median of {prompt} tokens for\nprompts and {answer} for answers, "
-        f"sigma about {spread}. Median over {steps:.0f} steps, the mean for unequal lengths. No first loss was further than "
+        "`python -m benchmarks.gpu` measured this page, and `--report-only --write-docs` wrote it. The first lines of that\n"
+        f"module say what is counted. One {found['device']}, one process; {made}.\n"
+        "Random weights in the shapes of Llama-3.2-1B (1b) and Llama-3.1-8B (8b), frozen reference, fused AdamW, clipping.\n"
+        f"Equal lengths: {cell.pairs} pairs a step of {cell.prompt} prompt and {cell.answer} answer tokens. Unequal lengths are "
+        f"log-normal: a median of {prompt} tokens\nfor prompts and {answer} for answers, sigma about {spread}. Median over "
+        f"{steps:.0f} steps, for unequal lengths the mean. No first loss was further than "
         f"{first:.1g} from log 2.\n\n{table(results)}\n"
     )
     if missing:

@@ -69,6 +69,7 @@ def reset_peak(device: str = "cpu") -> None:
     if device == "cuda":
         import torch
 
+        gc.collect()
         torch.cuda.empty_cache()
         torch.cuda.reset_peak_memory_stats()
         return

@@ -146,7 +146,9 @@ def test_memory_of_cells_by_hand():
     small, large = (gpu.needed_gib(Cell("1b", kept="full", pairs=pairs)) for pairs in (1, 8))
     static = 10 * 1_235_814_400 / 2**30
     assert static < small < static + 4 and small < large < static + 6
-    assert gpu.needed_gib(Cell("1b", head="full")) > large + 10  # four tensors of 1,024 x 8 logits of 128 k tokens
+    assert (
+        gpu.needed_gib(Cell("1b", head="full")) > large + 10
+    )  # four tensors of 1,024 x 8 logits of 128 k tokens
 
 
 def test_cells_that_cannot_fit_are_not_run(tmp_path, monkeypatch, capsys):

@@ -1,0 +1,1 @@
+"""The stages of ``python -m benchmarks.gpu_drill``, one file for each subject."""
