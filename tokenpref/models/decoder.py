@@ -12,7 +12,7 @@ exist and FSDP2 reduces the head's gradient like any other.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpref.distributed import register_forward
+from tokenpref.models.agreement import Agreement
 from tokenpref.models.padding_free import PackedRows
 from tokenpref.ops import final_logits
 
@@ -97,6 +98,15 @@ class Decoder(ABC):
     @abstractmethod
     def numbers(self) -> dict[str, Any]:
         """The numbers that decide what it computes, by their keys in ``config.json``, as plain data."""
+
+    @abstractmethod
+    def compare(self, config: Mapping[str, Any], *, longest: int | None = None) -> Agreement:
+        """Compare it with the ``config.json`` of its weights.
+
+        Args:
+            config: the parsed file.
+            longest: tokens of the longest sequence that it will see, if that is known.
+        """
 
     # --- what it needs before it runs
 

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -18,7 +18,7 @@ from tokenpref._torchtune import (
     local_kv_cache,
 )
 from tokenpref.distributed import compute_dtype_of
-from tokenpref.models.agreement import config_numbers, is_tied
+from tokenpref.models.agreement import Agreement, compare_with_config, config_numbers, is_tied
 from tokenpref.models.decoder import Decoder
 from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
 
@@ -66,6 +66,10 @@ class TorchtuneDecoder(Decoder):
     def numbers(self) -> dict[str, Any]:
         """See :class:`Decoder`."""
         return config_numbers(self.module)
+
+    def compare(self, config: Mapping[str, Any], *, longest: int | None = None) -> Agreement:
+        """See :class:`Decoder`."""
+        return compare_with_config(config, self.module, longest=longest)
 
     def check(self) -> None:
         """Check that the head is a plain linear layer, and the forward that of torchtune.

@@ -7,7 +7,7 @@ places of the sequences that way, so the code of the models stays as it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -19,6 +19,7 @@ from torch import Tensor, nn
 from tokenpref._torchtune import TiedLinear
 from tokenpref._transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from tokenpref.errors import ConfigError
+from tokenpref.models.agreement import Agreement, Difference
 from tokenpref.models.decoder import Decoder, evaluating
 from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
 from tokenpref.ops import AnswerRows
@@ -35,6 +36,7 @@ _ROUGH_TOLERANCE = 0.05
 
 _NOT_NUMBERS = frozenset(
     {
+        "output_router_logits",
         "transformers_version",
         "architectures",
         "dtype",
@@ -135,12 +137,19 @@ class TransformersDecoder(Decoder):
 
     def numbers(self) -> dict[str, Any]:
         """What ``config.json`` says of the model, apart from files, versions and token ids."""
-        named: dict[str, Any] = self._config.to_dict()
-        return {
-            key: value
-            for key, value in named.items()
-            if key not in _NOT_NUMBERS and not key.startswith("_") and not key.endswith("_token_id")
-        }
+        return _numbers(self._config)
+
+    def compare(self, config: Mapping[str, Any], *, longest: int | None = None) -> Agreement:
+        """Compare it with the ``config.json`` of its weights, which may be in another folder than that of the model."""
+        found = Agreement()
+        given, built = (
+            _numbers(type(self.module.config).from_dict(dict(config)).get_text_config()),
+            self.numbers(),
+        )
+        for key in sorted(given.keys() | built.keys()):
+            if given.get(key) != built.get(key):
+                found.differences.append(Difference(key, given.get(key), built.get(key), None, key in config))
+        return found
 
     def check(self) -> None:
         """Check that the head is a linear layer without a bias; whether the logits are as expected is for :meth:`prove`.
@@ -251,6 +260,18 @@ class TransformersDecoder(Decoder):
             yield
         finally:
             self.module.set_attn_implementation(before)
+
+
+def _numbers(config: Any) -> dict[str, Any]:
+    named: dict[str, Any] = config.to_dict()
+    return {
+        key: value
+        for key, value in named.items()
+        if key not in _NOT_NUMBERS
+        and not key.startswith("_")
+        and not key.endswith(("_token_id", "pdrop"))
+        and "dropout" not in key
+    }
 
 
 def _proof_batch(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:

@@ -12,7 +12,8 @@ from torch import nn
 
 from tokenpref.components import accepts
 from tokenpref.errors import ConfigError
-from tokenpref.models.agreement import Difference, compare_with_config, pairs_interleaved
+from tokenpref.models.agreement import Difference, pairs_interleaved
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.training.config.fields import Component
 
 __all__ = ["check_architecture"]
@@ -59,7 +60,7 @@ def check_architecture(
     file = Path(folder) / CONFIG
     if not file.is_file():
         return [f"{key}: {file.parent} holds no {CONFIG}, so the model was not compared with it"]
-    found = compare_with_config(_read_config(file, key), decoder, longest=longest)
+    found = decoder_of(decoder).compare(_read_config(file, key), longest=longest)
     faults = [_said(difference, model) for difference in found.differences]
     order = _order_fault(checkpointer, decoder, key)
     if faults:
@@ -122,10 +123,10 @@ def _general_builder(path: str) -> tuple[Any, str] | None:
 
 def _order_fault(checkpointer: Component, decoder: nn.Module, key: str) -> str | None:
     """Weights of queries and keys are read in an order that rotary embeddings of one kind expect."""
-    kind, interleaved = str(checkpointer.kwargs.get("model_type")), pairs_interleaved(decoder)
-    if not checkpointer.path.endswith(_HF_CHECKPOINTER) or interleaved is None:
+    if not checkpointer.path.endswith(_HF_CHECKPOINTER):
         return None
-    if interleaved != (kind in _HALVES):
+    kind, interleaved = str(checkpointer.kwargs.get("model_type")), pairs_interleaved(decoder)
+    if interleaved is None or interleaved != (kind in _HALVES):
         return None
     wanted = (
         f"one of {', '.join(_HALVES)}"

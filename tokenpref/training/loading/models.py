@@ -102,7 +102,8 @@ def check_state_fits(state: dict[str, Tensor], model: nn.Module, key: str) -> No
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
         raise ConfigError(
             f"{key}: the checkpoint is of another architecture than the model: {'; '.join(faults[:3])}{more}. "
-            "Set model and checkpointer to the same architecture." + head_hint(state, model)
+            "Set model and checkpointer to the same architecture (tokenpref.models.causal_lm goes with CausalLMCheckpointer)."
+            + head_hint(state, model)
         )
 
 
