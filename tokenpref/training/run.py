@@ -285,6 +285,7 @@ def _check(
     for source in kept.values():
         if hasattr(source, "check_models"):
             source.check_models(maker, tokenizer)
+    scorers = sum(source.own_nbytes(maker) for source in kept.values() if hasattr(source, "own_nbytes"))
     # Only the main process looks: all processes have the same disk and, as far as is known, the same memory.
     lines = world.together(
         lambda: (
@@ -296,6 +297,7 @@ def _check(
                 folder.path,
                 reference=compared and config.reference == "model" and not maker.reference_is_base,
                 rows_per_pair=3 if "anchor" in needs else 2,
+                scorers=scorers,
                 caches=list(caches.values()),
             )
             if world.is_main

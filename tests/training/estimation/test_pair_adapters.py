@@ -1,5 +1,6 @@
 """A contrastive pair of two adapters over one base: built, scored for a store, and scored inside a policy in training."""
 
+import gc
 import logging
 import math
 import shutil
@@ -23,7 +24,7 @@ from tokenpref.models.peft_format import read_adapter
 from tokenpref.training import ContrastiveReference, PreferenceTrainer, WeightedTrainer, WeightEstimation
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.estimation.pair_folder import SIDES, read_pair
-from tokenpref.training.loading import models
+from tokenpref.training.loading import models, preflight
 from tokenpref.training.loading.models import ModelMaker
 from tokenpref.training.saving.checkpoints import Checkpoints
 from tokenpref.training.step.batches import pair_batches
@@ -339,6 +340,66 @@ def test_a_resumed_training_has_the_same_bits(folder):
     rest, again = trained(online("parts", "resume_from_checkpoint=whole/checkpoints/step_2"))
     assert [step["loss"] for step in rest] == [step["loss"] for step in whole[2:]]
     assert all(torch.equal(tensor, adapters[name]) for name, tensor in again.items()) and again
+
+
+WHOLE = ("model._component_=tokenpref.models.tiny_llama",)
+
+
+@pytest.mark.parametrize(
+    ("source", "pair", "model"),
+    [
+        ("ContrastiveEstimator", "pair", LORA),
+        ("ContrastiveEstimator", "prompts", LORA),
+        ("ContrastiveEstimator", "whole", WHOLE),
+        ("OnlinePair", "pair", LORA),
+    ],
+)
+def test_the_estimate_of_memory_counts_the_models_that_score(folder, monkeypatch, source, pair, model):
+    """As much as the first scores then take beside the models of the run."""
+    estimates = []
+
+    def keep(*args, own=preflight.estimate_memory, **kwargs):
+        estimates.append(own(*args, **kwargs))
+        return estimates[-1]
+
+    monkeypatch.setattr(preflight, "estimate_memory", keep)
+    if pair == "whole":
+        build(pair, "max_steps_per_epoch=1", model=model)
+    words = (
+        f"token_weights=tokenpref.training.{source}",
+        "~token_weights.path",
+        f"token_weights.pair={pair}",
+    )
+    trainer = start("mine", *words, "batch_size=2", model=model)
+    try:
+        trainer.setup()
+        (batch,) = pair_batches(
+            trainer.dataset, WORLD, pad_id=0, step=0, batch_size=2, accumulation=1, seed=0, epoch=0, shuffle=False
+        )  # fmt: skip
+        gc.collect()
+        before = storages()
+        trainer.weigh(batch)
+        gc.collect()
+        took = sum(size for place, size in storages().items() if place not in before)
+    finally:
+        trainer.close()
+    estimate = estimates[-1]
+    # The norms of a model are counted too.
+    assert 0 < took == pytest.approx(estimate.scorers, rel=0.02)
+    assert "scorers " in str(estimate) and estimate.total > estimate.weights + estimate.scorers
+
+
+def storages():
+    """Bytes of the matrices in memory, by place."""
+    found = {}
+    for thing in gc.get_objects():
+        if (
+            type(thing) in (torch.Tensor, torch.nn.Parameter)
+            and thing.is_floating_point()
+            and thing.dim() == 2
+        ):
+            found[thing.untyped_storage().data_ptr()] = thing.untyped_storage().nbytes()
+    return found
 
 
 def test_it_gives_a_store_the_same_scores(folder):

@@ -82,6 +82,7 @@ class TokenScores(Protocol):
     - ``check_context(limit)``: raises if a sequence that it makes exceeds a model's context of so many tokens.
     - ``whole_pairs``: false if it does not need both answers of a pair at once; an estimation then batches answers by length.
     - ``runs_model``: false if it runs no model, so that an estimation needs none.
+    - ``own_nbytes(maker)``: bytes of a process that models of its own take during a training, for the estimate of memory.
     - ``settings()``: what decides its scores beside data and model, as plain data, for the record of a store. By default these
       are its dotted path and its arguments.
 
@@ -254,6 +255,10 @@ class RefreshedScores:
         """See :class:`TokenScores`."""
         if hasattr(self._source, "check_context"):
             self._source.check_context(limit)
+
+    def own_nbytes(self, maker: Any) -> int:
+        """See :class:`TokenScores`."""
+        return int(self._source.own_nbytes(maker)) if hasattr(self._source, "own_nbytes") else 0
 
     def score(self, batch: PairBatch, models: LiveModels) -> list[Tensor]:
         """See :class:`TokenScores`."""

@@ -98,6 +98,17 @@ class ContrastiveEstimator(ContrastiveScores):
         }
         check_scored(maker, own, tokenizer)
 
+    def own_nbytes(self, maker: ModelMaker) -> int:
+        """Bytes of a process: the models of the sides, of which those without weights of their own share one, and adapters."""
+        sides = self.pair.sides.values()
+        models = sum(side.checkpoint is not None for side in sides) + self._opens_base()
+        adapters = sum(side.adapter is not None for side in sides)
+        return models * maker.reference_nbytes + adapters * maker.adapter_nbytes
+
+    def _opens_base(self) -> bool:
+        """Whether a training needs a model for sides without weights of their own."""
+        return any(side.checkpoint is None for side in self.pair.sides.values())
+
     def describe(self, maker: ModelMaker) -> dict[str, Any]:
         """What decides the scores beside the data, for the record of a store."""
 
@@ -200,6 +211,10 @@ class OnlinePair(ContrastiveEstimator):
 
         maker.world.together(check)
         super().check_models(maker, tokenizer)
+
+    def _opens_base(self) -> bool:
+        """The policy has the base."""
+        return False
 
     def _base(self, models: LiveModels, side: str) -> ScoringModel:
         """The policy itself, in a training."""

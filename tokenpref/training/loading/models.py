@@ -275,6 +275,14 @@ class ModelMaker:
         dtype = self.config.compute(trainable=False).dtype
         return -(-weight_nbytes(self._policy_on_meta, dtype) // self.world.size)
 
+    @property
+    def adapter_nbytes(self) -> int:
+        """A process's share of the values of another adapter in a frozen model, in bytes; 0 for a model without adapters."""
+        decoder, dtype = self._policy_on_meta, self.config.compute(trainable=False).dtype
+        parameters = state_parameters(decoder)
+        count = sum(parameters[name].numel() for name in adapter_names(decoder))
+        return -(-count * dtype.itemsize // self.world.size)
+
     def check_adapter(self) -> None:
         """Compare the adapter of ``adapter_checkpoint`` with the model and with the files of its base; no weights are read.
 

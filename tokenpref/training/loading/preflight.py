@@ -66,6 +66,7 @@ class MemoryEstimate:
         gradients: its share.
         optimizer: its share of the optimizer's state.
         reference: its share of the reference, or the head that a cached one needs for a KL.
+        scorers: its share of the models that score tokens and are not the run's own.
         activations: what the largest micro-batch keeps for the backward.
         head: logits that exist at a time.
         copy: of trained weights and optimizer state, for saves in the background.
@@ -75,6 +76,7 @@ class MemoryEstimate:
     gradients: int
     optimizer: int
     reference: int
+    scorers: int
     activations: int
     head: int
     copy: int
@@ -98,6 +100,7 @@ def preflight(
     *,
     reference: bool,
     rows_per_pair: int,
+    scorers: int = 0,
     caches: Sequence[ReferenceCache] = (),
 ) -> list[str]:
     """Look at a run before any weight is read.
@@ -110,6 +113,7 @@ def preflight(
         folder: its output folder; it need not exist.
         reference: whether a second model is loaded.
         rows_per_pair: sequences of a pair: 2, or 3 with anchors.
+        scorers: bytes of a process for models that score tokens and are not the run's own.
         caches: what is kept of a reference in the place of a second model.
 
     Returns:
@@ -139,6 +143,7 @@ def preflight(
         device=device,
         world_size=world_size,
         reference=reference,
+        scorers=scorers,
         caches=caches,
     )
     trained, count = trained_parameters(model)
@@ -304,6 +309,7 @@ def estimate_memory(
     device: torch.device,
     world_size: int,
     reference: bool,
+    scorers: int = 0,
     caches: Sequence[ReferenceCache] = (),
 ) -> MemoryEstimate:
     """Memory of one process.
@@ -320,6 +326,7 @@ def estimate_memory(
         device: where the process computes.
         world_size: number of processes.
         reference: whether a second model is loaded.
+        scorers: bytes of a process for models that score tokens and are not the run's own.
         caches: what is kept of a reference in its place; of one model, whose head is held once.
     """
     policy, beside = (config.compute(trainable=trainable) for trainable in (True, False))
@@ -341,6 +348,7 @@ def estimate_memory(
         gradients=gradients,
         optimizer=optimizer,
         reference=-(-weight_nbytes(model, beside.dtype) // world_size) if reference else head_of_cache,
+        scorers=scorers,
         activations=int(_activation_bytes_per_token(model, policy, device) * tokens),
         head=min(budget, _LOGITS * tokens * vocabulary * 4),
         copy=gradients + optimizer if config.enable_async_checkpointing else 0,
