@@ -37,7 +37,8 @@ from tokenpref._torchtune import set_default_dtype
 from tokenpref.data import PairBatch, PairExample, collate_pairs
 from tokenpref.distributed import World, single_process_world
 from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
-from tokenpref.models.peft_format import AdapterLayout, read_adapter, write_adapter
+from tokenpref.models.peft_format import AdapterLayout, write_adapter
+from tokenpref.models.peft_reader import read_adapter
 from tokenpref.models.reference import FrozenReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training.loading.models import choose_trainable, read_weights

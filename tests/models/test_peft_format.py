@@ -16,9 +16,9 @@ from tokenpref.models.peft_format import (
     ADAPTER_WEIGHTS,
     AdapterLayout,
     Base,
-    read_adapter,
     write_adapter,
 )
+from tokenpref.models.peft_reader import read_adapter
 
 peft = pytest.importorskip("peft")
 LLAMA = FAMILIES["llama3_2"]

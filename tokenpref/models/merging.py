@@ -21,9 +21,9 @@ from tokenpref.models.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
     BASE_RECORD,
-    PeftFolder,
     merged_weight,
 )
+from tokenpref.models.peft_reader import PeftFolder
 
 __all__ = ["merge_adapter"]
 

@@ -20,7 +20,7 @@ from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError, DataError, TokenprefError
 from tokenpref.models import ScoringModel
 from tokenpref.models.adapters import adapter_state
-from tokenpref.models.peft_format import read_adapter
+from tokenpref.models.peft_reader import read_adapter
 from tokenpref.training import ContrastiveReference, PreferenceTrainer, WeightedTrainer, WeightEstimation
 from tokenpref.training.config.command_line import load_config
 from tokenpref.training.estimation.pair_folder import SIDES, read_pair

@@ -20,7 +20,8 @@ from tokenpref._sealed import write_file
 from tokenpref._yaml import read_yaml
 from tokenpref.errors import DataError
 from tokenpref.models.decoder_of import decoder_of
-from tokenpref.models.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS, read_adapter
+from tokenpref.models.peft_format import ADAPTER_CONFIG, ADAPTER_WEIGHTS
+from tokenpref.models.peft_reader import read_adapter
 from tokenpref.training.config.fields import Component
 from tokenpref.training.loading.models import ModelMaker, weights_digest
 

@@ -30,7 +30,8 @@ from tokenpref.models.adapters import (
 )
 from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.float8 import convert_to_float8
-from tokenpref.models.peft_format import AdapterLayout, read_adapter
+from tokenpref.models.peft_format import AdapterLayout
+from tokenpref.models.peft_reader import read_adapter
 from tokenpref.models.reference import FrozenReference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.models.tied_head import check_unread_head, drop_tied_head, head_hint
