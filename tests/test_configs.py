@@ -1,14 +1,19 @@
 """Every config that comes with the package: read, checked, and its components built on the meta device."""
 
+import json
+import re
+
 import pytest
 import torch
 from omegaconf import OmegaConf
+from support.published import CAUSAL_LMS
 
 from tokenpref._registry import config_files, recipe_of
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models.decoder_of import decoder_of
 from tokenpref.training import Evaluator, PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config import keys as config
+from tokenpref.training.config.command_line import load_config
 from tokenpref.training.config.defaults import without_defaults
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
@@ -27,8 +32,11 @@ RECIPES = {
 }
 # Prefixes of names: of models with every preset, and of those with one config for TIS-DPO.
 PRESETS = ("tiny/", "smollm2/135M_", "llama3_2/1B_")
-PIPELINES = (*PRESETS, "qwen2_5/3B_", "llama2/7B_", "mistral/7B_")
+RELEASED = ("llama3_2/1B_", "qwen2_5/3B_", "mistral/7B_")  # with the optimizer of the released code
+PIPELINES = (*PRESETS, "qwen2_5/3B_", "mistral/7B_", "qwen3/1.7B_")
 FILES = config_files()
+OF_TRANSFORMERS = sorted(name for name, file in FILES.items() if "models.causal_lm" in file.read_text())
+COMMAND = re.compile(r"tune run (?:--nproc_per_node (\d+) )?recipes/(\w+) (--config (?:[^\\\n]|\\\n)+)")
 # Keys that a config may name at their default, because a reader looks for them: the method's, and how large and long a run is.
 SHOWN = {
     *("batch_size", "device", "dtype", "epochs", "gradient_accumulation_steps", "seed"),
@@ -40,8 +48,20 @@ METHOD = {
 }
 
 
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """The config.json of every model that configs name, where they expect it."""
+    place = tmp_path_factory.mktemp("models")
+    for name, (_, config_json) in CAUSAL_LMS.items():
+        folder = place / "models" / name
+        folder.mkdir(parents=True)
+        (folder / "config.json").write_text(json.dumps(config_json))
+    return place
+
+
 @pytest.fixture(params=sorted(FILES))
-def shipped(request, monkeypatch):
+def shipped(request, folders, monkeypatch):
+    monkeypatch.chdir(folders)
     # The weights of the larger models are not here; their paths are the user's to make.
     for module in (config, estimate):
         monkeypatch.setattr(module, "checkpoint_faults", lambda checkpointer, model: [])
@@ -53,11 +73,31 @@ def shipped(request, monkeypatch):
     return file, read_config(schema, loaded, lambda c: loss_faults(c.loss, recipe.provides, recipe.recipe))
 
 
+def file_is_of_transformers(file):
+    return f"{file.parent.name}/{file.stem}" in OF_TRANSFORMERS
+
+
+def check_size(model, component):
+    """The base has as many parameters as its makers publish, and adapters are on all of its linear layers."""
+    published, _ = CAUSAL_LMS[component.kwargs["path"].removeprefix("models/")]
+    adapters = {n: p for n, p in model.named_parameters() if ".lora_" in n}
+    assert sum(p.numel() for p in model.parameters()) - sum(p.numel() for p in adapters.values()) == published
+    layers = model.config.num_hidden_layers
+    if component.kwargs.get("lora") is None:
+        assert not adapters
+    else:
+        assert component.kwargs["lora"] == {"rank": 16, "alpha": 32} and len(adapters) == 2 * 7 * layers
+        assert all(min(p.shape) == 16 for p in adapters.values())
+
+
 def test_components_can_be_built(shipped):
     _, cfg = shipped
     with torch.device("meta"):
         model = cfg.model.build()
-    assert isinstance(model, TransformerDecoder)
+    if file_is_of_transformers(shipped[0]):
+        check_size(model, cfg.model)
+    else:
+        assert isinstance(model, TransformerDecoder)
     decoder_of(model).check()
     if isinstance(cfg, EstimateConfig):
         return  # its other components have been checked by the schema
@@ -129,8 +169,43 @@ def test_the_configs_of_a_pipeline_fit_together(model):
     assert trained.model == estimate.model == pair.model and trained.optimizer == pair.optimizer
     assert trained.checkpointer.checkpoint_dir == pair.checkpointer.checkpoint_dir
     for key in ("checkpoint_dir", "checkpoint_files", "model_type"):
-        assert estimate.checkpointer[key] == pair.checkpointer[key]
+        assert estimate.checkpointer.get(key) == pair.checkpointer.get(key)
     assert trained.loss.beta == 0.1 and "alpha" not in trained.loss
+
+
+@pytest.mark.parametrize("name", OF_TRANSFORMERS)
+def test_the_commands_of_a_header_make_what_the_config_reads(name, folders, monkeypatch):
+    """Configs of transformers' models use the pair of Qwen3-1.7B's with another folder, so the header's commands count."""
+    monkeypatch.chdir(folders)
+    monkeypatch.setattr(estimate, "checkpoint_faults", lambda checkpointer, model: [])
+    monkeypatch.setattr(config, "checkpoint_faults", lambda checkpointer, model: [])
+    text = FILES[name].read_text()
+    runs = {}
+    for processes, recipe, words in COMMAND.findall(re.sub(r"\\\n#", "", text)):
+        cfg = load_config(words.split())
+        assert recipe_of(words.split()[1].split("/")[1]) == recipe
+        read_config(RECIPES[recipe][0], cfg)
+        runs[recipe] = (int(processes or 1), cfg)
+    own_recipe = recipe_of(FILES[name].stem)
+    processes, own = runs[own_recipe]
+    assert own.checkpointer.checkpoint_dir in text.split("--output-dir ")[1].splitlines()[0]
+    assert own.tokenizer.path == own.model.path == own.checkpointer.checkpoint_dir
+    full = "lora" not in own.model
+    for recipe, (processes, cfg) in runs.items():
+        for part in ("tokenizer", "model", "dataset"):
+            assert {k: v for k, v in cfg[part].items() if v is not None} == own[part]
+        assert cfg.checkpointer.checkpoint_dir == own.checkpointer.checkpoint_dir
+        assert FILES[name].parent.name in cfg.output_dir
+        if recipe != "estimate_weights_distributed":
+            assert cfg.batch_size * cfg.gradient_accumulation_steps * processes == (128 if full else 32)
+            if "optimizer" in own:
+                assert cfg.optimizer == own.optimizer and cfg.lr_scheduler == own.lr_scheduler
+    made = {recipe: cfg.output_dir for recipe, (_, cfg) in runs.items()}
+    if "estimate_weights_distributed" in runs:
+        _, scores = runs["estimate_weights_distributed"]
+        assert scores.estimator.pair == made["contrastive_reference_distributed"]
+    if own_recipe == "tis_dpo_distributed":
+        assert own.token_weights.path == f"{made['estimate_weights_distributed']}/weights"
 
 
 @pytest.mark.parametrize("model", PRESETS)
@@ -158,7 +233,7 @@ def test_presets_of_tis_dpo_differ_in_their_settings_alone(model):
     "name",
     [
         "llama3_2/1B_tis_released",
-        *(f"{m}tis_dpo" for m in PIPELINES if not m.startswith(("tiny", "smollm2"))),
+        *(f"{m}tis_dpo" for m in RELEASED),
     ],
 )
 def test_tis_settings_are_the_releases(name):

@@ -170,3 +170,142 @@ FAMILIES = {
         [f"tokenizer.ggml.{name}_token_id" for name in ("bos", "eos", "padding")], 0
     ))),
 }  # fmt: skip
+
+# Models of transformers: what config.json says, and the number of parameters. Keys at the default of transformers are left out.
+QWEN_3 = {
+    "model_type": "qwen3",
+    "head_dim": 128,
+    "max_position_embeddings": 40960,
+    "num_key_value_heads": 8,
+    "rms_norm_eps": 1e-06,
+    "rope_theta": 1000000,
+    "vocab_size": 151936,
+}
+GEMMA_3 = {"model_type": "gemma3_text", "head_dim": 256, "query_pre_attn_scalar": 256}
+CAUSAL_LMS = {
+    "Qwen3-0.6B": (
+        596_049_920,
+        {
+            **QWEN_3,
+            "hidden_size": 1024,
+            "intermediate_size": 3072,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Qwen3-1.7B": (
+        1_720_574_976,
+        {
+            **QWEN_3,
+            "hidden_size": 2048,
+            "intermediate_size": 6144,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 28,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Qwen3-4B": (
+        4_022_468_096,
+        {
+            **QWEN_3,
+            "hidden_size": 2560,
+            "intermediate_size": 9728,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "tie_word_embeddings": True,
+        },
+    ),
+    "Qwen3-8B": (
+        8_190_735_360,
+        {
+            **QWEN_3,
+            "hidden_size": 4096,
+            "intermediate_size": 12288,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 36,
+            "tie_word_embeddings": False,
+        },
+    ),
+    "gemma-3-1b-it": (
+        999_885_952,
+        {
+            **GEMMA_3,
+            "hidden_size": 1152,
+            "intermediate_size": 6912,
+            "max_position_embeddings": 32768,
+            "num_attention_heads": 4,
+            "num_hidden_layers": 26,
+            "num_key_value_heads": 1,
+            "sliding_window": 512,
+            "vocab_size": 262144,
+        },
+    ),
+    # The language model of a model that also sees images, which has 4,300,079,472 parameters in all.
+    "gemma-3-4b-it": (
+        3_880_263_168,
+        {
+            "model_type": "gemma3",
+            "text_config": {
+                **GEMMA_3,
+                "hidden_size": 2560,
+                "intermediate_size": 10240,
+                "num_attention_heads": 8,
+                "num_hidden_layers": 34,
+                "num_key_value_heads": 4,
+                "rope_scaling": {"factor": 8.0, "rope_type": "linear"},
+                "sliding_window": 1024,
+                "vocab_size": 262208,
+            },
+            "vision_config": {
+                "model_type": "siglip_vision_model",
+                "hidden_size": 1152,
+                "image_size": 896,
+                "intermediate_size": 4304,
+                "num_attention_heads": 16,
+                "num_hidden_layers": 27,
+                "patch_size": 14,
+                "vision_use_head": False,
+            },
+        },
+    ),
+    "Olmo-3-7B-Instruct": (
+        7_298_011_136,
+        {
+            "model_type": "olmo3",
+            "hidden_size": 4096,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 65536,
+            "num_attention_heads": 32,
+            "num_hidden_layers": 32,
+            "num_key_value_heads": 32,
+            "rope_scaling": {
+                "attention_factor": 1.2079441541679836,
+                "beta_fast": 32,
+                "beta_slow": 1,
+                "factor": 8.0,
+                "original_max_position_embeddings": 8192,
+                "rope_type": "yarn",
+            },
+            "rope_theta": 500000,
+            "sliding_window": 4096,
+            "vocab_size": 100278,
+        },
+    ),
+    "SmolLM3-3B": (
+        3_075_098_624,
+        {
+            "model_type": "smollm3",
+            "hidden_size": 2048,
+            "intermediate_size": 11008,
+            "max_position_embeddings": 65536,
+            "no_rope_layer_interval": 4,
+            "num_attention_heads": 16,
+            "num_hidden_layers": 36,
+            "num_key_value_heads": 4,
+            "rope_theta": 5000000,
+            "tie_word_embeddings": True,
+            "vocab_size": 128256,
+        },
+    ),
+}
