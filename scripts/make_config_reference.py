@@ -96,9 +96,10 @@ COMPONENTS: list[tuple[str, tuple[str, ...], list[str]]] = [
         (),
         [
             f"tokenpref.models.{name}"
-            for name in ("tiny_llama", "smollm2_135m", "lora_tiny_llama", "lora_smollm2_135m")
+            for name in ("causal_lm", "tiny_llama", "smollm2_135m", "lora_tiny_llama", "lora_smollm2_135m")
         ],
     ),
+    ("`checkpointer`, `ref_checkpointer`", (), ["tokenpref.models.CausalLMCheckpointer"]),
     (
         "`loss`, `loss_val`",
         (),

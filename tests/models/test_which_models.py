@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: which architectures of transformers train without padding, which need padding, which are refused."""
+"""The tables of docs/models.md: which architectures of transformers work without padding, which need it, which are refused."""
 
 import json
 import re
@@ -89,7 +89,37 @@ def test_what_needs_padding(decoder, kind):
 
 @pytest.mark.parametrize("kind", REFUSED)
 def test_what_is_refused(decoder, kind):
-    with pytest.raises(TypeError, match="a Linear with a bias|keeps its layers in 0 lists"):
-        found = decoder(kind)
+    found = decoder(kind)
+
+    def use():
         found.check()
-        assert found.layers
+        return found.layers
+
+    with pytest.raises(TypeError, match="a Linear with a bias|keeps its layers in 0 lists"):
+        use()
+
+
+IMAGES = {
+    "model_type": "siglip_vision_model",
+    "hidden_size": 16,
+    "intermediate_size": 16,
+    "num_hidden_layers": 1,
+}
+
+
+def test_a_model_that_also_sees_images_is_built_as_a_language_model(tmp_path):
+    text = {"model_type": "gemma3_text", **SIZES}
+    (tmp_path / "config.json").write_text(
+        json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": IMAGES})
+    )
+    with torch.device("meta"):
+        model = causal_lm(str(tmp_path), lora={"rank": 2})
+    assert type(model).__name__ == "Gemma3ForCausalLM" and model.config.model_type == "gemma3_text"
+    assert all(name.startswith("model.") for name, _ in model.named_parameters())
+
+
+@pytest.mark.parametrize("kind", ["t5", "clip"])
+def test_a_model_of_another_purpose_is_refused(tmp_path, kind):
+    (tmp_path / "config.json").write_text(json.dumps({"model_type": kind}))
+    with pytest.raises(ConfigError, match="makes no causal language model of it .*name the folder of one"):
+        causal_lm(str(tmp_path))

@@ -23,8 +23,9 @@ _ALL_LINEAR = "all-linear"
 def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     """A causal language model of transformers, such as Qwen3, Gemma 3, OLMo 3 or SmolLM3, without its weights.
 
-    The model is what ``config.json`` says. Code that comes with a folder is never run. Dropout, and the losses that train the
-    routers of a mixture of experts, are off, because a policy that equals its reference must give a loss of exactly log 2.
+    The model is what ``config.json`` says. Of a model that also sees images or hears sound, it is the language model alone. Code
+    that comes with a folder is never run. Dropout and the losses that train the routers of a mixture of experts are off, because
+    policy and reference have to agree.
 
     Args:
         path: a folder with ``config.json``, or the name of a model on the Hugging Face hub.
@@ -39,10 +40,17 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     from tokenpref._transformers import AutoModelForCausalLM
     from tokenpref.models.transformers_decoder import TransformersDecoder, tie_head
 
-    config = _read_config(path)
-    with torch.random.fork_rng(devices=[]):  # a model's constructor may draw random numbers
-        model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
-    if model.config.get_text_config().tie_word_embeddings:
+    config = _read_config(path).get_text_config()
+    try:
+        with torch.random.fork_rng(devices=[]):  # a model's constructor may draw random numbers
+            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
+    except ValueError as error:
+        said = str(error).strip().splitlines()[0]
+        raise ConfigError(
+            f"model.path: {path} is a {config.model_type}, and transformers {_version()} makes no causal language model of it "
+            f"({said}); name the folder of one"
+        ) from error
+    if config.tie_word_embeddings:
         tie_head(model)
     if lora is not None:
         _put_adapters(model, lora, TransformersDecoder(model).head_name)
