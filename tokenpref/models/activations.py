@@ -105,6 +105,8 @@ def keep_gates_lean(model: nn.Module) -> None:
 def keep_dora_lean(model: nn.Module) -> None:
     """Let DoRA layers compute the lengths of their rows without autograd and without an identity matrix (in place).
 
+    A bias is added as it is, as in the paper and in PEFT; torchtune multiplies it with the magnitude too.
+
     torchtune multiplies ``A`` and ``B`` with an identity matrix as large as the input, because FSDP1 gathers weights in calls of
     modules only. FSDP2 gathers those of a whole decoder layer.
     """
@@ -114,17 +116,17 @@ def keep_dora_lean(model: nn.Module) -> None:
 
 
 def _dora_linear(layer: DoRALinear, x: Tensor) -> Tensor:
-    """``m / |W + s B A| (W + s B A) x`` of ``[..., D]``, with the lengths of the rows as constants of the backward pass."""
+    """``m / |W + s B A| (W + s B A) x + b`` of ``[..., D]``, with the lengths of the rows as constants of the backward pass."""
     weight, scaling = layer.weight, layer.scaling
-    base: Tensor = linear_nf4(x, weight) if layer._quantize_base else nn.functional.linear(x, weight)
-    base = base if layer.bias is None else base + layer.bias
+    product: Tensor = linear_nf4(x, weight) if layer._quantize_base else nn.functional.linear(x, weight)
+    base = product if layer.bias is None else product + layer.bias
     if layer.disabled:
         return base
     with torch.no_grad():
         change = layer.lora_b.weight @ layer.lora_a.weight
         length = torch.linalg.norm(weight.to(x.dtype) + scaling * change, dim=1).to(x.dtype)
     ratio = layer.magnitude / length
-    return (ratio - 1) * base + ratio * layer.lora_b(layer.lora_a(layer.dropout(x))) * scaling + base
+    return (ratio - 1) * product + ratio * layer.lora_b(layer.lora_a(layer.dropout(x))) * scaling + base
 
 
 def is_swiglu(layer: FeedForward) -> bool:

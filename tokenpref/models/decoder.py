@@ -12,7 +12,7 @@ exist and FSDP2 reduces the head's gradient like any other.
 from __future__ import annotations
 
 from abc import ABC, abstractmethod
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from types import MethodType
 from typing import Any
@@ -21,6 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from tokenpref.distributed import register_forward
+from tokenpref.models.adapted_linear import AdaptedLinear
 from tokenpref.models.agreement import Agreement
 from tokenpref.models.padding_free import PackedRows
 from tokenpref.ops import final_logits
@@ -107,6 +108,45 @@ class Decoder(ABC):
             config: the parsed file.
             longest: tokens of the longest sequence that it will see, if that is known.
         """
+
+    # --- its adapters on disk
+
+    @abstractmethod
+    def on_disk(self, name: str, layer: Any) -> AdaptedLinear:
+        """A layer with an adapter as PEFT's format has it.
+
+        Args:
+            name: the layer's name in the state dict.
+            layer: torchtune's LoRALinear or DoRALinear, or a similar one.
+
+        Raises:
+            ValueError: if PEFT's format has no place for this adapter, with what to do instead.
+        """
+
+    @abstractmethod
+    def names_in_transformers(self) -> Collection[str]:
+        """Names of its modules in transformers, among which PEFT looks for those that get an adapter."""
+
+    @abstractmethod
+    def from_torchtune(self, linear: AdaptedLinear, part: str, tensor: Tensor) -> Tensor:
+        """A tensor of an adapter that torchtune wrote, with its output rows in this model's order.
+
+        torchtune reorders the rows of B in queries and keys for every model, which is right for Llama-like ones only, and never
+        the magnitudes.
+
+        Args:
+            linear: the layer.
+            part: the tensor's name within the layer in torchtune.
+            tensor: the tensor in the file.
+
+        Raises:
+            ValueError: if the order in this model is not known.
+        """
+
+    @property
+    @abstractmethod
+    def adapter_settings(self) -> Mapping[str, str]:
+        """Names of the builder's arguments that set ``rank``, ``alpha``, ``dora`` and ``layers``, for errors."""
 
     # --- what it needs before it runs
 

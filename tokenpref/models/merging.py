@@ -17,6 +17,7 @@ from tokenpref._files import WEIGHT_SUFFIXES, sampled_digest, writing
 from tokenpref._sealed import MANIFEST, check_if_sealed
 from tokenpref.data.tokenizers import TOKENIZER_FILES, TOOL_TEMPLATE
 from tokenpref.errors import TokenprefError
+from tokenpref.models.adapted_linear import LLAMA_LIKE
 from tokenpref.models.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -127,9 +128,7 @@ def _check_base(found: PeftFolder, folder: Path, files: list[str]) -> None:
         there = all((folder / name).is_file() for name in recorded.files)
         digest = sampled_digest(folder, recorded.files) if there else ""
         found.check_base(digest, _KEY)
-    if found.by_torchtune and (
-        found.dora or config.get("model_type") not in ("llama", "mistral", "gemma", "gemma2")
-    ):
+    if found.by_torchtune and (found.dora or config.get("model_type") not in LLAMA_LIKE):
         raise TokenprefError(
             f"{found.folder} was written by torchtune, with the rows of some tensors in another order than the base's; train or "
             "evaluate with adapter_checkpoint set to it, which reads it, and merge what is exported then"

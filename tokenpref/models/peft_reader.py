@@ -7,16 +7,18 @@ import math
 import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 from typing import Any
 
 from safetensors import SafetensorError
 from safetensors.torch import load_file
-from torch import Tensor
+from torch import Tensor, nn
 
 from tokenpref._sealed import check_if_sealed
-from tokenpref._torchtune import TransformerDecoder
 from tokenpref.errors import ConfigError
+from tokenpref.models.decoder import Decoder
+from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -24,7 +26,6 @@ from tokenpref.models.peft_format import (
     PARTS,
     AdapterLayout,
     Base,
-    to_interleaved,
 )
 
 __all__ = ["PeftFolder", "read_adapter"]
@@ -232,14 +233,12 @@ def _check_layers(layers: Mapping[str, Mapping[str, Tensor]], rank: int, dora: b
             )
 
 
-def read_adapter(
-    folder: Path, decoder: TransformerDecoder, key: str, *, base: str | None = None
-) -> dict[str, Tensor]:
-    """Read an adapter folder for a decoder. Folders of this package, of PEFT and of torchtune are read.
+def read_adapter(folder: Path, decoder: nn.Module, key: str, *, base: str | None = None) -> dict[str, Tensor]:
+    """Read an adapter folder for a model. Folders of this package, of PEFT and of torchtune are read.
 
     Args:
         folder: the folder.
-        decoder: the decoder with adapters of the same layers, rank, alpha and kind, on any device.
+        decoder: the model with adapters of the same layers, rank, alpha and kind, on any device.
         key: what names the folder in the config, for errors.
         base: fingerprint of the weights under the decoder's adapters (:attr:`Base.digest`); it is compared with the folder's
             record, if there is one. None: not compared.
@@ -252,40 +251,41 @@ def read_adapter(
     """
     layout = AdapterLayout.of(decoder)
     found = PeftFolder.read(folder, key)
-    _check_fit(found, layout, key)
+    view = decoder_of(decoder)
+    _check_fit(found, layout, view.adapter_settings, key)
     if base is not None:
         found.check_base(base, key)
-    return dict(_in_torchtune_order(found, layout))
+    try:
+        return dict(_in_own_order(found, layout, view))
+    except ValueError as error:
+        raise ConfigError(f"{key}: {folder}: {error}") from error
 
 
-def _in_torchtune_order(found: PeftFolder, layout: AdapterLayout) -> Iterator[tuple[str, Tensor]]:
+def _in_own_order(found: PeftFolder, layout: AdapterLayout, view: Decoder) -> Iterator[tuple[str, Tensor]]:
     for linear in layout.linears:
         for part in linear.shapes(layout.rank, layout.dora):
             tensor = found.layers[linear.hf_name][PARTS[part]]
-            if not found.by_torchtune:
-                tensor = linear.from_hf_order(part, tensor)
-            elif part == "lora_b.weight" and (heads := layout.attention.get(linear.name.rpartition(".")[2])):
-                tensor = to_interleaved(tensor, heads)
-            yield f"{linear.name}.{part}", tensor.contiguous()
+            order = partial(view.from_torchtune, linear) if found.by_torchtune else linear.from_hf_order
+            yield f"{linear.name}.{part}", order(part, tensor).contiguous()
 
 
-def _check_fit(found: PeftFolder, layout: AdapterLayout, key: str) -> None:
-    """Refuse an adapter of another size, scale or kind, or of other layers, than the decoder's."""
+def _check_fit(found: PeftFolder, layout: AdapterLayout, settings: Mapping[str, str], key: str) -> None:
+    """Refuse an adapter of another size, scale or kind, or of other layers, than the model's."""
     where, own = f"{key}: {found.folder}", {linear.hf_name: linear for linear in layout.linears}
     if found.dora != layout.dora:
         kinds = {True: "DoRA", False: "LoRA"}
         raise ConfigError(
             f"{where} is a {kinds[found.dora]} adapter and the model's are {kinds[layout.dora]}; set "
-            f"model.use_dora={str(found.dora).lower()}"
+            f"{settings['dora']}={str(found.dora).lower()}"
         )
     if found.rank != layout.rank:
         raise ConfigError(
-            f"{where} has rank {found.rank} and the model's adapters have {layout.rank}; set model.lora_rank={found.rank}"
+            f"{where} has rank {found.rank} and the model's adapters have {layout.rank}; set {settings['rank']}={found.rank}"
         )
     alpha = found.scaling * found.rank
     if not math.isclose(alpha, layout.alpha, rel_tol=1e-6):
         raise ConfigError(
-            f"{where} has alpha {alpha:g} and the model's adapters have {layout.alpha:g}; set model.lora_alpha={alpha:g}"
+            f"{where} has alpha {alpha:g} and the model's adapters have {layout.alpha:g}; set {settings['alpha']}={alpha:g}"
         )
     if found.layers.keys() != own.keys():
         theirs, ours = (sorted({name.rpartition(".")[2] for name in names}) for names in (found.layers, own))
@@ -295,8 +295,7 @@ def _check_fit(found: PeftFolder, layout: AdapterLayout, key: str) -> None:
             other = sorted(found.layers.keys() ^ own.keys())[0]
             fault = f"has {'an' if other in found.layers else 'no'} adapter for {other}, unlike the model"
         raise ConfigError(
-            f"{where} {fault}; set model.lora_attn_modules and model.apply_lora_to_mlp so that the same layers are adapted, and "
-            "name the adapter of this model"
+            f"{where} {fault}; set {settings['layers']} so that the same layers are adapted, and name the adapter of this model"
         )
     for name, linear in own.items():
         for part, shape in linear.shapes(layout.rank, layout.dora).items():

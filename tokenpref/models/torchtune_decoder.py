@@ -2,7 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Mapping
+import re
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import partial
 from typing import Any
@@ -12,17 +13,37 @@ from torch import Tensor, nn
 
 from tokenpref._torchtune import (
     MultiHeadAttention,
+    Phi3RotaryPositionalEmbeddings,
     TiedLinear,
     TransformerDecoder,
     TransformerSelfAttentionLayer,
     local_kv_cache,
 )
 from tokenpref.distributed import compute_dtype_of
-from tokenpref.models.agreement import Agreement, compare_with_config, config_numbers, is_tied
+from tokenpref.models.adapted_linear import AdaptedLinear, to_interleaved
+from tokenpref.models.agreement import (
+    Agreement,
+    compare_with_config,
+    config_numbers,
+    is_tied,
+    pairs_interleaved,
+)
 from tokenpref.models.decoder import Decoder
 from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
 
 __all__ = ["TorchtuneDecoder"]
+
+# Names of a layer's linear modules in torchtune and in transformers.
+_LINEARS = {
+    "attn.q_proj": "self_attn.q_proj",
+    "attn.k_proj": "self_attn.k_proj",
+    "attn.v_proj": "self_attn.v_proj",
+    "attn.output_proj": "self_attn.o_proj",
+    "mlp.w1": "mlp.gate_proj",
+    "mlp.w2": "mlp.down_proj",
+    "mlp.w3": "mlp.up_proj",
+}
+_FUSED_IN_PHI3 = ("attn.q_proj", "attn.k_proj", "attn.v_proj", "mlp.w1", "mlp.w3")
 
 
 class TorchtuneDecoder(Decoder):
@@ -70,6 +91,77 @@ class TorchtuneDecoder(Decoder):
     def compare(self, config: Mapping[str, Any], *, longest: int | None = None) -> Agreement:
         """See :class:`Decoder`."""
         return compare_with_config(config, self.module, longest=longest)
+
+    def on_disk(self, name: str, layer: Any) -> AdaptedLinear:
+        """See :class:`Decoder`."""
+        out_dim, in_dim = int(layer.lora_b.weight.shape[0]), int(layer.lora_a.weight.shape[1])
+        bias = getattr(layer, "bias", None) is not None
+        if name == self.head_name:
+            return AdaptedLinear(name, "lm_head", in_dim, out_dim, bias=bias)
+        short = _short(name)
+        if short not in _LINEARS:
+            raise ValueError(
+                f"{name} has an adapter, and PEFT's format knows no such layer; name {', '.join(_LINEARS)} or output"
+            )
+        ropes = (getattr(layer.attn, "pos_embeddings", None) for layer in self.layers)
+        if short in _FUSED_IN_PHI3 and any(isinstance(r, Phi3RotaryPositionalEmbeddings) for r in ropes):
+            raise ValueError(
+                f"{name} is a part of one larger matrix in transformers' Phi-3 (qkv_proj, gate_up_proj), so its adapter cannot "
+                "be written in PEFT's format; set lora_attn_modules=[output_proj] and apply_lora_to_mlp=false, or use "
+                "tokenpref.models.causal_lm"
+            )
+        number = name.split(".")[1]
+        return AdaptedLinear(
+            name, f"model.layers.{number}.{_LINEARS[short]}", in_dim, out_dim, self._reordered(name), bias
+        )
+
+    def _reordered(self, name: str) -> int | None:
+        """The heads of a layer whose rows are in another order in transformers; None if the order is the same."""
+        heads = self._heads(name)
+        interleaved = pairs_interleaved(self.module)
+        if heads is not None and interleaved is None:
+            raise ValueError(
+                f"{name} has an adapter, and its rows' order in transformers is not known for its rotary embeddings; leave "
+                "q_proj and k_proj out of lora_attn_modules, or use rotary embeddings of torchtune"
+            )
+        return heads if interleaved else None
+
+    def _heads(self, name: str) -> int | None:
+        """Heads of a projection to queries or keys; None for other layers."""
+        short = _short(name)
+        if short not in ("attn.q_proj", "attn.k_proj"):
+            return None
+        attention: Any = self.layers[int(name.split(".")[1])].attn
+        return int(attention.num_heads if short == "attn.q_proj" else attention.num_kv_heads)
+
+    def names_in_transformers(self) -> Collection[str]:
+        """See :class:`Decoder`."""
+        inside = [
+            f"model.layers.{number}.{name}"
+            for number in range(len(self.layers))
+            for name in _LINEARS.values()
+        ]
+        return [*inside, "lm_head"]
+
+    def from_torchtune(self, linear: AdaptedLinear, part: str, tensor: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        if linear.bias and part == "magnitude":
+            raise ValueError(
+                f"torchtune wrote it, and {linear.name} has a bias, which torchtune scales with the magnitude unlike PEFT and "
+                "this package; train an adapter here"
+            )
+        heads = self._heads(linear.name)
+        return tensor if heads is None or part != "lora_b.weight" else to_interleaved(tensor, heads)
+
+    @property
+    def adapter_settings(self) -> Mapping[str, str]:
+        """See :class:`Decoder`."""
+        return {
+            "rank": "model.lora_rank",
+            "alpha": "model.lora_alpha",
+            "dora": "model.use_dora",
+            "layers": "model.lora_attn_modules and model.apply_lora_to_mlp",
+        }
 
     def check(self) -> None:
         """Check that the head is a plain linear layer, and the forward that of torchtune.
@@ -155,6 +247,12 @@ class TorchtuneDecoder(Decoder):
             decoder_max_seq_len=length,
         ):
             yield None
+
+
+def _short(name: str) -> str:
+    """``attn.q_proj`` for ``layers.0.attn.q_proj``; an empty text for names of another form."""
+    match = re.fullmatch(r"layers\.\d+\.(\w+\.\w+)", name)
+    return match[1] if match else ""
 
 
 def _attention(

@@ -7,7 +7,7 @@ places of the sequences that way, so the code of the models stays as it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterator, Mapping
+from collections.abc import Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -18,7 +18,9 @@ from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear
 from tokenpref._transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from tokenpref.distributed import state_modules
 from tokenpref.errors import ConfigError
+from tokenpref.models.adapted_linear import LLAMA_LIKE, AdaptedLinear
 from tokenpref.models.agreement import Agreement, Difference
 from tokenpref.models.decoder import Decoder, evaluating
 from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
@@ -150,6 +152,35 @@ class TransformersDecoder(Decoder):
             if given.get(key) != built.get(key):
                 found.differences.append(Difference(key, given.get(key), built.get(key), None, key in config))
         return found
+
+    def on_disk(self, name: str, layer: Any) -> AdaptedLinear:
+        """The same name and order as in the model."""
+        out_dim, in_dim = int(layer.lora_b.weight.shape[0]), int(layer.lora_a.weight.shape[1])
+        return AdaptedLinear(name, name, in_dim, out_dim, bias=getattr(layer, "bias", None) is not None)
+
+    def names_in_transformers(self) -> Collection[str]:
+        """See :class:`Decoder`."""
+        return state_modules(self.module).keys()
+
+    def from_torchtune(self, linear: AdaptedLinear, part: str, tensor: Tensor) -> Tensor:
+        """See :class:`Decoder`."""
+        kind = self._config.model_type
+        if kind not in LLAMA_LIKE or part == "magnitude":
+            raise ValueError(
+                f"torchtune wrote it, with rows of {linear.name} in another order than those of {kind} in transformers; use "
+                "torchtune's builder of this model, or train an adapter here"
+            )
+        return tensor
+
+    @property
+    def adapter_settings(self) -> Mapping[str, str]:
+        """See :class:`Decoder`."""
+        return {
+            "rank": "model.lora.rank",
+            "alpha": "model.lora.alpha",
+            "dora": "model.lora.use_dora",
+            "layers": "model.lora.target_modules",
+        }
 
     def check(self) -> None:
         """Check that the head is a linear layer without a bias; whether the logits are as expected is for :meth:`prove`.

@@ -231,8 +231,8 @@ class ModelMaker:
         check_decoder(decoder, self.model)
         if self._adapter is not None and not has_adapters(decoder):
             raise ConfigError(
-                f"adapter_checkpoint: {self.model.key} ({self.model.path}) makes a model without adapters; name a lora_ builder, "
-                "or set adapter_checkpoint=null"
+                f"adapter_checkpoint: {self.model.key} ({self.model.path}) makes a model without adapters; name a lora_ builder "
+                "(or set lora of tokenpref.models.causal_lm), or set adapter_checkpoint=null"
             )
         return choose_trainable(decoder, True)
 
