@@ -7,7 +7,7 @@ from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequenc
 import torch
 from torch import Tensor
 
-__all__ = ["LazyWeights", "shapes_of"]
+__all__ = ["LazyWeights", "notes_of", "shapes_of"]
 
 
 class LazyWeights(MutableMapping[str, Tensor]):
@@ -57,3 +57,8 @@ def shapes_of(state: Mapping[str, Tensor]) -> dict[str, torch.Size]:
     if isinstance(state, LazyWeights):
         return dict(state.shapes)
     return {name: tensor.shape for name, tensor in state.items()}
+
+
+def notes_of(state: Mapping[str, Tensor]) -> tuple[str, ...]:
+    """What a user should know about the files of a state dict, as lines for the log."""
+    return state.notes if isinstance(state, LazyWeights) else ()

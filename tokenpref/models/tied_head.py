@@ -5,6 +5,7 @@ DeepSpeed, FSDP and some tools that merge weights write such files. A head that 
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from typing import Any
 
 import torch
@@ -43,7 +44,7 @@ def drop_tied_head(state: dict[str, Tensor], model: nn.Module, key: str) -> str 
     )
 
 
-def check_unread_head(checkpointer: Any, state: dict[str, Tensor], key: str) -> None:
+def check_unread_head(checkpointer: Any, state: Mapping[str, Tensor], key: str) -> None:
     """Check a head that torchtune's checkpointer ignores without a check, as it does for tied models of Qwen.
 
     Raises:

@@ -30,6 +30,7 @@ from tokenpref.models.adapters import (
 )
 from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.float8 import convert_to_float8
+from tokenpref.models.lazy_weights import notes_of, shapes_of
 from tokenpref.models.peft_format import AdapterLayout
 from tokenpref.models.peft_reader import read_adapter
 from tokenpref.models.reference import FrozenReference
@@ -56,21 +57,24 @@ log = logging.getLogger("tokenpref")
 LONGEST_CONTEXT = 2**24
 
 
-def read_weights(checkpointer: Any, key: str, world: World) -> dict[str, Tensor]:
-    """The model state dict that a torchtune checkpointer reads; only the main process reads, others get ``{}``.
+def read_weights(checkpointer: Any, key: str, world: World) -> MutableMapping[str, Tensor]:
+    """The model state dict that a checkpointer reads; only the main process reads, others get ``{}``.
+
+    Returns:
+        Tensors by name. Those of :class:`~tokenpref.models.CausalLMCheckpointer` are read when they are looked up.
 
     Raises:
-        ConfigError: if the files cannot be turned into torchtune's names (usually a wrong ``model_type``).
+        ConfigError: if the files cannot be turned into the model's names (usually a wrong ``model_type``).
     """
 
-    def read() -> dict[str, Tensor]:
+    def read() -> MutableMapping[str, Tensor]:
         if not world.is_main:
             return {}
         try:
-            state: dict[str, Tensor] = checkpointer.load_checkpoint()["model"]
+            state: MutableMapping[str, Tensor] = checkpointer.load_checkpoint()["model"]
             check_unread_head(checkpointer, state, key)
-        except ConfigError:
-            raise
+        except ConfigError as error:
+            raise ConfigError([f if f.startswith(key) else f"{key}: {f}" for f in error.faults]) from error
         except Exception as error:
             causes = [error, *([error.__cause__] if error.__cause__ is not None else [])]
             # First lines only, because torch's message then explains how to load files that can execute code.
@@ -95,9 +99,9 @@ def check_state_fits(state: dict[str, Tensor], model: nn.Module, key: str) -> No
     faults = [f"no tensor {name!r}" for name in own if name not in state]
     faults += [f"unexpected tensor {name!r}" for name in state if name not in own]
     faults += [
-        f"{name!r} has shape {list(tensor.shape)} and the model wants {list(own[name].shape)}"
-        for name, tensor in state.items()
-        if name in own and tensor.shape != own[name].shape
+        f"{name!r} has shape {list(shape)} and the model wants {list(own[name].shape)}"
+        for name, shape in shapes_of(state).items()
+        if name in own and shape != own[name].shape
     ]
     if faults:
         more = f" and {len(faults) - 3} more differences" if len(faults) > 3 else ""
@@ -354,20 +358,23 @@ class ModelMaker:
         if not self.world.is_main:
             return
         dropped = drop_tied_head(state, decoder, key)
-        # A reference may read the policy's files again; the line is logged only once.
-        if dropped is not None and dropped not in self._said:
-            self._said.add(dropped)
-            log.info(dropped)
+        lines = [*([] if dropped is None else [dropped]), *notes_of(state)]
+        # A reference may read the policy's files again; a line is logged only once.
+        for line in [line for line in lines if line not in self._said]:
+            self._said.add(line)
+            log.info(line)
         check_state_fits(state, decoder, key)
         if adapter is not None:
-            state |= read_adapter(adapter, decoder, "adapter_checkpoint")
+            state.update(read_adapter(adapter, decoder, "adapter_checkpoint"))
         elif has_adapters(decoder):
-            state |= initial_adapters(
-                decoder,
-                state,
-                seed=self.config.seed,
-                compute_dtype=compute.kept_dtype,
-                device=self.world.device,
+            state.update(
+                initial_adapters(
+                    decoder,
+                    state,
+                    seed=self.config.seed,
+                    compute_dtype=compute.kept_dtype,
+                    device=self.world.device,
+                )
             )
 
 
