@@ -182,7 +182,8 @@ def test_no_modules_import_each_other():
 
 
 @pytest.mark.parametrize(
-    ("library", "owner"), [("torch.distributed", "distributed"), ("torchtune", "_torchtune")]
+    ("library", "owner"),
+    [("torch.distributed", "distributed"), ("torchtune", "_torchtune"), ("transformers", "_transformers")],
 )
 def test_one_owner_for_each_library_behind_a_wall(library, owner):
     users = [file for file in PACKAGE + RECIPES if uses(file.read_text(), library)]

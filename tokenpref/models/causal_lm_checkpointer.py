@@ -127,7 +127,7 @@ class CausalLMCheckpointer:
         Raises:
             ConfigError: if there is none, if transformers does not know the model, or if its weights are quantised.
         """
-        from transformers import AutoConfig
+        from tokenpref._transformers import AutoConfig
 
         try:
             config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
@@ -149,7 +149,7 @@ class CausalLMCheckpointer:
     @cached_property
     def _model(self) -> Any:
         """The language model on the meta device, which has names and shapes but no values."""
-        from transformers import AutoModelForCausalLM
+        from tokenpref._transformers import AutoModelForCausalLM
 
         try:
             with torch.random.fork_rng(devices=[]), torch.device("meta"):

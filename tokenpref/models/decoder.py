@@ -102,7 +102,7 @@ class Decoder(ABC):
 
     @abstractmethod
     def compare(self, config: Mapping[str, Any], *, longest: int | None = None) -> Agreement:
-        """Compare it with the ``config.json`` of its weights.
+        """Compare it with the ``config.json`` of a checkpoint.
 
         Args:
             config: the parsed file.
@@ -147,6 +147,11 @@ class Decoder(ABC):
     @abstractmethod
     def adapter_settings(self) -> Mapping[str, str]:
         """Names of the builder's arguments that set ``rank``, ``alpha``, ``dora`` and ``layers``, for errors."""
+
+    @property
+    @abstractmethod
+    def named_as_on_disk(self) -> bool:
+        """Whether its tensors have the names of a Hugging Face folder, and so another kind of checkpointer reads them."""
 
     # --- what it needs before it runs
 

@@ -53,8 +53,12 @@ class NamesOnDisk:
     """
 
     def __init__(self, model: Any, names: Iterable[str], *, inside: bool = False) -> None:
-        from transformers.conversion_mapping import get_model_conversion_mapping
-        from transformers.core_model_loading import WeightConverter, WeightRenaming, dot_natural_key
+        from tokenpref._transformers import (
+            WeightConverter,
+            WeightRenaming,
+            dot_natural_key,
+            get_model_conversion_mapping,
+        )
 
         self.model = model
         self.origins: dict[str, _Origin] = {}
@@ -78,7 +82,7 @@ class NamesOnDisk:
 
     def _target(self, name: str) -> tuple[str, str | None]:
         """The name of a tensor in the model (of its first one, if a converter makes several), and the converter's pattern."""
-        from transformers.core_model_loading import rename_source_key
+        from tokenpref._transformers import rename_source_key
 
         prefix = self.model.base_model_prefix
         target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._own)
@@ -135,7 +139,7 @@ class NamesOnDisk:
 
     def on_disk(self, state: Mapping[str, Tensor]) -> dict[str, Tensor]:
         """Tensors as the files hold them, from those of the model."""
-        from transformers.core_model_loading import revert_weight_conversion
+        from tokenpref._transformers import revert_weight_conversion
 
         self.model._weight_conversions = self.conversions
         written: dict[str, Tensor] = revert_weight_conversion(self.model, dict(state))

@@ -5,7 +5,7 @@ DeepSpeed, FSDP and some tools that merge weights write such files. A head that 
 
 from __future__ import annotations
 
-from collections.abc import Mapping
+from collections.abc import Mapping, MutableMapping
 from typing import Any
 
 import torch
@@ -21,7 +21,7 @@ HEAD, EMBEDDING = "output.weight", "tok_embeddings.weight"
 HEAD_IN_FILES = "lm_head.weight"
 
 
-def drop_tied_head(state: dict[str, Tensor], model: nn.Module, key: str) -> str | None:
+def drop_tied_head(state: MutableMapping[str, Tensor], model: nn.Module, key: str) -> str | None:
     """Remove the head from a tied model's weights (in place).
 
     Args:
@@ -63,7 +63,7 @@ def check_unread_head(checkpointer: Any, state: Mapping[str, Tensor], key: str) 
             _check_equal(head, state[EMBEDDING], key)
 
 
-def head_hint(state: dict[str, Tensor], model: nn.Module) -> str:
+def head_hint(state: Mapping[str, Tensor], model: nn.Module) -> str:
     """A hint for an error about weights without a head, for a model that has one; otherwise an empty text."""
     if HEAD in state or HEAD not in model.state_dict():
         return ""

@@ -163,6 +163,11 @@ class TorchtuneDecoder(Decoder):
             "layers": "model.lora_attn_modules and model.apply_lora_to_mlp",
         }
 
+    @property
+    def named_as_on_disk(self) -> bool:
+        """torchtune has names of its own."""
+        return False
+
     def check(self) -> None:
         """Check that the head is a plain linear layer, and the forward that of torchtune.
 

@@ -17,7 +17,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear
-from tokenpref._transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from tokenpref._transformers import CONFIG_MAPPING, AttentionInterface, DynamicCache, PreTrainedModel
 from tokenpref.distributed import state_modules
 from tokenpref.errors import ConfigError
 from tokenpref.models.adapted_linear import LLAMA_LIKE, AdaptedLinear
@@ -38,7 +38,6 @@ _ROUGH_TOLERANCE = 0.05
 
 _NOT_NUMBERS = frozenset(
     {
-        "output_router_logits",
         "transformers_version",
         "architectures",
         "dtype",
@@ -46,6 +45,9 @@ _NOT_NUMBERS = frozenset(
         "use_cache",
         "auto_map",
         "task_specific_params",
+        "initializer_range",
+        "id2label",
+        "label2id",
     }
 )
 
@@ -142,16 +144,33 @@ class TransformersDecoder(Decoder):
         return _numbers(self._config)
 
     def compare(self, config: Mapping[str, Any], *, longest: int | None = None) -> Agreement:
-        """Compare it with the ``config.json`` of its weights, which may be in another folder than that of the model."""
-        found = Agreement()
-        given, built = (
-            _numbers(type(self.module.config).from_dict(dict(config)).get_text_config()),
+        """See :class:`Decoder`. What is switched off for training, such as dropout, is not compared."""
+        family = config.get("model_type")
+        if family not in CONFIG_MAPPING:
+            return Agreement(
+                notes=[f"transformers knows no model_type {family!r}, so the model was not compared with it"]
+            )
+        part = config.get("text_config")
+        named = part if isinstance(part, Mapping) else config
+        there, here = (
+            _numbers(CONFIG_MAPPING[family].from_dict(dict(config)).get_text_config()),
             self.numbers(),
         )
-        for key in sorted(given.keys() | built.keys()):
-            if given.get(key) != built.get(key):
-                found.differences.append(Difference(key, given.get(key), built.get(key), None, key in config))
-        return found
+        positions = (numbers.get("max_position_embeddings") for numbers in (there, here))
+        fits = longest is not None and all(isinstance(n, int) and longest <= n for n in positions)
+        same = {"max_position_embeddings"} if fits else set()
+        return Agreement(
+            [
+                Difference(key, there.get(key), here.get(key), given=key in named)
+                for key in sorted({*there, *here} - same)
+                if there.get(key) != here.get(key)
+            ]
+        )
+
+    @property
+    def named_as_on_disk(self) -> bool:
+        """transformers itself reads such folders."""
+        return True
 
     def on_disk(self, name: str, layer: Any) -> AdaptedLinear:
         """The same name and order as in the model."""
@@ -294,15 +313,20 @@ class TransformersDecoder(Decoder):
 
 
 def _numbers(config: Any) -> dict[str, Any]:
+    """What a config of transformers says of a model, apart from files, versions and token ids."""
     named: dict[str, Any] = config.to_dict()
     return {
         key: value
         for key, value in named.items()
-        if key not in _NOT_NUMBERS
-        and not key.startswith("_")
-        and not key.endswith(("_token_id", "pdrop"))
-        and "dropout" not in key
+        if not (
+            key in _NOT_NUMBERS or key.startswith("_") or key.endswith("_token_id") or _is_switched_off(key)
+        )
     }
+
+
+def _is_switched_off(key: str) -> bool:
+    """Whether a key of a config is a rate of dropout or asks for the routers' loss, which no training here uses."""
+    return "dropout" in key or key.endswith("pdrop") or key == "output_router_logits"
 
 
 def _proof_batch(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:

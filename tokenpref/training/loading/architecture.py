@@ -13,6 +13,7 @@ from torch import nn
 from tokenpref.components import accepts
 from tokenpref.errors import ConfigError
 from tokenpref.models.agreement import Difference, pairs_interleaved
+from tokenpref.models.decoder import Decoder
 from tokenpref.models.decoder_of import decoder_of
 from tokenpref.training.config.fields import Component
 
@@ -22,6 +23,7 @@ CONFIG = "config.json"
 # Families whose weights torchtune's Hugging Face checkpointer leaves in the order of halves.
 _HALVES = ("QWEN2", "PHI3_MINI", "PHI4")
 _HF_CHECKPOINTER = "FullModelHFCheckpointer"
+_CAUSAL_LM_CHECKPOINTER = "CausalLMCheckpointer"
 # Families of torchtune whose general builder has another name.
 _GENERAL = {
     "code_llama2": "llama2",
@@ -60,13 +62,20 @@ def check_architecture(
     file = Path(folder) / CONFIG
     if not file.is_file():
         return [f"{key}: {file.parent} holds no {CONFIG}, so the model was not compared with it"]
-    found = decoder_of(decoder).compare(_read_config(file, key), longest=longest)
+    view = decoder_of(decoder)
+    order = _names_fault(checkpointer, model, view, key)
+    if order is not None:
+        raise ConfigError(order)
+    found = view.compare(_read_config(file, key), longest=longest)
     faults = [_said(difference, model) for difference in found.differences]
     order = _order_fault(checkpointer, decoder, key)
     if faults:
+        mend = (
+            f", or set {model.key}.path={folder}" if "path" in model.kwargs and view.named_as_on_disk else ""
+        )
         raise ConfigError(
             f"model ({model.path}): is not the model that {file} ({key}) describes, and would compute another function with its "
-            f"weights: {'; '.join(faults)}. If the model is right, change {CONFIG}: it is exported with the trained weights"
+            f"weights: {'; '.join(faults)}. If the model is right, change {CONFIG}: it is exported with the trained weights{mend}"
         )
     if order is not None:
         raise ConfigError(order)
@@ -119,6 +128,20 @@ def _general_builder(path: str) -> tuple[Any, str] | None:
     adapted = parts[3].startswith(("lora_", "qlora_"))
     name = f"lora_{family}" if adapted else family
     return (module, name) if hasattr(module, name) else None
+
+
+def _names_fault(checkpointer: Component, model: Component, decoder: Decoder, key: str) -> str | None:
+    """Models of transformers and of torchtune give other names to the same tensors."""
+    if decoder.named_as_on_disk and checkpointer.path.endswith(_HF_CHECKPOINTER):
+        wanted, whose = f"tokenpref.models.{_CAUSAL_LM_CHECKPOINTER}", "torchtune's"
+    elif not decoder.named_as_on_disk and checkpointer.path.endswith(_CAUSAL_LM_CHECKPOINTER):
+        wanted, whose = f"torchtune.training.{_HF_CHECKPOINTER} with its model_type", "transformers'"
+    else:
+        return None
+    return (
+        f"{key}._component_: {checkpointer.path} reads weights under {whose} names, and {model.path} makes a model with others; "
+        f"set it to {wanted}"
+    )
 
 
 def _order_fault(checkpointer: Component, decoder: nn.Module, key: str) -> str | None:

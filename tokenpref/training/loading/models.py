@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
+from collections.abc import Mapping, MutableMapping
 from functools import cached_property
 from pathlib import Path
 from typing import Any
@@ -89,7 +90,7 @@ def read_weights(checkpointer: Any, key: str, world: World) -> MutableMapping[st
     return world.together(read)
 
 
-def check_state_fits(state: dict[str, Tensor], model: nn.Module, key: str) -> None:
+def check_state_fits(state: Mapping[str, Tensor], model: nn.Module, key: str) -> None:
     """Compare names and shapes of a checkpoint with the model's, whose adapters are not part of it.
 
     Raises:
@@ -348,7 +349,7 @@ class ModelMaker:
 
     def _complete_state(
         self,
-        state: dict[str, Tensor],
+        state: MutableMapping[str, Tensor],
         decoder: nn.Module,
         key: str,
         adapter: Path | None,
