@@ -160,6 +160,7 @@ REFUSED = {
     "reasoning that the template drops": (DROPS, {}, INSIDE),
     "reasoning after a closed block": (QWEN, {"enable_thinking": False}, THOUGHT),
     "reasoning in the text after a closed block": (QWEN, {"enable_thinking": False}, INSIDE),
+    "a second block after a closed one": (SMOL, {"enable_thinking": False}, INSIDE),
 }
 
 

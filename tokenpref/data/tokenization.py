@@ -373,7 +373,12 @@ class _Turn:
                 f"not known: with the generation prompt it ends with {self.prompt_text[-40:]!r}, and with the answer it has "
                 f"{instead!r} in place of {missing[:40]!r}; {_mend_of_prompt(missing)}"
             )
-        return whole[len(self.prompt_text) :]
+        written = whole[len(self.prompt_text) :]
+        if self.prompt_text.rstrip().endswith("</think>") and written.lstrip().startswith("<think>"):
+            raise ValueError(
+                f"after the thinking block at the end of the prompt, the chat template writes another one; {_REASONING_MEND}"
+            )
+        return written
 
     def tried(self, answer: Mapping[str, Any]) -> str | None:
         """The same for another answer than the row's; None if the template refuses it."""
@@ -385,15 +390,16 @@ class _Turn:
             return None
 
 
+_REASONING_MEND = (
+    "the generation prompt and the answer disagree about reasoning: give the answers reasoning where the prompt opens a thinking "
+    "block, and none where it closes an empty one (tokenizer.chat_template_kwargs may choose, such as {enable_thinking: false}), "
+    "or use another template"
+)
+
+
 def _mend_of_prompt(missing: str) -> str:
     """What to do about the end of a generation prompt that is missing where an answer follows."""
-    if "think>" in missing[:40]:
-        return (
-            "the generation prompt and the answer disagree about reasoning: give the answers reasoning where the prompt opens a "
-            "thinking block, and none where it closes an empty one (tokenizer.chat_template_kwargs may choose, such as "
-            "{enable_thinking: false}), or use another template"
-        )
-    return "use a template that keeps it"
+    return _REASONING_MEND if "think>" in missing[:40] else "use a template that keeps it"
 
 
 @dataclass(frozen=True)
