@@ -72,7 +72,9 @@ def check_equal(found, expected):
         torch.testing.assert_close(found[name], tensor, rtol=0, atol=0, msg=name)
 
 
-@pytest.mark.parametrize(("kind", "dtype"), [("qwen3", "fp32"), ("gemma3_text", "bf16")])
+@pytest.mark.parametrize(
+    ("kind", "dtype"), [("qwen3", "fp32"), ("gemma3_text", "bf16"), ("qwen3_moe", "fp32")]
+)
 def test_transformers_loads_what_was_trained_and_a_run_starts_from_it(kind, dtype, folder):
     shutil.rmtree(folder)
     made(folder, kind)

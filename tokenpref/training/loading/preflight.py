@@ -387,6 +387,10 @@ def _saved_bytes_per_token(model: nn.Module, device: torch.device) -> float:
             # NF4 cannot be restored on the meta device, and autograd keeps as much with any frozen weight.
             plain = torch.empty(weight.shape, dtype=weight.dtype, device="meta")
             module.weight = nn.Parameter(plain, requires_grad=False)
+    dtype = next(model.parameters()).dtype
+    experts = any(parameter.dim() == 3 for parameter in model.parameters())
+    if experts:  # on the meta device, PyTorch multiplies their matrices in bfloat16 only
+        model.to(torch.bfloat16)
     constant = {t.untyped_storage()._cdata for t in (*model.parameters(), *model.buffers())}
     kept: dict[int, Tensor] = {}
 
@@ -403,7 +407,11 @@ def _saved_bytes_per_token(model: nn.Module, device: torch.device) -> float:
         install_on_cpu(model)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
         scorer.hidden(torch.zeros(rows, length, dtype=torch.int64, device="meta"))
-    return sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * length)
+    size = sum(tensor.untyped_storage().nbytes() for tensor in kept.values()) / (rows * length)
+    if not experts:
+        return size
+    model.to(dtype)
+    return size * dtype.itemsize / torch.bfloat16.itemsize
 
 
 def disk_fault(folder: Path, needed: int) -> str | None:
