@@ -15,6 +15,7 @@ from tokenpref._torchtune import (
     DoRALinear,
     FeedForward,
     OffloadActivations,
+    RMSNorm,
     set_activation_checkpointing,
 )
 from tokenpref.errors import ConfigError
@@ -25,10 +26,12 @@ __all__ = [
     "checkpoint_layers",
     "checkpointed_layers",
     "gated_feed_forward",
-    "is_swiglu",
     "keep_dora_lean",
     "keep_gates_lean",
+    "is_rms_norm",
+    "is_swiglu",
     "offload_layers",
+    "projections",
 ]
 
 
@@ -96,9 +99,9 @@ def offload_layers(model: nn.Module, hooks: saved_tensors_hooks) -> None:
 
 
 def keep_gates_lean(model: nn.Module) -> None:
-    """Let SwiGLU layers keep only the two factors of ``silu(w1 x) * w3 x``, so three tensors instead of four (in place)."""
+    """Let SwiGLU layers keep only the two factors of ``silu(gate x) * up x``, so three tensors instead of four (in place)."""
     for module in model.modules():
-        if type(module) is FeedForward and is_swiglu(module):
+        if is_swiglu(module):
             module.forward = MethodType(gated_feed_forward, module)
 
 
@@ -129,14 +132,43 @@ def _dora_linear(layer: DoRALinear, x: Tensor) -> Tensor:
     return (ratio - 1) * product + ratio * layer.lora_b(layer.lora_a(layer.dropout(x))) * scaling + base
 
 
-def is_swiglu(layer: FeedForward) -> bool:
-    """Whether a layer is ``w2 (silu(w1 x) * w3 x)``."""
-    return layer.w3 is not None and type(layer.activation) is nn.SiLU and not layer.activation.inplace
+def is_swiglu(layer: nn.Module) -> bool:
+    """Whether a layer is ``down (silu(gate x) * up x)``, by the code of torchtune or of transformers."""
+    if type(layer) is FeedForward:
+        return layer.w3 is not None and type(layer.activation) is nn.SiLU and not layer.activation.inplace
+    return _is_copy(layer, "LlamaMLP") and type(layer.act_fn).__name__ in ("SiLU", "SiLUActivation")
 
 
-def gated_feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
-    """``w2 (silu(w1 x) * w3 x)`` of ``[..., D]``."""
-    output: Tensor = layer.w2(_Gated.apply(layer.w1(x), layer.w3(x)))
+def is_rms_norm(layer: nn.Module) -> bool:
+    """Whether a layer is ``weight * x / sqrt(mean(x^2) + eps)``, by the code of torchtune or of transformers."""
+    return type(layer) is RMSNorm or _is_copy(layer, "LlamaRMSNorm")
+
+
+def _is_copy(layer: nn.Module, name: str) -> bool:
+    """Whether a layer of transformers runs the code of Llama's layer ``name``, which many other models have copies of."""
+    if not type(layer).__module__.startswith("transformers."):
+        return False
+    from tokenpref import _transformers
+
+    copied, own = (
+        getattr(_transformers, name).forward.__code__,
+        getattr(type(layer).forward, "__code__", None),
+    )
+    parts = ("co_code", "co_names", "co_consts")
+    return own is not None and all(getattr(own, part) == getattr(copied, part) for part in parts)
+
+
+def projections(layer: Any) -> tuple[Any, Any, Any]:
+    """The linear layers ``gate``, ``up`` and ``down`` of a SwiGLU layer, by the names of torchtune or of transformers."""
+    if isinstance(layer, FeedForward):
+        return layer.w1, layer.w3, layer.w2
+    return layer.gate_proj, layer.up_proj, layer.down_proj
+
+
+def gated_feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
+    """``down (silu(gate x) * up x)`` of ``[..., D]``."""
+    gate, up, down = projections(layer)
+    output: Tensor = down(_Gated.apply(gate(x), up(x)))
     return output
 
 

@@ -23,11 +23,10 @@ from torch import Tensor, nn
 from torch.autograd.function import once_differentiable
 
 from tokenpref._torchtune import (
-    FeedForward,
     LoRALinear,
     RMSNorm,
 )
-from tokenpref.models.activations import gated_feed_forward, is_swiglu
+from tokenpref.models.activations import gated_feed_forward, is_rms_norm, is_swiglu, projections
 from tokenpref.ops import products
 from tokenpref.ops.products import add_product, product
 
@@ -54,8 +53,8 @@ def install_on_cpu(model: nn.Module) -> None:
     """
     use_fast_products()
     for module in model.modules():
-        forward = _FORWARDS.get(type(module))
-        if forward is not None and _is_known(module):
+        forward = _forward_of(module)
+        if forward is not None:
             module.forward = MethodType(forward, module)
 
 
@@ -141,10 +140,16 @@ class OneDNN:
 # --- layers --------------------------------------------------------------------------------------------------------------
 
 
-def _is_known(module: nn.Module) -> bool:
-    if isinstance(module, nn.Linear):
-        return module.bias is None and ("forward" not in vars(module) or _has_our_forward(module))
-    return not isinstance(module, FeedForward) or is_swiglu(module)
+def _forward_of(module: nn.Module) -> Callable[..., Tensor] | None:
+    """The forward that replaces a module's; None for other kinds of modules."""
+    if type(module) is LoRALinear:
+        return _lora_linear
+    if type(module) is nn.Linear:
+        plain = module.bias is None and ("forward" not in vars(module) or _has_our_forward(module))
+        return _linear if plain else None
+    if is_swiglu(module):
+        return _feed_forward
+    return _norm if is_rms_norm(module) else None
 
 
 def _has_our_forward(module: nn.Linear) -> bool:
@@ -161,11 +166,11 @@ def _lean(x: Tensor, *dtypes: torch.dtype) -> bool:
     )
 
 
-def _feed_forward(layer: FeedForward, x: Tensor) -> Tensor:
+def _feed_forward(layer: nn.Module, x: Tensor) -> Tensor:
     """``w2 (silu(w1 x) * w3 x)`` of ``[..., D]``."""
-    projections = (layer.w1, layer.w2, layer.w3)
-    if _lean(x, torch.float32, torch.float64) and all(_is_plain(p, x.dtype) for p in projections):
-        weights = [p.weight for p in projections]
+    gate, up, down = projections(layer)
+    if _lean(x, torch.float32, torch.float64) and all(_is_plain(p, x.dtype) for p in (gate, up, down)):
+        weights = [p.weight for p in (gate, down, up)]
         rows = x.flatten(0, -2)
         output = _SwiGLU.apply(rows, *weights) if torch.is_grad_enabled() else _swiglu(rows, *weights)
         return output.unflatten(0, x.shape[:-1])
@@ -298,12 +303,16 @@ def _lora_linear(layer: LoRALinear, x: Tensor) -> Tensor:
     return base + (layer.alpha / layer.rank) * layer.lora_b(layer.lora_a(layer.dropout(x)))
 
 
-def _norm(norm: RMSNorm, x: Tensor) -> Tensor:
+def _norm(norm: Any, x: Tensor) -> Tensor:
     """``scale * x / sqrt(mean(x^2) + eps)`` of ``[..., D]``."""
-    # torchtune takes float64 to float32 and back.
-    if not _lean(x, torch.float32) or norm.scale.dtype != x.dtype:
-        return RMSNorm.forward(norm, x)
-    normed: Tensor = _RootMeanSquare.apply(x, norm.scale, norm.eps)
+    weight, eps = (
+        (norm.scale, norm.eps) if isinstance(norm, RMSNorm) else (norm.weight, norm.variance_epsilon)
+    )
+    # Both libraries take float64 to float32 and back.
+    if not _lean(x, torch.float32) or weight.dtype != x.dtype:
+        found: Tensor = type(norm).forward(norm, x)
+        return found
+    normed: Tensor = _RootMeanSquare.apply(x, weight, eps)
     return normed
 
 
@@ -331,11 +340,3 @@ class _RootMeanSquare(torch.autograd.Function):
         mean = product.mul_(scale).mean(-1, keepdim=True)
         grad_x = torch.mul(grad, scale, out=product).sub_(normed.mul_(mean)).mul_(factor)
         return grad_x, grad_scale, None
-
-
-_FORWARDS: dict[type[nn.Module], Callable[..., Tensor]] = {
-    nn.Linear: _linear,
-    FeedForward: _feed_forward,
-    LoRALinear: _lora_linear,
-    RMSNorm: _norm,
-}
