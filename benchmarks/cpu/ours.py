@@ -21,7 +21,7 @@ from torchtune.models.llama3_2 import llama3_2, lora_llama3_2
 from torchtune.modules import TransformerDecoder
 from torchtune.training import FullModelHFCheckpointer
 
-from benchmarks.cpu.process import StepClock, peak_mib, reset_peak, rss_mib, save, settled_mib, versions
+from benchmarks.cpu.process import StepClock, peak_mib, reset_peak, rss_mib, save, settled_mib, versions, wait
 from benchmarks.cpu.work import (
     ADAPTER,
     LORA_ALPHA,
@@ -49,6 +49,8 @@ from tokenpref.training.step.train_step import train_step
 __all__ = ["MODES", "measure", "write_first_adapter"]
 
 PAD = SPECIAL["<pad>"]
+FORWARD_ROUNDS = 3
+"""How often each forward pass is timed by itself; the best time of each batch counts."""
 
 
 def _decoder(folder: Path, *, lora: bool) -> TransformerDecoder:
@@ -164,6 +166,35 @@ MODES: dict[str, tuple[Any, Any]] = {
 """Loss and reference of each mode; what is computed beforehand happens in those whose reference is no model."""
 
 
+def _forward_seconds(policy: ScoringModel, folder: Path, world: World) -> dict[str, float]:
+    """Best seconds of one forward pass over all batches, for the three kinds that a training with adapters can be compared by.
+
+    ``adapters_off`` is the reference: the policy without its adapters and without gradient. ``plain`` is a model that has no
+    adapters, also without gradient. ``training`` is the policy's own forward pass, which keeps what its backward pass needs; its
+    head is frozen, so nothing is kept for a gradient of the head.
+    """
+    base, plain = policy.base(), _model(folder, trainable=False, device=world.device.type)
+
+    def scored(model: ScoringModel) -> Callable[[PairBatch], Any]:
+        return lambda batch: model.logps(batch.tokens, batch.labels, sides=len(batch.sides))
+
+    def training(batch: PairBatch) -> Any:
+        return policy.token_stats(batch.tokens, batch.labels, needs=frozenset(), sides=len(batch.sides))
+
+    forwards = {"adapters_off": scored(base), "plain": scored(plain), "training": training}
+    batches = [batch.to(world.device) for pairs in _steps(folder) for batch in _micro_batches(pairs)]
+    best = {name: [float("inf")] * len(batches) for name in forwards}
+    for _ in range(FORWARD_ROUNDS):
+        for number, batch in enumerate(batches):
+            for name, forward in forwards.items():
+                wait(world.device.type)
+                start = time.perf_counter()
+                forward(batch)
+                wait(world.device.type)
+                best[name][number] = min(best[name][number], time.perf_counter() - start)
+    return {name: sum(seconds) for name, seconds in best.items()}
+
+
 def measure(
     folder: Path, mode: str, threads: int = 2, fused_adamw: bool = False, device: str = "cpu"
 ) -> dict[str, Any]:
@@ -177,7 +208,7 @@ def measure(
         device: "cpu" or "cuda", whose memory is then reported.
 
     Returns:
-        The entries of :func:`benchmarks.cpu.peer.measure`.
+        The entries of :func:`benchmarks.cpu.peer.measure`. With adapters also ``forward_s``, see :func:`_forward_seconds`.
     """
     go_offline(device)
     torch.set_num_threads(threads)
@@ -225,7 +256,9 @@ def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool, device: str
         losses.append(result.sums.reduce(world)["loss"])
     memory["peak"] = peak_mib(device)
     tokens, answers = task.tokens(folder)
+    forwards = {"forward_s": _forward_seconds(policy, folder, world)} if mode == "lora" else {}
     return {
+        **forwards,
         **clock.summary(tokens, task.warmup),
         "losses": losses,
         "memory_mib": memory,

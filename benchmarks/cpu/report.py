@@ -19,6 +19,8 @@ Results = dict[str, Any]
 
 TOKENS_WANTED = {"fixed": 2.0, "varied": 3.0}
 PEAK_WANTED = 6.0
+BASE_WANTED = 1.05
+"""Time of the reference with adapters off over that of a model without adapters, at most; 5 % for the clock's noise."""
 KL_WANTED = {"llama-20m": 1.4, "smollm2-135m": 1.2}
 HEAD_VOCABULARY = 128_256
 HEAD_WANTED = {"": (5.0, 1.1), "-128": (15.0, 1.5)}
@@ -32,6 +34,11 @@ TITLES = {
     "lora": "DPO with LoRA (q and v, rank 8)",
     "tdpo2-ref": "TDPO2, reference model",
     "tdpo2-cached": "TDPO2, hidden states cached",
+}
+FORWARDS = {
+    "adapters_off": "the policy with its adapters switched off, without gradient (the reference)",
+    "plain": "a model without adapters, without gradient",
+    "training": "the policy in training, whose head is frozen",
 }
 SIDES = {"peer": "TRL", "ours": "tokenpref"}
 HEAD_TITLES = {
@@ -136,9 +143,14 @@ def line(kind: str, record: dict[str, Any]) -> str:
     others = f"  (others used {record['others']:.2f} cores)" if record["others"] > BUSY else ""
     if kind == "runs":
         above = (record["memory_mib"]["peak"] - record["memory_mib"]["loaded"]) / 1024
+        ratios = "".join(
+            f", adapters off / {name} {_off_over(record, name):.2f}"
+            for name in FORWARDS
+            if name in _compared(record)
+        )
         return (
             f"{record['task']} {record['malloc']:7} {SIDES[record['side']]:9} {record['mode']:11} "
-            f"{record['median_step_s']:.3f} s/step {record['tokens_per_s']:6.0f} tokens/s {above:.2f} GiB{others}"
+            f"{record['median_step_s']:.3f} s/step {record['tokens_per_s']:6.0f} tokens/s {above:.2f} GiB{ratios}{others}"
         )
     about = f"head V={record['vocab']} N={record['rows']} {record['dtype']} {record['malloc']:7} {record['name']:8}"
     if "failed" in record:
@@ -167,6 +179,8 @@ def page(results: Results) -> str:
                 _loss_words(results),
                 _loss_table(results),
             ]
+        if any("forward_s" in r for r in results["runs"]):
+            parts += ["## Cost of the reference with adapters", _base_words(), _base_table(results)]
         if any(r["mode"] in COMPARED_WITH for r in results["runs"]):
             parts += ["## Cost of the KL", _kl_words(), _kl_table(results)]
     if results["heads"]:
@@ -303,6 +317,7 @@ def _asked(results: Results) -> list[Asked]:
     return [
         *_asked_of_losses(results),
         *_asked_of_steps(results),
+        *_asked_of_the_base(results),
         *_asked_of_the_kl(results),
         *_asked_of_heads(results),
         *_asked_of_growth(results),
@@ -326,6 +341,34 @@ def _asked_of_steps(results: Results) -> Iterator[Asked]:
                     yield Asked(f"tokens/s relative to TRL: {where}", speed, TOKENS_WANTED[lengths])
                     memory = peer.memory() / ours.memory()
                     yield Asked(f"TRL's peak relative to ours: {where}", memory, PEAK_WANTED)
+
+
+def _asked_of_the_base(results: Results) -> Iterator[Asked]:
+    for task, _, lengths in _tasks(results):
+        for malloc in _mallocs(results):
+            runs = _with_forwards(results, task, malloc)
+            if runs:
+                ratio = min(_off_over(run, "plain") for run in runs)
+                claim = "forward pass with adapters off, relative to a model without adapters"
+                where = f"{lengths} lengths, malloc {malloc}"
+                yield Asked(f"{claim}: {where}", ratio, BASE_WANTED, at_most=True)
+
+
+def _with_forwards(results: Results, task: str, malloc: str) -> list[dict[str, Any]]:
+    """The runs whose forward passes were timed by themselves; earlier results have none."""
+    runs = _find(results, "ours", task, "lora", malloc)
+    return [run for run in runs.runs if "forward_s" in run] if runs else []
+
+
+def _compared(run: Mapping[str, Any]) -> list[str]:
+    """The forward passes that the reference of a run with adapters is compared with."""
+    return [name for name in run.get("forward_s", {}) if name != "adapters_off"]
+
+
+def _off_over(run: Mapping[str, Any], other: str) -> float:
+    """Time of a forward pass with adapters off over that of another."""
+    seconds = run["forward_s"]
+    return float(seconds["adapters_off"] / seconds[other])
 
 
 def _asked_of_the_kl(results: Results) -> Iterator[Asked]:
@@ -483,6 +526,27 @@ def _loss_table(results: Results) -> str:
         rows.append([str(step), *cells])
     worst = [f"{d.worst:.1e} ({TITLES[d.mode]}, {d.task.split('_')[1]})" for d in differences(results)]
     return tables.markdown(head, rows) + "\n\nLargest differences: " + "; ".join(worst) + "."
+
+
+def _base_words() -> str:
+    return _wrapped(
+        "With adapters, the reference is the policy with its adapters switched off. The table times one forward pass over all "
+        "batches of the work, alone, after the training: the sum of the best times of the batches, in the best round. A ratio "
+        "belongs to one process, in which the three take turns."
+    )
+
+
+def _base_table(results: Results) -> str:
+    head = ["lengths", "malloc", "forward pass", "s", "adapters off, relative to it"]
+    rows = []
+    for task, _, lengths in _tasks(results):
+        for malloc in _mallocs(results):
+            for name, title in FORWARDS.items():
+                if runs := _with_forwards(results, task, malloc):
+                    best = min(run["forward_s"][name] for run in runs)
+                    ratio = min(_off_over(run, name) for run in runs)
+                    rows.append([lengths, malloc, title, f"{best:.3f}", f"{ratio:.2f}"])
+    return tables.markdown(head, rows)
 
 
 def _kl_words() -> str:

@@ -112,6 +112,23 @@ def test_both_references_train_alike(folder):
         assert losses[0][0] == pytest.approx(0.693147, abs=1e-6) and losses[0][1] != losses[0][0]
 
 
+def test_the_reference_with_adapters_is_timed_by_itself(folder):
+    ours.write_first_adapter(folder)
+    policy, world = ours._model(folder, trainable=True, lora=True), single_process_world()
+    seconds = ours._forward_seconds(policy, folder, world)
+    assert list(seconds) == list(report.FORWARDS) and min(seconds.values()) > 0
+    assert all(p.grad is None for p in policy.model.parameters()) and policy.model.training
+    # What is compared computes the same: the base of new or trained adapters is the model without any.
+    for name, parameter in policy.model.named_parameters():
+        if name.endswith("lora_b.weight"):
+            torch.nn.init.normal_(parameter)
+    plain = ours._model(folder, trainable=False)
+    (batch,) = ours._micro_batches(ours._steps(folder)[0])
+    off, on, own = (m.logps(batch.tokens, batch.labels, sides=2) for m in (policy.base(), policy, plain))
+    torch.testing.assert_close(off, own)
+    assert (on - own).abs().max() > 1e-2
+
+
 @pytest.mark.parametrize(
     ("one", "other"),
     [
@@ -141,6 +158,7 @@ def test_quick_prints_its_tables(folders, here, capsys):
     for title in (
         "How to read this page",
         "DPO steps",
+        "Cost of the reference with adapters",
         "Cost of the KL",
         "The head alone",
         "Speed of matrix products",
@@ -156,12 +174,16 @@ def test_quick_prints_its_tables(folders, here, capsys):
 
 def test_the_page_compares_with_the_peer(folders, here, monkeypatch):
     monkeypatch.setattr(command, "OURS_ALONE", ())
+    monkeypatch.setattr(
+        ours, "_forward_seconds", lambda *_: {"adapters_off": 1.2, "plain": 1.0, "training": 2.0}
+    )
     plan = replace(command.QUICK, tasks=(FIXED,), parts=("steps",))
     results = command.measure(plan, folders, command.Processes(folders, None))
     # A peer that takes twice our time and three times our memory, and whose third loss is another.
     peers = json.loads(json.dumps([r for r in results["runs"] if r["mode"] in work.PAIRED_MODES]))
     for run in peers:
         run["side"] = "peer"
+        run.pop("forward_s", None)
         run["tokens_per_s"] /= 2
         above = run["memory_mib"]["peak"] - run["memory_mib"]["loaded"]
         run["memory_mib"]["peak"] += 2 * above
@@ -172,6 +194,13 @@ def test_the_page_compares_with_the_peer(folders, here, monkeypatch):
     assert text.count("| 2.00 x") == 6 and text.count("3.0 x") >= 2
     assert "2.00 times as many tokens" in text and "TRL's peak memory is 3.00 times ours" in text
     assert "| 5.0e-04  | at most 0.0001 | **no** " in text
+    # The reference of a training with adapters is compared with two other forward passes.
+    (run,) = (run for run in results["runs"] if (run["mode"], run["side"]) == ("lora", "ours"))
+    assert "adapters off / plain 1.20, adapters off / training 0.60" in report.line("runs", run)
+    assert "relative to a model without adapters: fixed lengths, malloc keep" in text
+    assert "| 1.20     | at most 1.05   | **no** " in text and "| 0.60 " in text
+    del run["forward_s"]  # as in results of earlier versions
+    assert "Cost of the reference with adapters" not in report.page(results)
 
 
 def test_rounds_are_added_to_what_is_there(here, tmp_path, monkeypatch):
