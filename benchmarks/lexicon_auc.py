@@ -40,8 +40,8 @@ INTRO = """# Which tokens a contrastive pair finds
 `data/sentiment/eval.jsonl`, {versions}, CPU, float32, one seed. An AUC of 0.5 is chance.
 
 - `dpo` and `sft` train each side of the pair for 50 steps of 8 pairs on `train.jsonl`, with AdamW 5e-5. `prompt` uses the two
-  prompts of `configs/smollm2/135M_contrastive_reference.yaml`. `dpo_lora` is `dpo` with two LoRA adapters over one base and twenty
-  times the rate (`configs/smollm2/135M_contrastive_reference_lora.yaml`).
+  prompts of `configs/smollm2/135M_contrastive_reference.yaml`. `dpo_lora` is `dpo` with two LoRA adapters over one base and
+  twenty times the rate (`configs/smollm2/135M_contrastive_reference_lora.yaml`).
 - A lexicon of sentiment words decided which answer was preferred. It knows neither negation nor context.
 - The attribution rows use weights of the starting model, by target and norm, without a prior (mixture 1). They have mean one over
   each answer, so they cannot show which answers contain more sentiment words, and they have no sign.

@@ -41,7 +41,7 @@ LONGEST_HEAD_S = 60.0
 SAME = ("threads", "fused_adamw", "rows", "width", "repeats")
 """Settings that results must share to be put together."""
 
-OURS_ALONE = ("tdpo2-ref", "tdpo2-cached")
+OURS_ALONE = ("tdpo2-ref", "causal-lm-ref", "tdpo2-cached")
 """Modes without a peer; each runs beside the DPO that it is compared with."""
 
 TRL = ("trl==1.16.0", "transformers==5.23.0", "accelerate", "peft")

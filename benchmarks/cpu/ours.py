@@ -35,8 +35,10 @@ from benchmarks.cpu.work import (
 )
 from tokenpref._torchtune import set_default_dtype
 from tokenpref.data import PairBatch, PairExample, collate_pairs
-from tokenpref.distributed import World, single_process_world
+from tokenpref.distributed import World, load_full_state_dict, single_process_world
 from tokenpref.losses import DPOLoss, PreferenceLoss, TokenDPOLoss
+from tokenpref.models.causal_lm import causal_lm
+from tokenpref.models.causal_lm_checkpointer import CausalLMCheckpointer
 from tokenpref.models.peft_format import AdapterLayout, write_adapter
 from tokenpref.models.peft_reader import read_adapter
 from tokenpref.models.reference import FrozenReference, Reference
@@ -104,6 +106,18 @@ def _model(folder: Path, *, trainable: bool, lora: bool = False, device: str = "
     return ScoringModel(decoder)
 
 
+def _causal_lm(folder: Path, *, trainable: bool) -> ScoringModel:
+    """The checkpoint as a model of transformers."""
+    model = causal_lm(str(folder / "model"))
+    with tempfile.TemporaryDirectory() as output:
+        checkpointer = CausalLMCheckpointer(checkpoint_dir=str(folder / "model"), output_dir=output)
+        world = single_process_world()
+        load_full_state_dict(model, read_weights(checkpointer, "checkpointer", world), world)
+    choose_trainable(model, trainable)
+    model.train(trainable)
+    return ScoringModel(model)
+
+
 def _steps(folder: Path) -> list[list[PairExample]]:
     """The pairs of each step, in the order of the file."""
     task = Task.read(folder)
@@ -137,6 +151,11 @@ def _model_reference(_policy: ScoringModel, folder: Path, _kept: Path, world: Wo
     return FrozenReference(_model(folder, trainable=False, device=world.device.type))
 
 
+def _causal_lm_reference(_policy: ScoringModel, folder: Path, _kept: Path, _world: World) -> Reference:
+    """A second, frozen model of transformers beside the policy."""
+    return FrozenReference(_causal_lm(folder, trainable=False))
+
+
 def _base(policy: ScoringModel, _folder: Path, _kept: Path, _world: World) -> Reference:
     """The policy with its adapters switched off."""
     return FrozenReference(policy.base(), shares_head=True)
@@ -161,6 +180,7 @@ MODES: dict[str, tuple[Any, Any]] = {
     "lora": (DPOLoss, _base),
     "precompute": (DPOLoss, _cached("logps")),
     "tdpo2-ref": (TokenDPOLoss, _model_reference),
+    "causal-lm-ref": (DPOLoss, _causal_lm_reference),
     "tdpo2-cached": (TokenDPOLoss, _cached("hidden")),
 }
 """Loss and reference of each mode; what is computed beforehand happens in those whose reference is no model."""
@@ -220,10 +240,13 @@ def _measure(folder: Path, kept: Path, mode: str, fused_adamw: bool, device: str
     task, world = Task.read(folder), single_process_world(device)
     make_loss, make_reference = MODES[mode]
     loss: PreferenceLoss = make_loss(beta=task.beta)
-    policy = _model(folder, trainable=True, lora=mode == "lora", device=device)
+    if mode == "causal-lm-ref":
+        policy = _causal_lm(folder, trainable=True)
+    else:
+        policy = _model(folder, trainable=True, lora=mode == "lora", device=device)
     memory: dict[str, float] = {}
     precompute_s = None
-    if make_reference in (_model_reference, _base):
+    if make_reference in (_model_reference, _causal_lm_reference, _base):
         reference = make_reference(policy, folder, kept, world)
         memory["loaded"] = settled_mib(device)
     else:

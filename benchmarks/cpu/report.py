@@ -33,6 +33,7 @@ TITLES = {
     "precompute": "DPO, reference precomputed",
     "lora": "DPO with LoRA (q and v, rank 8)",
     "tdpo2-ref": "TDPO2, reference model",
+    "causal-lm-ref": "DPO, reference model, both by causal_lm",
     "tdpo2-cached": "TDPO2, hidden states cached",
 }
 FORWARDS = {
@@ -182,7 +183,7 @@ def page(results: Results) -> str:
         if any("forward_s" in r for r in results["runs"]):
             parts += ["## Cost of the reference with adapters", _base_words(), _base_table(results)]
         if any(r["mode"] in COMPARED_WITH for r in results["runs"]):
-            parts += ["## Cost of the KL", _kl_words(), _kl_table(results)]
+            parts += ["## Cost of the KL and of transformers' layers", _kl_words(), _kl_table(results)]
     if results["heads"]:
         parts += ["## The head alone", _heads_words(results), *_heads_tables(results)]
     if results["growth"]:
@@ -551,8 +552,10 @@ def _base_table(results: Results) -> str:
 
 def _kl_words() -> str:
     return _wrapped(
-        "The table compares the median step of TDPO2 with the median DPO step of tokenpref with the same kind of reference; the "
-        "two take turns. The last column is the ratio of their minimum times. The KL is exact, over the whole vocabulary."
+        "The table compares the median step of TDPO2, and of DPO on a model of transformers, with the median DPO step of "
+        "tokenpref with the same kind of reference; they take turns. The last column is the ratio of their minimum times. "
+        "The KL is exact, over the whole vocabulary. The rows of causal_lm show what transformers' layers cost in place "
+        "of torchtune's."
     )
 
 

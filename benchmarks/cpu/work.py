@@ -44,7 +44,7 @@ ADAPTER = "adapter"
 """Folder of a task's initial adapter in PEFT's format, for those that train one."""
 LORA_RANK, LORA_ALPHA, LORA_TARGETS = 8, 16, ("q_proj", "v_proj")
 
-COMPARED_WITH = {"tdpo2-ref": "ref", "tdpo2-cached": "precompute"}
+COMPARED_WITH = {"tdpo2-ref": "ref", "causal-lm-ref": "ref", "tdpo2-cached": "precompute"}
 """Modes of ours alone, and the mode of our DPO that each is compared with."""
 
 TOLERANCE = 1e-4

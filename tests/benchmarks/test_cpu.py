@@ -159,7 +159,7 @@ def test_quick_prints_its_tables(folders, here, capsys):
         "How to read this page",
         "DPO steps",
         "Cost of the reference with adapters",
-        "Cost of the KL",
+        "Cost of the KL and of transformers' layers",
         "The head alone",
         "Speed of matrix products",
     ):
