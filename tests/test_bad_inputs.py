@@ -104,7 +104,11 @@ def rows(*lines: Any) -> Prepare:
 
 
 def write(name: str, content: bytes) -> Prepare:
-    return lambda folder: (folder / name).write_bytes(content)
+    def prepare(folder: Path) -> None:
+        (folder / name).parent.mkdir(exist_ok=True)
+        (folder / name).write_bytes(content)
+
+    return prepare
 
 
 def remove(name: str) -> Prepare:
@@ -307,6 +311,7 @@ CHECKPOINT = (f"resume_from_checkpoint={STEP}", *SCHEDULER)
 MODEL = ("checkpointer.checkpoint_dir=model",)
 EVIL = write("evil.py", f"open('{TRACE}', 'w')\n".encode())
 REACHES_OUT = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
+CAUSAL = ("model=tokenpref.models.causal_lm",)
 CONTENTS = b"{%% for m in messages %%}{{ m.content%s }}{%% endfor %%}"
 WRITES_ON = b"{% for i in range(100000) %}{{ 'a' * 100000 }}{% endfor %}"
 
@@ -461,7 +466,12 @@ CONFIGS = [
     Bad("a number for a source", "tdpo", "dataset.source must be text, got 3", ("dataset.source=3",)),
     Bad("no data set", "tdpo", "dataset .my_data.rows.: makes a list of another kind", ("dataset=my_data.rows",),
         prepare=lambda f: (f / "my_data.py").write_text("def rows(tokenizer, **more):\n    return []\n")),
-    Bad("no model", "tdpo", "model .builtins.dict.: makes a dict, not a TransformerDecoder", ("model=builtins.dict",)),
+    Bad("no model", "tdpo", "model .builtins.dict.: makes a dict, which is neither a TransformerDecoder of torchtune",
+        ("model=builtins.dict",)),
+    Bad("no such folder of a model", "tdpo", "model.path: nowhere gives no model that transformers .* knows",
+        (*CAUSAL, "model.path=nowhere")),
+    Bad("a folder of another kind of model", "tdpo", "model.path: t5 is a t5, and transformers .* makes no causal language model",
+        (*CAUSAL, "model.path=t5"), prepare=write("t5/config.json", b'{"model_type": "t5"}')),
     Bad("no optimizer", "tdpo", "optimizer .builtins.list.: makes a list, which has no param_groups",
         ("optimizer=builtins.list", "~optimizer.lr")),
     Bad("no logger", "tdpo", "metric_logger .builtins.dict.: makes a dict, which has no log_config",
