@@ -418,6 +418,11 @@ def lora_training(world: World, words: list[str]) -> dict[str, Any]:
     }
 
 
+def lora_trainings(world: World, runs: list[list[str]]) -> list[dict[str, Any]]:
+    """:func:`lora_training` with the words of each run."""
+    return [lora_training(world, words) for words in runs]
+
+
 def online_pair_trainings(world: World, runs: list[list[str]]) -> list[dict[str, list[float]]]:
     """Train tiny TIS-DPO with the words of each run; returns their losses and mean weights by step."""
     found = []
