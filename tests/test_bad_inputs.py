@@ -137,7 +137,8 @@ def record(name: str, change: Callable[[dict[str, Any]], Any]) -> Prepare:
 
     def prepare(folder: Path) -> None:
         file = folder / name
-        found = yaml.safe_load(file.read_text())
+        # YAML would read some numbers of JSON, such as 1e-05, as text.
+        found = (json.loads if name.endswith(".json") else yaml.safe_load)(file.read_text())
         change(found)
         file.write_text(json.dumps(found) if name.endswith(".json") else yaml.safe_dump(found))
 
@@ -963,9 +964,93 @@ ADAPTER_BUILDERS = [
         (*NEW, "enable_fp8_training=true", "fp8_emulate=true")),
 ]  # fmt: skip
 
+CAUSAL_LM = (
+    "model._component_=tokenpref.models.causal_lm", "model.path=model", *MODEL, "checkpointer.checkpoint_files=null",
+    "checkpointer._component_=tokenpref.models.CausalLMCheckpointer",
+)  # fmt: skip
+SINGLE, INDEX, CONFIG = "model/model.safetensors", "model/model.safetensors.index.json", "model/config.json"
+
+
+def whole_model(change: Prepare) -> Prepare:
+    """``model``, a copy of the tiny model, changed in the folder above it."""
+    return both(model(lambda folder: None), change)
+
+
+def indexed(file: str, **entries: str) -> Prepare:
+    """The tiny model's tensors in a file with an index; further entries name a tensor with __ for a dot, and its file."""
+
+    def prepare(folder: Path) -> None:
+        held = load_file(folder / SINGLE)
+        save_file(held, folder / "model" / file)
+        (folder / SINGLE).unlink()
+        names = dict.fromkeys(held, file) | {
+            name.replace("__", "."): other for name, other in entries.items()
+        }
+        (folder / INDEX).write_text(json.dumps({"weight_map": names}))
+
+    return whole_model(prepare)
+
+
+CAUSAL_LMS = [
+    Bad("causal LM: weights that are cut off", "tdpo", "checkpointer: .*model.safetensors is cut off or damaged.*again",
+        CAUSAL_LM, prepare=whole_model(cut(SINGLE))),
+    Bad("causal LM: header of absurd size", "tdpo", "checkpointer: .*is cut off or damaged.*header too large", CAUSAL_LM,
+        prepare=model(header(2**60))),
+    Bad("causal LM: pickled weights", "tdpo", "holds its weights as pytorch_model.bin, .*save_pretrained", CAUSAL_LM,
+        prepare=both(other_file("pytorch_model.bin"), remove(SINGLE))),
+    Bad("causal LM: pickled weights that are listed", "tdpo", "pytorch_model.bin is no safetensors file.*save_pretrained",
+        (*CAUSAL_LM, "checkpointer.checkpoint_files=[pytorch_model.bin]"), prepare=other_file("pytorch_model.bin")),
+    Bad("causal LM: no weights", "pair", "model holds no weights .*download the folder again", CAUSAL_LM,
+        prepare=whole_model(remove(SINGLE))),
+    Bad("causal LM: index of a missing file", "tdpo", "lists model-2.safetensors, which is not in the folder", CAUSAL_LM,
+        prepare=indexed("model-1.safetensors", model__norm__weight="model-2.safetensors")),
+    Bad("causal LM: index that leaves the folder", "tdpo", "lists '../x.safetensors', which is not the name", CAUSAL_LM,
+        prepare=indexed("model-1.safetensors", model__norm__weight="../x.safetensors")),
+    Bad("causal LM: index of a missing tensor", "tdpo", "'model.more' is in model-1.safetensors, which does not hold it",
+        CAUSAL_LM, prepare=indexed("model-1.safetensors", model__more="model-1.safetensors")),
+    Bad("causal LM: a file that is listed twice", "tdpo", "and model.safetensors both hold 'model.*checkpoint_files",
+        (*CAUSAL_LM, "checkpointer.checkpoint_files=[model.safetensors,model.safetensors]"),
+        prepare=whole_model(lambda folder: None)),
+    Bad("causal LM: tensor missing", "tdpo", "another architecture.*no tensor 'model.norm.weight'", CAUSAL_LM,
+        prepare=weights(lambda w: w.pop("model.norm.weight"))),
+    Bad("causal LM: tensor too many", "tdpo", "another architecture.*unexpected tensor 'model.more'", CAUSAL_LM,
+        prepare=weights(lambda w: w.update({"model.more": torch.ones(3)}))),
+    Bad("causal LM: tensor of another shape", "tdpo", r"'model.norm.weight' has shape \[3\] and the model wants \[32\]",
+        CAUSAL_LM, prepare=weights(lambda w: w.update({"model.norm.weight": torch.ones(3)}))),
+    Bad("causal LM: another head", "tdpo", "holds a head .* differs from the embedding.*tie_word_embeddings", CAUSAL_LM,
+        prepare=weights(lambda w: w.update({"lm_head.weight": torch.ones(384, 32)}))),
+    Bad("causal LM: quantised weights", "tdpo", "is quantised .gptq.*from which it was quantised", CAUSAL_LM,
+        prepare=whole_model(record(CONFIG, lambda r: r.update(quantization_config={"quant_method": "gptq", "bits": 4})))),
+    Bad("causal LM: a config that is not there", "tdpo", "model.path: .*name a folder with the config.json", CAUSAL_LM,
+        prepare=whole_model(remove(CONFIG))),
+    Bad("causal LM: a config with text for a number", "tdpo", "model.path: .*hidden_size.*name a folder", CAUSAL_LM,
+        prepare=whole_model(record(CONFIG, lambda r: r.update(hidden_size="many")))),
+    Bad("causal LM: a config whose numbers do not fit together", "tdpo", "model.path: .*division",
+        CAUSAL_LM, prepare=whole_model(record(CONFIG, lambda r: r.update(num_attention_heads=0)))),
+    Bad("causal LM: a config of another kind of model", "tdpo", "model.path: .*is a vit, .*makes no causal language model of it",
+        CAUSAL_LM, prepare=whole_model(lambda folder: (folder / CONFIG).write_text('{"model_type": "vit"}'))),
+    Bad("causal LM: weights with a config that is no JSON", "tdpo", "checkpointer: .*not valid JSON",
+        (*CAUSAL_LM, "model.path=package://data/tiny/model"),
+        prepare=whole_model(lambda folder: (folder / CONFIG).write_text("{"))),
+    Bad("causal LM: weights with a config of text", "tdpo", "checkpointer: .*hidden_size.*restore",
+        (*CAUSAL_LM, "model.path=package://data/tiny/model"),
+        prepare=whole_model(record(CONFIG, lambda r: r.update(hidden_size="many")))),
+    Bad("causal LM: weights of another model", "tdpo", "rms_norm_eps is 0.1 there and 1e-05 .*set model.path=",
+        (*CAUSAL_LM, "model.path=package://data/tiny/model"),
+        prepare=whole_model(record(CONFIG, lambda r: r.update(rms_norm_eps=0.1)))),
+    Bad("causal LM: torchtune's checkpointer", "tdpo", "torchtune's names.*CausalLMCheckpointer",
+        ("model._component_=tokenpref.models.causal_lm", "model.path=package://data/tiny/model")),
+    Bad("causal LM: its checkpointer with torchtune's builder", "tdpo", "transformers' names.*FullModelHFCheckpointer",
+        ("checkpointer._component_=tokenpref.models.CausalLMCheckpointer",)),
+    Bad("causal LM: files as text", "tdpo", "checkpointer.checkpoint_files must be a list",
+        (*CAUSAL_LM, "checkpointer.checkpoint_files=model.safetensors"), prepare=whole_model(lambda folder: None)),
+    Bad("causal LM: written into its own folder", "tdpo", "output_dir", (*CAUSAL_LM, "output_dir=model/out"),
+        prepare=whole_model(lambda folder: None)),
+]  # fmt: skip
+
 TABLE = (
     *(CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS + EXPORTS + ADAPTER_FOLDERS),
-    *ADAPTER_BUILDERS,
+    *(ADAPTER_BUILDERS + CAUSAL_LMS),
 )
 
 

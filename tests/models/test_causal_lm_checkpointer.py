@@ -304,11 +304,11 @@ SPOILT = {
     "a tensor in two files": (twice, r"both hold '.*'; list the files of one model in checkpoint_files"),
     "pickled weights": (only_pickled, r"holds its weights as pytorch_model.bin, and only .*convert it.*save_pretrained"),
     "no index": (lambda f: (f / INDEX).unlink(), r"but neither model.safetensors nor .*list the files in checkpoint_files"),
-    "no config": (lambda f: (f / "config.json").unlink(), r"not the folder of a model that transformers knows"),
-    "an unknown family": (lambda f: edit(f / "config.json", model_type="abcd"), r"transformers knows .*set checkpoint_dir"),
+    "no config": (lambda f: (f / "config.json").unlink(), r"gives no model that transformers .* knows .*set checkpoint_dir"),
+    "an unknown family": (lambda f: edit(f / "config.json", model_type="abcd"), r"gives no model that transformers .*abcd.*set checkpoint_dir"),
     "a model that is no language model": (
         lambda f: (f / "config.json").write_text('{"model_type": "vit"}'),
-        r"does not describe a causal language model",
+        r"is a vit, and transformers .* makes no causal language model of it",
     ),
     "quantised weights": (
         lambda f: edit(f / "config.json", quantization_config={"quant_method": "awq"}),
@@ -342,7 +342,7 @@ def test_code_that_comes_with_a_folder_is_not_run(copy):
     edit(folder / "config.json", auto_map={"AutoConfig": "modeling.C", "AutoModelForCausalLM": "modeling.M"})
     check_equal(weights(folder), own)
     edit(folder / "config.json", model_type="abcd")
-    with pytest.raises(ConfigError, match="model that transformers knows"):
+    with pytest.raises(ConfigError, match="gives no model that transformers"):
         weights(folder)
     assert not (folder / "ran").exists()
 

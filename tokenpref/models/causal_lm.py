@@ -13,6 +13,7 @@ from tokenpref._paths import resolve_path
 from tokenpref._torchtune import DoRALinear, LoRALinear
 from tokenpref.components import nearest
 from tokenpref.errors import ConfigError
+from tokenpref.models.described import model_of, read_config
 
 __all__ = ["causal_lm"]
 
@@ -37,19 +38,13 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     Raises:
         ConfigError: if there is no such model, if it needs code of its own, or if ``lora`` does not fit it.
     """
-    from tokenpref._transformers import AutoModelForCausalLM
     from tokenpref.models.transformers_decoder import TransformersDecoder, tie_head
 
-    config = _read_config(path).get_text_config()
-    try:
-        with torch.random.fork_rng(devices=[]):  # a model's constructor may draw random numbers
-            model = AutoModelForCausalLM.from_config(config, dtype=torch.get_default_dtype())
-    except ValueError as error:
-        said = str(error).strip().splitlines()[0]
-        raise ConfigError(
-            f"model.path: {path} is a {config.model_type}, and transformers {_version()} makes no causal language model of it "
-            f"({said}); name the folder of one"
-        ) from error
+    where, folder = f"model.path: {path}", resolve_path(path)
+    mend = "name a folder with the config.json of one, or a model on the hub"
+    config = read_config(folder if folder.is_dir() else path, where, mend).get_text_config()
+    _switch_dropout_off(config)
+    model = model_of(config, where, "name the folder of one", dtype=torch.get_default_dtype())
     if config.tie_word_embeddings:
         tie_head(model)
     if lora is not None:
@@ -57,36 +52,13 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     return model
 
 
-def _read_config(path: str) -> Any:
-    from tokenpref._transformers import AutoConfig
-
-    folder = resolve_path(path)
-    try:
-        config = AutoConfig.from_pretrained(folder if folder.is_dir() else path, trust_remote_code=False)
-    except (OSError, ValueError, KeyError, TypeError) as error:
-        said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-        raise ConfigError(
-            f"model.path: {path} gives no model that transformers {_version()} knows ({said}); name a folder with the "
-            "config.json of one, or a model on the hub"
-        ) from error
-    _switch_dropout_off(config)
-    return config
-
-
-def _version() -> str:
-    from tokenpref._transformers import VERSION
-
-    return VERSION
-
-
 def _switch_dropout_off(config: Any) -> None:
     """Set every dropout rate, and the weight of the routers' loss, to 0 (in place)."""
-    text = config.get_text_config()
-    for name, value in text.to_dict().items():
+    for name, value in config.to_dict().items():
         if isinstance(value, float) and ("dropout" in name or name.endswith("pdrop")):
-            setattr(text, name, 0.0)
-    if hasattr(text, "output_router_logits"):
-        text.output_router_logits = False
+            setattr(config, name, 0.0)
+    if hasattr(config, "output_router_logits"):
+        config.output_router_logits = False
 
 
 def _put_adapters(model: nn.Module, lora: Mapping[str, Any], head: str) -> None:

@@ -18,6 +18,7 @@ from tokenpref._files import WEIGHT_SUFFIXES, follow_umask
 from tokenpref._paths import resolve_path
 from tokenpref._sealed import MANIFEST
 from tokenpref.errors import ConfigError
+from tokenpref.models.described import model_of, read_config
 from tokenpref.models.lazy_weights import LazyWeights
 from tokenpref.models.names_on_disk import NamesOnDisk
 from tokenpref.models.peft_format import ADAPTER_CONFIG, BASE_RECORD
@@ -49,7 +50,7 @@ class CausalLMCheckpointer:
     Args:
         checkpoint_dir: folder of the starting weights, with ``config.json``.
         output_dir: where ``epoch_N`` folders are written.
-        checkpoint_files: names of the files with weights; None: those named above.
+        checkpoint_files: names of the files with weights; None: ``model.safetensors``, or those that the index lists.
 
     Raises:
         ConfigError: if ``checkpoint_files`` is not a list of names.
@@ -127,16 +128,7 @@ class CausalLMCheckpointer:
         Raises:
             ConfigError: if there is none, if transformers does not know the model, or if its weights are quantised.
         """
-        from tokenpref._transformers import AutoConfig
-
-        try:
-            config = AutoConfig.from_pretrained(self._folder, trust_remote_code=False)
-        except (OSError, ValueError, KeyError, TypeError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"{self._folder} is not the folder of a model that transformers knows ({said}); set checkpoint_dir to one with "
-                f"the {_CONFIG} of a causal language model"
-            ) from error
+        config = read_config(self._folder, str(self._folder), "set checkpoint_dir to the folder of one")
         quantised = getattr(config, "quantization_config", None)
         if quantised is not None:
             method = quantised.get("quant_method") if isinstance(quantised, Mapping) else quantised
@@ -149,16 +141,12 @@ class CausalLMCheckpointer:
     @cached_property
     def _model(self) -> Any:
         """The language model on the meta device, which has names and shapes but no values."""
-        from tokenpref._transformers import AutoModelForCausalLM
-
-        try:
-            with torch.random.fork_rng(devices=[]), torch.device("meta"):
-                return AutoModelForCausalLM.from_config(self._config.get_text_config())
-        except (ValueError, KeyError, TypeError) as error:
-            said = (str(error).strip().splitlines() or [type(error).__name__])[0]
-            raise ConfigError(
-                f"{self._folder / _CONFIG} does not describe a causal language model ({said}); set checkpoint_dir to one"
-            ) from error
+        with torch.device("meta"):
+            return model_of(
+                self._config.get_text_config(),
+                str(self._folder / _CONFIG),
+                "set checkpoint_dir to the folder of one",
+            )
 
     @cached_property
     def _own(self) -> dict[str, Tensor]:

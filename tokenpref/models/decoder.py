@@ -107,6 +107,9 @@ class Decoder(ABC):
         Args:
             config: the parsed file.
             longest: tokens of the longest sequence that it will see, if that is known.
+
+        Raises:
+            ValueError: if the file describes no model.
         """
 
     # --- its adapters on disk

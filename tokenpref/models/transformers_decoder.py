@@ -17,12 +17,13 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear
-from tokenpref._transformers import CONFIG_MAPPING, AttentionInterface, DynamicCache, PreTrainedModel
+from tokenpref._transformers import AttentionInterface, DynamicCache, PreTrainedModel
 from tokenpref.distributed import state_modules
 from tokenpref.errors import ConfigError
 from tokenpref.models.adapted_linear import LLAMA_LIKE, AdaptedLinear
 from tokenpref.models.agreement import Agreement, Difference
 from tokenpref.models.decoder import Decoder, evaluating
+from tokenpref.models.described import parse_config
 from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
 from tokenpref.ops import AnswerRows
 from tokenpref.ops.answers import IGNORE_INDEX
@@ -145,15 +146,10 @@ class TransformersDecoder(Decoder):
 
     def compare(self, config: Mapping[str, Any], *, longest: int | None = None) -> Agreement:
         """See :class:`Decoder`. What is switched off for training, such as dropout, is not compared."""
-        family = config.get("model_type")
-        if family not in CONFIG_MAPPING:
-            return Agreement(
-                notes=[f"transformers knows no model_type {family!r}, so the model was not compared with it"]
-            )
         part = config.get("text_config")
         named = part if isinstance(part, Mapping) else config
         there, here = (
-            _numbers(CONFIG_MAPPING[family].from_dict(dict(config)).get_text_config()),
+            _numbers(parse_config(config).get_text_config()),
             self.numbers(),
         )
         positions = (numbers.get("max_position_embeddings") for numbers in (there, here))

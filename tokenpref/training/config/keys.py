@@ -117,7 +117,8 @@ class ModelConfig(ScoringConfig):
     model: Component = component()
     """Builds the decoder of policy and reference."""
     checkpointer: Component = component()
-    """A torchtune checkpointer that reads the policy's starting weights and writes the trained ones."""
+    """Reads the policy's starting weights and writes the trained ones. :class:`tokenpref.models.CausalLMCheckpointer` goes with
+    :func:`tokenpref.models.causal_lm`, torchtune's checkpointers go with torchtune's models."""
     ref_checkpointer: Component | None = component(optional=True)
     """Reads the reference's weights. Null takes those that ``checkpointer`` starts from. If the model has adapters, the
     reference is then the policy with its adapters switched off, and not a second model."""

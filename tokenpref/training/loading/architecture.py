@@ -66,7 +66,11 @@ def check_architecture(
     order = _names_fault(checkpointer, model, view, key)
     if order is not None:
         raise ConfigError(order)
-    found = view.compare(_read_config(file, key), longest=longest)
+    config = _read_config(file, key)
+    try:
+        found = view.compare(config, longest=longest)
+    except ValueError as error:
+        raise ConfigError(f"{key}: {file}: {error}; restore the checkpoint's") from error
     faults = [_said(difference, model) for difference in found.differences]
     order = _order_fault(checkpointer, decoder, key)
     if faults:
