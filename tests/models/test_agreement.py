@@ -22,6 +22,7 @@ from torchtune.training import FullModelHFCheckpointer
 from tokenpref._torchtune import TransformerDecoder
 from tokenpref.models import tiny_llama
 from tokenpref.models.agreement import compare_with_config, is_tied, pairs_interleaved
+from tokenpref.models.scoring import logits_of
 
 LONGEST = 512
 
@@ -129,7 +130,7 @@ def test_a_window_matters_to_sequences_that_are_longer():
 
 
 def test_torchtunes_own_departures_are_seen():
-    """Its Phi 4 has the rotary base of Phi 3, its Gemma 2 exchanges two caps and puts one before the head."""
+    """Its Phi 4 has the rotary base of Phi 3, and its builders of Gemma 2's sizes exchange two caps."""
     config = {**PHI_3_MINI, "hidden_size": 5120, "intermediate_size": 17920, "num_attention_heads": 40,
               "num_hidden_layers": 40, "num_key_value_heads": 10, "rope_theta": 250000, "sliding_window": None,
               "vocab_size": 100352}  # fmt: skip
@@ -141,6 +142,9 @@ def test_torchtunes_own_departures_are_seen():
     assert keys(config, gemma2.gemma2_2b) == ["attn_logit_softcapping", "final_logit_softcapping"]
     silent = {k: v for k, v in config.items() if not k.endswith("softcapping")}
     assert keys(silent, gemma2.gemma2_2b) == ["attn_logit_softcapping", "final_logit_softcapping"]
+    sizes = {"vocab_size": 256000, "num_layers": 26, "num_heads": 8, "num_kv_heads": 4, "head_dim": 256,
+             "embed_dim": 2304, "intermediate_dim": 9216, "max_seq_len": 8192}  # fmt: skip
+    assert keys(config, lambda: gemma2.gemma2(**sizes)) == keys(silent, lambda: gemma2.gemma2(**sizes)) == []
 
 
 def test_biases_are_compared():
@@ -250,6 +254,11 @@ BUILT = {
     "max_seq_len": 64,
 }
 LLAMA3_SCALING = {**SCALING, "factor": 8.0, "original_max_position_embeddings": 8192, "rope_theta": 500000.0}
+# Caps that the tiny model's scores and logits reach, and a window that is shorter than the sequences.
+GEMMA_2 = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window_size": 8, "hidden_capping_value": 0.5,
+           "final_capping_value": 0.3}  # fmt: skip
+GEMMA_2_SETTINGS = {"head_dim": 16, "query_pre_attn_scalar": 24, "sliding_window": 8, "attn_logit_softcapping": 0.5,
+                    "final_logit_softcapping": 0.3, "attn_implementation": "eager"}  # fmt: skip
 PARITY = {
     "Llama": (llama2.llama2, {"norm_eps": 1e-6}, {}, "LLAMA2"),
     "Llama 3.1": (llama3_1.llama3_1, {"norm_eps": 1e-6}, {"rope_parameters": LLAMA3_SCALING}, "LLAMA3"),
@@ -257,6 +266,7 @@ PARITY = {
     "Qwen2": (qwen2.qwen2, {"norm_eps": 1e-6, "rope_base": 10000}, {}, "QWEN2"),
     "Phi3": (phi3.phi3, {}, {"pad_token_id": 0, "sliding_window": None}, "PHI3_MINI"),
     "Gemma": (gemma.gemma, {"head_dim": 16}, {"head_dim": 16}, "GEMMA"),
+    "Gemma2": (gemma2.gemma2, GEMMA_2, GEMMA_2_SETTINGS, "GEMMA2"),
 }
 
 
@@ -267,6 +277,9 @@ def test_what_agrees_computes_what_transformers_computes(name, tmp_path):
     family = name.split()[0]
     config = getattr(transformers, f"{family}Config")(**TINY, **settings)
     theirs = getattr(transformers, f"{family}ForCausalLM")(config).eval()
+    generator = torch.Generator().manual_seed(1)
+    for parameter in theirs.parameters():  # norms and biases too, which begin alike
+        parameter.data += 0.2 * torch.randn(parameter.shape, generator=generator)
     theirs.save_pretrained(tmp_path / "model")
     file = tmp_path / "model" / "config.json"
     written = json.loads(file.read_text())
@@ -281,4 +294,4 @@ def test_what_agrees_computes_what_transformers_computes(name, tmp_path):
     decoder.load_state_dict(reader.load_checkpoint()["model"])
     tokens = torch.randint(0, 64, (2, 40), generator=torch.Generator().manual_seed(0))
     with torch.no_grad():
-        torch.testing.assert_close(decoder(tokens), theirs(tokens).logits, atol=2e-5, rtol=2e-4)
+        torch.testing.assert_close(logits_of(decoder, tokens), theirs(tokens).logits, atol=2e-5, rtol=2e-4)

@@ -20,6 +20,7 @@ from tokenpref.models.peft_format import (
     write_adapter,
 )
 from tokenpref.models.peft_reader import read_adapter
+from tokenpref.models.scoring import logits_of
 
 peft = pytest.importorskip("peft")
 LLAMA = FAMILIES["llama3_2"]
@@ -29,7 +30,7 @@ QUERIES = {"lora_attn_modules": ["q_proj", "v_proj"], "apply_lora_to_mlp": False
 def logits(decoder):
     keep_dora_lean(decoder)  # as in every scoring model; a bias then means what it means in PEFT
     with torch.no_grad():
-        return decoder(TOKENS)
+        return logits_of(decoder, TOKENS)
 
 
 def adapters(decoder):

@@ -67,6 +67,8 @@ class Family:
         for name, parameter in model.named_parameters():
             if name.endswith("bias"):
                 torch.nn.init.normal_(parameter, 0, 0.3)
+            elif parameter.dim() == 1:
+                parameter.data += 0.1 * torch.randn(parameter.shape)  # norms, which begin alike
         return model
 
     def decoder(
@@ -155,7 +157,6 @@ FAMILIES = {
         builder_settings=(("head_dim", 16),),
         tied=True,
     ),
-    # torchtune caps Gemma 2's hidden states in the place of its logits, so the caps are switched off.
     "gemma2": Family(
         "Gemma2",
         lora_gemma2,
@@ -163,12 +164,18 @@ FAMILIES = {
         head_dim=16,
         settings=(
             ("head_dim", 16),
-            ("final_logit_softcapping", None),
-            ("attn_logit_softcapping", 50.0),
+            ("final_logit_softcapping", 3.0),
+            ("attn_logit_softcapping", 5.0),
             ("query_pre_attn_scalar", 16),
-            ("sliding_window", 64),
+            ("sliding_window", 4),
         ),
-        builder_settings=(("head_dim", 16), ("final_capping_value", 1e6), ("query_pre_attn_scalar", 16)),
+        builder_settings=(
+            ("head_dim", 16),
+            ("final_capping_value", 3.0),
+            ("hidden_capping_value", 5.0),
+            ("query_pre_attn_scalar", 16),
+            ("sliding_window_size", 4),
+        ),
         tied=True,
     ),
     "phi3": Family("Phi3", lora_phi3, phi3_hf_to_tune, settings=(("sliding_window", None),)),

@@ -28,6 +28,7 @@ from tokenpref._torchtune import (
     TiedLinear,
     TransformerDecoder,
 )
+from tokenpref.models.gemma2 import logit_cap
 
 __all__ = ["Agreement", "Difference", "compare_with_config", "config_numbers", "is_tied", "pairs_interleaved"]
 
@@ -202,9 +203,9 @@ def _numbers(
         ),
         (
             "final_logit_softcapping",
-            None,
+            "final_capping_value",
             config.get("final_logit_softcapping", 30.0 if family == "gemma2" else None),
-            _final_cap(decoder),
+            logit_cap(decoder),
         ),
         (
             "query_pre_attn_scalar",
@@ -308,12 +309,6 @@ def _gemma_only(attention: Any, name: str) -> Any:
     if isinstance(attention, Gemma2Attention):
         return getattr(attention, name)
     return None if type(attention) is MultiHeadAttention else _UNKNOWN
-
-
-def _final_cap(decoder: TransformerDecoder) -> Any:
-    if isinstance(decoder.norm, Gemma2FinalNorm):
-        return f"no cap of logits: it caps hidden states, at {decoder.norm.capping_value}"
-    return None
 
 
 def _query_scalar(config: Mapping[str, Any], family: str) -> Any:

@@ -87,6 +87,11 @@ class Decoder(ABC):
         """The length of its context, in tokens."""
 
     @property
+    def sampling_context(self) -> int:
+        """The tokens of a sequence that it can sample correctly, prompt included."""
+        return self.context
+
+    @property
     def vocabulary(self) -> int:
         """The number of token ids that it embeds."""
         return int(self.embedding.num_embeddings)
@@ -165,6 +170,10 @@ class Decoder(ABC):
         Raises:
             TypeError: if they are something else.
         """
+
+    @abstractmethod
+    def prepare(self) -> None:
+        """Change what the layers need before the first run (in place). A second call has no effect."""
 
     @abstractmethod
     def fill_buffers(self, device: torch.device) -> None:
@@ -291,6 +300,7 @@ class Decoder(ABC):
         """Call a function inside a forward of the root's."""
         if _METHOD not in vars(self.module):
             self.check()
+            self.prepare()
             setattr(self.module, _METHOD, MethodType(_call, self.module))
             register_forward(self.module, _METHOD)
         return getattr(self.module, _METHOD)(function)

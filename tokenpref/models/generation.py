@@ -226,3 +226,9 @@ def _check(
         raise ValueError(
             f"prompt and {max_new_tokens} new tokens need {longest} positions, the model has {decoder.context}"
         )
+    if longest > decoder.sampling_context:
+        raise ValueError(
+            f"prompt and {max_new_tokens} new tokens need {longest} positions, and the model samples correctly up to its sliding "
+            f"window of {decoder.sampling_context} only; set a smaller max_new_tokens, or load it with "
+            "tokenpref.models.causal_lm"
+        )

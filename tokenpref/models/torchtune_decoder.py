@@ -29,6 +29,7 @@ from tokenpref.models.agreement import (
     pairs_interleaved,
 )
 from tokenpref.models.decoder import Decoder
+from tokenpref.models.gemma2 import last_norm, logit_cap, restore_layers, window_of
 from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
 
 __all__ = ["TorchtuneDecoder"]
@@ -75,6 +76,11 @@ class TorchtuneDecoder(Decoder):
         return "output"
 
     @property
+    def soft_cap(self) -> float | None:
+        """See :class:`Decoder`."""
+        return logit_cap(self.module)
+
+    @property
     def is_tied(self) -> bool:
         """See :class:`Decoder`."""
         return is_tied(self.module)
@@ -83,6 +89,12 @@ class TorchtuneDecoder(Decoder):
     def context(self) -> int:
         """See :class:`Decoder`."""
         return int(self.module.max_seq_len)
+
+    @property
+    def sampling_context(self) -> int:
+        """See :class:`Decoder`."""
+        window = window_of(self.module)
+        return self.context if window is None else min(self.context, window)
 
     def numbers(self) -> dict[str, Any]:
         """See :class:`Decoder`."""
@@ -172,8 +184,8 @@ class TorchtuneDecoder(Decoder):
         """Check that the head is a plain linear layer, and the forward that of torchtune.
 
         Raises:
-            TypeError: for any other output layer (with a bias, soft-capped logits, adapters), whose numbers would differ, or for
-                a decoder with a forward of its own.
+            TypeError: for any other output layer (with a bias, adapters), whose numbers would differ, or for a decoder with a
+                forward of its own.
         """
         output = self.module.output
         if not isinstance(output, (nn.Linear, TiedLinear)) or getattr(output, "bias", None) is not None:
@@ -186,6 +198,10 @@ class TorchtuneDecoder(Decoder):
             raise TypeError(
                 f"{decoder.__name__} has a forward of its own; token statistics need that of torchtune's TransformerDecoder"
             )
+
+    def prepare(self) -> None:
+        """See :class:`Decoder`."""
+        restore_layers(self.module)
 
     def fill_buffers(self, device: torch.device) -> None:
         """Build the rotary tables, which are float32 for any dtype of the model."""
@@ -215,8 +231,7 @@ class TorchtuneDecoder(Decoder):
         if strange or len(layers) != len(self.layers):
             raise TypeError(
                 f"the model has {len(self.layers)} layers, {len(layers) - len(strange)} of them with torchtune's causal "
-                "self-attention, which batches without padding need of all; set padding_free=false (ScoringModel(..., "
-                "padding_free=False))"
+                "self-attention, which batches without padding need of all; set padding_free=false"
             )
         for layer in layers:
             layer.attn._attention_call = partial(_attention, layer.attn._attention_call)
@@ -233,7 +248,7 @@ class TorchtuneDecoder(Decoder):
         hidden = model.tok_embeddings(tokens)
         for layer in model.layers:
             hidden = layer(hidden, mask=mask, input_pos=positions)
-        normed: Tensor = model.norm(hidden)
+        normed: Tensor = last_norm(model)(hidden)
         return normed
 
     def packed_hidden(self, packed: PackedRows) -> Tensor:

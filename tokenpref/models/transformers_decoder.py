@@ -211,6 +211,9 @@ class TransformersDecoder(Decoder):
                 "without bias"
             )
 
+    def prepare(self) -> None:
+        """Nothing to change."""
+
     @torch.no_grad()
     def fill_buffers(self, device: torch.device) -> None:
         """Let transformers compute the buffers that are not in checkpoints, as its own loading does.

@@ -121,8 +121,9 @@ def preflight(
 
     Raises:
         ConfigError: if a file of weights that a run exported is not as it was written, if the model is not the one that the
-            checkpoint's config.json describes, if float8, activation checkpointing or the data do not fit it, or if the disk has
-            no room for the run's first checkpoint and weights.
+            checkpoint's config.json describes, if its attention needs padded batches and the config has none, if float8,
+            activation checkpointing or the data do not fit it, or if the disk has no room for the run's first checkpoint and
+            weights.
     """
     model, world_size, device = maker.on_meta(), maker.world.size, maker.world.device
     check_model(config.compute(trainable=True), model)
@@ -131,6 +132,7 @@ def preflight(
     longest = max(int(data.lengths().max()) for data in (dataset, dataset_val) if data is not None)
     readers = {r.key: r for r in (config.checkpointer, config.ref_checkpointer) if r is not None}
     notes = _check_folders(readers, config.model, model, longest)
+    _check_attention(config, model)
     for data, component in ((dataset, config.dataset), (dataset_val, config.dataset_val)):
         if data is not None and component is not None:
             check_data_fits(data, component, decoder_of(model))
@@ -402,7 +404,7 @@ def _saved_bytes_per_token(model: nn.Module, device: torch.device) -> float:
 
     rows, length = 64, 2
     model.train()
-    scorer = ScoringModel(model)
+    scorer = ScoringModel(model, padding_free=False)
     if device.type == "cpu":
         install_on_cpu(model)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
@@ -412,6 +414,15 @@ def _saved_bytes_per_token(model: nn.Module, device: torch.device) -> float:
         return size
     model.to(dtype)
     return size * dtype.itemsize / torch.bfloat16.itemsize
+
+
+def _check_attention(config: TrainConfig, model: nn.Module) -> None:
+    if not config.padding_free:
+        return
+    try:
+        decoder_of(model).install_padding_free()
+    except TypeError as error:
+        raise ConfigError(f"model ({config.model.path}): {error}") from error
 
 
 def disk_fault(folder: Path, needed: int) -> str | None:
