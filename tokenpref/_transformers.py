@@ -9,6 +9,7 @@ import transformers
 from transformers import (
     CONFIG_MAPPING,
     AttentionInterface,
+    AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
     DynamicCache,
@@ -30,6 +31,7 @@ __all__ = [
     "CONFIG_MAPPING",
     "VERSION",
     "AttentionInterface",
+    "AttentionMaskInterface",
     "AutoConfig",
     "AutoModelForCausalLM",
     "DynamicCache",

@@ -36,7 +36,8 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
             except the head. None: no adapters; the whole model is trained.
 
     Raises:
-        ConfigError: if there is no such model, if it needs code of its own, or if ``lora`` does not fit it.
+        ConfigError: if there is no such model, if it is no causal language model, if it needs code of its own, or if ``lora``
+            does not fit it.
     """
     from tokenpref.models.transformers_decoder import TransformersDecoder, tie_head
 
@@ -44,8 +45,12 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     mend = "name a folder with the config.json of one, or a model on the hub"
     config = read_config(folder if folder.is_dir() else path, where, mend).get_text_config()
     _switch_dropout_off(config)
-    model = model_of(config, where, "name the folder of one", dtype=torch.get_default_dtype())
-    if config.tie_word_embeddings:
+    dtype = torch.get_default_dtype()
+    model = model_of(config, where, "name the folder of one", dtype=dtype)
+    for parameter in model.parameters():
+        if parameter.is_floating_point():  # DeepSeek's routers stay float32, and FSDP2 shards one dtype only
+            parameter.data = parameter.data.to(dtype)
+    if model.all_tied_weights_keys:
         tie_head(model)
     if lora is not None:
         _put_adapters(model, lora, TransformersDecoder(model).head_name)

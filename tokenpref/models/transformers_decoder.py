@@ -7,7 +7,7 @@ places of the sequences that way, so the code of the models stays as it is.
 from __future__ import annotations
 
 import inspect
-from collections.abc import Collection, Iterator, Mapping
+from collections.abc import Callable, Collection, Iterator, Mapping
 from contextlib import contextmanager
 from functools import cached_property
 from typing import Any
@@ -17,9 +17,9 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from tokenpref._torchtune import TiedLinear
-from tokenpref._transformers import AttentionInterface, DynamicCache, PreTrainedModel
+from tokenpref._transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
 from tokenpref.distributed import state_modules
-from tokenpref.errors import ConfigError
+from tokenpref.errors import ConfigError, TokenprefError
 from tokenpref.models.adapted_linear import LLAMA_LIKE, AdaptedLinear
 from tokenpref.models.agreement import Agreement, Difference
 from tokenpref.models.decoder import Decoder, evaluating
@@ -32,6 +32,12 @@ __all__ = ["TransformersDecoder", "tie_head"]
 
 _ATTENTION = "tokenpref"
 """The name under which transformers knows our attention."""
+
+_WITH_RULES = "tokenpref_with_rules"
+"""The name of the same attention that also compares the keys that it sees with those that the model wants it to see."""
+
+_NO_LIMIT = 1 << 20
+"""The context, in tokens, of models whose config names none because their positions have no end."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
 _ROUGH_TOLERANCE = 0.05
@@ -78,19 +84,28 @@ class TransformersDecoder(Decoder):
 
     @property
     def _body(self) -> Any:
-        """The model without its head."""
-        return self.module.base_model
+        """The model without its head.
+
+        A language model whose class also serves inside a larger model, such as Llama 4, may be its own ``base_model``.
+        """
+        body = self.module.base_model
+        if body is not self.module:
+            return body
+        return next(child for child in body.children() if isinstance(child, PreTrainedModel))
 
     @property
     def layers(self) -> nn.ModuleList:
         """See :class:`Decoder`.
 
         Raises:
-            TypeError: if they are not in one list.
+            ConfigError: if they are not in one list.
         """
         lists = [child for child in self._body.children() if isinstance(child, nn.ModuleList)]
         if len(lists) != 1:
-            raise TypeError(f"{type(self._body).__name__} keeps its layers in {len(lists)} lists, not in one")
+            raise ConfigError(
+                f"model: {type(self._body).__name__} keeps its layers in {len(lists)} lists, and they are sharded and "
+                "checkpointed from one list; use another model"
+            )
         return lists[0]
 
     @property
@@ -137,8 +152,9 @@ class TransformersDecoder(Decoder):
 
     @property
     def context(self) -> int:
-        """See :class:`Decoder`."""
-        return int(self._config.max_position_embeddings)
+        """``max_position_embeddings``; models whose positions have no end, such as BLOOM and Mamba, have none."""
+        limit = getattr(self._config, "max_position_embeddings", None)
+        return _NO_LIMIT if limit is None else int(limit)
 
     def numbers(self) -> dict[str, Any]:
         """What ``config.json`` says of the model, apart from files, versions and token ids."""
@@ -227,6 +243,8 @@ class TransformersDecoder(Decoder):
     def install_padding_free(self) -> None:
         """Let the model use our attention. Whether its numbers are right is for :meth:`prove`."""
         AttentionInterface.register(_ATTENTION, _attention)
+        AttentionInterface.register(_WITH_RULES, _attention_with_rules)
+        AttentionMaskInterface.register(_WITH_RULES, _rule)
         self.module.set_attn_implementation(_ATTENTION)
 
     @cached_property
@@ -238,7 +256,7 @@ class TransformersDecoder(Decoder):
         self, tokens: Tensor, *, mask: Any = None, positions: Tensor | None = None, cache: Any = None
     ) -> Tensor:
         """The model's own forward up to its head."""
-        ours = self.module.config._attn_implementation == _ATTENTION
+        ours = self.module.config._attn_implementation in (_ATTENTION, _WITH_RULES)
         arguments: dict[str, Any] = {"use_cache": cache is not None}
         if cache is not None:
             arguments["cache" if "cache" in self._takes else "past_key_values"] = cache
@@ -266,40 +284,85 @@ class TransformersDecoder(Decoder):
     def prove(self, *, padding_free: bool) -> None:
         """Compare logits with those of the model's own forward and eager attention, on a few short sequences.
 
-        Raises:
-            ConfigError: if they differ, with the difference.
-        """
-        tokens, labels = _proof_batch(self.vocabulary, self.head_weight.device)
-        rows = AnswerRows.of(labels)
-        name = type(self.module).__name__
-        with evaluating(self.module), torch.compiler.set_stance("force_eager"):
-            with self._attention_of("eager"):
-                apart = [row[: n + 1] for row, n in zip(tokens, rows.mask.sum(1).tolist(), strict=True)]
-                own = [self.module(input_ids=row[None], use_cache=False).logits[0, :-1] for row in apart]
-                padded = self.logits(tokens)[:, :-1][rows.mask]
-            expected = torch.cat(own)
-            self._compare(
-                expected,
-                padded,
-                f"{name} makes its logits from its last hidden states in another way than by a linear head, a scale and a soft "
-                "cap, so its token statistics would be wrong; use another model",
-            )
-            if padding_free:
-                packed = PackedRows.of(tokens, labels, rows, sides=2)
-                self._compare(
-                    expected,
-                    self.run_packed(
-                        packed, lambda hidden, weight: self.final_logits(hidden[packed.answers], weight)
-                    ),
-                    f"{name} computes something else where sequences are not padded; set padding_free=false",
-                )
+        Their lengths are below the window of most models, so what each layer's attention sees farther back is compared as a rule.
 
-    @staticmethod
-    def _compare(expected: Tensor, found: Tensor, fault: str) -> None:
+        Raises:
+            ConfigError: if they differ, with the difference, or if the model fails.
+        """
+        with evaluating(self.module), torch.compiler.set_stance("force_eager"):
+            expected = self._prove_head()
+            if padding_free:
+                self._prove_packed(expected)
+
+    def _prove_head(self) -> Tensor:
+        """Compare :meth:`run` with the model's own forward; returns the logits ``[N, V]`` of the proof's rows."""
+        tokens, rows = self._proof[0], self._proof[2]
+        apart = [row[: n + 1] for row, n in zip(tokens, rows.mask.sum(1).tolist(), strict=True)]
+        with self._attention_of("eager"):
+            with self._failing("fails in its own forward"):
+                own = [self.module(input_ids=row[None], use_cache=False).logits[0, :-1] for row in apart]
+            padded = self.logits(tokens)[:, :-1][rows.mask]
+            self.module.train()
+            trained = self.logits(tokens)[:, :-1][rows.mask]
+            self.module.eval()
+        expected = torch.cat(own)
+        self._compare(
+            expected,
+            padded,
+            "makes its logits from its last hidden states in another way than by a linear head, a scale and a soft cap, so its "
+            "token statistics would be wrong; use another model",
+        )
+        self._compare(
+            padded,
+            trained,
+            "draws random numbers in training, so policy and reference would not agree; set its rates of noise, such as "
+            "router_jitter_noise, to 0 in config.json",
+        )
+        return expected
+
+    def _prove_packed(self, expected: Tensor) -> None:
+        """Compare :meth:`run_packed` with the model's own logits, and the keys that each layer sees with those it should see."""
+        tokens, labels, rows = self._proof
+        packed = PackedRows.of(tokens, labels, rows, sides=2)
+        with self._failing("cannot score sequences without padding; set padding_free=false"):
+            found = self.run_packed(
+                packed, lambda hidden, weight: self.final_logits(hidden[packed.answers], weight)
+            )
+            with self._attention_of(_WITH_RULES):
+                self.run(tokens[:1], lambda hidden, _weight: hidden)
+        self._compare(
+            expected, found, "computes something else where sequences are not padded; set padding_free=false"
+        )
+
+    @cached_property
+    def _proof(self) -> tuple[Tensor, Tensor, AnswerRows]:
+        tokens, labels = _proof_batch(self.vocabulary, self.context, self.head_weight.device)
+        return tokens, labels, AnswerRows.of(labels)
+
+    @contextmanager
+    def _failing(self, fault: str) -> Iterator[None]:
+        """Name the model in an error of its own code.
+
+        Raises:
+            ConfigError: for any error except one of memory.
+        """
+        try:
+            yield
+        except (TokenprefError, MemoryError, torch.OutOfMemoryError):
+            raise
+        except Exception as error:
+            said = (str(error).strip().splitlines() or [""])[0]
+            raise ConfigError(
+                f"model: {type(self.module).__name__} {fault} ({type(error).__name__}: {said})"
+            ) from error
+
+    def _compare(self, expected: Tensor, found: Tensor, fault: str) -> None:
         largest = expected.abs().max().clamp(min=1e-6)
         difference = float((expected - found).abs().max() / largest)
         if not difference <= _TOLERANCE.get(expected.dtype, _ROUGH_TOLERANCE):
-            raise ConfigError(f"model: {fault}. Logits differ by {difference:.1e} of the largest one")
+            raise ConfigError(
+                f"model: {type(self.module).__name__} {fault}. Logits differ by {difference:.1e} of the largest one"
+            )
 
     @contextmanager
     def _attention_of(self, implementation: str) -> Iterator[None]:
@@ -328,9 +391,9 @@ def _is_switched_off(key: str) -> bool:
     return "dropout" in key or key.endswith("pdrop") or key == "output_router_logits"
 
 
-def _proof_batch(vocabulary: int, device: torch.device) -> tuple[Tensor, Tensor]:
+def _proof_batch(vocabulary: int, context: int, device: torch.device) -> tuple[Tensor, Tensor]:
     """Two pairs of short sequences whose answers begin alike: tokens and labels ``[4, 12]``, right padded."""
-    lengths = torch.tensor([12, 7, 9, 10], device=device)
+    lengths = torch.tensor([12, 7, 9, 10], device=device).clamp(max=context)
     places = torch.arange(12, device=device)
     tokens = (3 + places + 17 * torch.arange(4, device=device)[:, None]) * 7 % vocabulary
     tokens[2:, :4] = tokens[:2, :4]
@@ -401,6 +464,43 @@ def _attention(
         return attention_by_segment(*own, segments, attention)[None], None
     mask = None if segments is None else segments[:, None, :, : k.shape[2]]
     return attention(q, k, v, mask).transpose(1, 2).contiguous(), None
+
+
+def _rule(*, mask_function: Callable[..., Tensor], **_: Any) -> Callable[..., Tensor]:
+    """What transformers takes for a mask: the rule by which it would make one."""
+    return mask_function
+
+
+def _attention_with_rules(
+    module: nn.Module, q: Tensor, k: Tensor, v: Tensor, mask: Any, **arguments: Any
+) -> tuple[Tensor, None]:
+    """:func:`_attention`, after comparing the keys that it sees with those that the model's mask lets it see.
+
+    Raises:
+        ConfigError: if they differ.
+    """
+    window = arguments.get("sliding_window")
+    if not (_sees_window(mask, window, q.device) if callable(mask) else mask is None and window is None):
+        seen = "all keys before it" if window is None else f"the last {window} keys"
+        raise ConfigError(
+            f"model: {type(module).__name__} does not see {seen} as attention without padding does, but others, such as those of "
+            "its chunk; set padding_free=false"
+        )
+    return _attention(module, q, k, v, None, **arguments)
+
+
+def _sees_window(rule: Callable[..., Tensor], window: int | None, device: torch.device) -> bool:
+    """Whether a rule of transformers lets queries see the last ``window`` keys, their own included, or all without one."""
+    far = [*range(8), *(2**power + offset for power in range(3, 20) for offset in (-1, 0, 1))]
+    near = [] if window is None else [window + offset for offset in (-2, -1, 0, 1) if window + offset >= 0]
+    back = torch.tensor(far + near, device=device)
+    wanted = torch.ones_like(back, dtype=torch.bool) if window is None else back < window
+    zero = back.new_zeros(())
+    queries = [zero + _NO_LIMIT, zero + _NO_LIMIT - 1]
+    past = all(
+        torch.equal(rule(zero, zero, query, query - back).expand_as(back), wanted) for query in queries
+    )
+    return past and not any(bool(rule(zero, zero, query, query + 1)) for query in queries)
 
 
 def _seen(length: int, total: int, window: int | None, device: torch.device) -> Tensor:
