@@ -39,6 +39,7 @@ from pathlib import Path
 
 import torch
 from safetensors.torch import load_file
+from transformers import AutoConfig, AutoModelForCausalLM
 
 from tokenpref.data import WeightStore
 
@@ -135,10 +136,46 @@ KEPT_WORDS = (
     *("dataset.max_rows=32", "optimizer.eps=1e-4", *KEPT),
 )
 EXPORTS = "epoch_*/*"
+TINY = Path(__file__).parents[1] / "data" / "tiny" / "model"
+FAMILIES = ("qwen3", "gemma3_text")
+
+
+def causal_lm_words(family: str) -> tuple[str, ...]:
+    """Training of a model of transformers from the folder that :func:`make_model` makes."""
+    return (
+        *("recipes/tdpo_distributed", "--config", "tiny/tdpo", *QUIET),
+        *("model=tokenpref.models.causal_lm", f"model.path={family}"),
+        *("checkpointer=tokenpref.models.CausalLMCheckpointer", f"checkpointer.checkpoint_dir={family}"),
+        *("~checkpointer.model_type", "~checkpointer.checkpoint_files"),
+    )
+
+
+def make_model(family: str, folder: Path) -> None:
+    """Write a tiny random model of a family of transformers, with windows shorter than some sequences."""
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(
+        family,
+        vocab_size=384,
+        hidden_size=32,
+        intermediate_size=48,
+        num_hidden_layers=3,
+        num_attention_heads=4,
+        num_key_value_heads=2,
+        head_dim=8,
+        max_position_embeddings=256,
+        **({"sliding_window": 5, "query_pre_attn_scalar": 8} if family == "gemma3_text" else {}),
+    )
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    for file in TINY.glob("tokenizer*"):
+        shutil.copyfile(file, folder / file.name)
+
+
 JOBS = {
     "tdpo": Job(TDPO_WORDS, trained),
     "async": Job((*TDPO_WORDS, IN_BACKGROUND), trained),
     "cached": Job((*TDPO_WORDS, "reference=cached"), trained),
+    "causal_lm": Job(causal_lm_words("qwen3"), trained),
+    "causal_lm_lora": Job((*causal_lm_words("gemma3_text"), "model.lora={rank: 4}"), trained),
     "lora": Job(("recipes/tdpo_distributed", "--config", "tiny/tdpo_lora", *QUIET), trained),
     "more": Job(TDPO_WORDS, trained, first=("epochs=2",)),
     "rate": Job(
@@ -429,6 +466,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as place:
         chaos = Chaos(Path(place), arguments.seed)
         (Path(place) / "by_hand.py").write_text(BY_HAND, encoding="utf-8")
+        for family in FAMILIES:
+            make_model(family, Path(place) / family)
         chaos.finish(chaos.words(JOBS["pair"], 1, PAIR))
         chaos.finish(chaos.words(JOBS["weights"], 1, STORE))
         for number, (job, ranks) in enumerate(trials):

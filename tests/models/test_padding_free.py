@@ -124,9 +124,9 @@ def test_three_blocks_and_answers_that_are_one_anothers_beginning():
     tokens = torch.tensor([[4, 5, 6, 7], [4, 5, 6, 0], [4, 5, 6, 7]])
     labels = torch.tensor([[IGNORED, 5, 6, 7], [IGNORED, 5, 6, IGNORED], [IGNORED, 5, 6, 7]])
     packed = PackedRows.of(tokens, labels, AnswerRows.of(labels), sides=3)
-    assert packed.tokens.tolist() == [4, 5, 6]
-    assert packed.segments.members.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
-    assert packed.answers.tolist() == [0, 1, 2, 0, 1, 0, 1, 2]
+    assert packed.tokens.tolist() == [4, 5, 6, 5, 6]  # each keeps its last position
+    assert packed.segments.members.tolist() == [0, 1, 2, 0, 3, 0, 1, 4]
+    assert packed.answers.tolist() == [0, 1, 2, 0, 3, 0, 1, 4]
 
 
 def test_runs_of_one_length():

@@ -11,15 +11,19 @@ of the answers, therefore enters only once, and the attention uses it for both.
 from __future__ import annotations
 
 from collections.abc import Callable, Iterator
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from itertools import groupby
 
 import torch
 from torch import Tensor, nn
 
+from tokenpref.models import varlen
 from tokenpref.ops import AnswerRows
 
 __all__ = ["PackedRows", "Segments", "attention_by_segment"]
+
+
+_BOUND = 1024
 
 
 @dataclass(frozen=True)
@@ -30,11 +34,18 @@ class Segments:
         lengths: of the sequences, in order; M tokens in total.
         members: ``[M]``, the position (of N) of each token of the sequences; None if M = N and each token has its own.
         firsts: ``[N]``, the first of the M tokens that each position is; None with ``members``.
+        ends: ``[S + 1]`` (int32), 0 and where each of the S sequences ends among the M tokens.
+        own_ends: ``[S + 1]`` (int32), 0 and where each sequence's own positions end among the N. They are the last ones of the
+            sequence, because only beginnings are shared.
+        bound: at least the longest length.
     """
 
     lengths: tuple[int, ...]
     members: Tensor | None = field(default=None, compare=False)
     firsts: Tensor | None = field(default=None, compare=False)
+    ends: Tensor | None = field(default=None, compare=False)
+    own_ends: Tensor | None = field(default=None, compare=False)
+    bound: int = field(default=0, compare=False)
 
     def runs(self) -> Iterator[tuple[int, int]]:
         """Runs of sequences with equal length: their number and the length."""
@@ -75,7 +86,8 @@ class PackedRows:
         if rows.index.numel() == 0:
             lengths[0] = 1
         inside = places < lengths[:, None]
-        shared = _shared(tokens[:, :-1], inside, sides)
+        # Each sequence keeps its last position, so that the attention has a query in each.
+        shared = _shared(tokens[:, :-1], inside, sides) & (places < lengths[:, None] - 1)
         own = inside & ~shared
         slots = (own.flatten().cumsum(0) - 1).view(own.shape)
         slots = torch.where(
@@ -83,16 +95,26 @@ class PackedRows:
         )
         whole = tuple(n for n in lengths.tolist() if n)
         packed = tokens[:, :-1][own]
-        if packed.numel() == sum(whole):
-            segments = Segments(whole)
-        else:
-            segments = Segments(whole, members=slots[inside], firsts=own[inside].nonzero().squeeze(1))
+        kept = lengths > 0
+        segments = Segments(
+            whole,
+            ends=_ends(lengths[kept]),
+            own_ends=_ends(own.sum(1)[kept]),
+            # Rounded up, because a compiled layer is compiled again for another bound.
+            bound=-(-max(whole) // _BOUND) * _BOUND,
+        )
+        if packed.numel() < sum(whole):
+            segments = replace(segments, members=slots[inside], firsts=own[inside].nonzero().squeeze(1))
         return cls(
             tokens=packed,
             positions=places.expand_as(own)[own],
             segments=segments,
             answers=nn.functional.pad(slots, (0, 1)).flatten()[rows.index],
         )
+
+
+def _ends(lengths: Tensor) -> Tensor:
+    return nn.functional.pad(lengths.cumsum(0), (1, 0)).to(torch.int32)
 
 
 def _shared(tokens: Tensor, inside: Tensor, sides: int) -> Tensor:
@@ -104,16 +126,21 @@ def _shared(tokens: Tensor, inside: Tensor, sides: int) -> Tensor:
     return prefix.flatten(0, 1)
 
 
-# Lengths change with every batch, and a compiled layer would be compiled again for each set of lengths.
-@torch.compiler.disable
 def attention_by_segment(
     q: Tensor,
     k: Tensor,
     v: Tensor,
     segments: Segments,
     attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+    *,
+    scale: float | None = None,
+    window: int | None = None,
+    plain: bool = True,
 ) -> Tensor:
     """Causal attention inside each sequence.
+
+    On a GPU, in half precision, it is one call of PyTorch's attention for sequences of different lengths. It is ``attention`` for
+    every run of sequences of one length elsewhere.
 
     Args:
         q: queries ``[N, heads, d]``.
@@ -121,10 +148,39 @@ def attention_by_segment(
         v: values of the same shape.
         segments: the sequences.
         attention: causal attention of ``[B, heads, L, d]`` queries, keys and values.
+        scale: factor of the products in ``attention``; None: ``1 / sqrt(d)``.
+        window: how many keys back a query sees in ``attention``, its own included; None: all.
+        plain: whether scale and window are all that ``attention`` does.
 
     Returns:
         ``[N, heads, d]``.
     """
+    if plain and varlen.takes(q, v, window):
+        return _in_one_call(q, k, v, segments, scale, window)
+    return _run_by_run(q, k, v, segments, attention)
+
+
+def _in_one_call(
+    q: Tensor, k: Tensor, v: Tensor, segments: Segments, scale: float | None, window: int | None
+) -> Tensor:
+    """Queries are each position's own. Keys and values are those of whole sequences, with the beginnings that they share."""
+    assert segments.ends is not None and segments.own_ends is not None, "PackedRows.of makes them"
+    if segments.members is not None:
+        k, v = (x.index_select(0, segments.members) for x in (k, v))
+    return varlen.causal_attention(
+        q, k, v, segments.own_ends, segments.ends, segments.bound, scale=scale, window=window
+    )
+
+
+# Lengths change with every batch, and a compiled layer would be compiled again for each set of lengths.
+@torch.compiler.disable
+def _run_by_run(
+    q: Tensor,
+    k: Tensor,
+    v: Tensor,
+    segments: Segments,
+    attention: Callable[[Tensor, Tensor, Tensor], Tensor],
+) -> Tensor:
     runs = list(segments.runs())
     sizes = [count * length for count, length in runs]
     own = (q, k, v)

@@ -20,6 +20,7 @@ from tokenpref._torchtune import (
     local_kv_cache,
 )
 from tokenpref.distributed import compute_dtype_of
+from tokenpref.models import varlen
 from tokenpref.models.adapted_linear import AdaptedLinear, to_interleaved
 from tokenpref.models.agreement import (
     Agreement,
@@ -234,7 +235,9 @@ class TorchtuneDecoder(Decoder):
                 "self-attention, which batches without padding need of all; set padding_free=false"
             )
         for layer in layers:
-            layer.attn._attention_call = partial(_attention, layer.attn._attention_call)
+            layer.attn._attention_call = partial(
+                _attention, layer.attn._attention_call, layer.attn.num_heads // layer.attn.num_kv_heads
+            )
         self.module.__dict__["_takes_segments"] = True
 
     def prove(self, *, padding_free: bool) -> None:
@@ -276,16 +279,18 @@ def _short(name: str) -> str:
 
 
 def _attention(
-    inner: Any, q: Tensor, k: Tensor, v: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
+    inner: Any, groups: int, q: Tensor, k: Tensor, v: Tensor, *, mask: Any, dropout_p: float, is_causal: bool
 ) -> Tensor:
-    """torchtune's attention function ``inner``, or inside each of the :class:`Segments` by it (``[N, heads, 1, d]`` each)."""
+    """torchtune's attention function ``inner``, or attention inside each of the :class:`Segments`.
+
+    Tensors are ``[N, heads, 1, d]`` then. torchtune repeats each key and value for its ``groups`` heads.
+    """
     if not isinstance(mask, Segments):
         output: Tensor = inner(q, k, v, mask=mask, dropout_p=dropout_p, is_causal=is_causal)
         return output
+    q, k, v = (x.squeeze(2) for x in (q, k, v))
+    if varlen.takes(q, v, None):
+        k, v = k[:, ::groups], v[:, ::groups]
     return attention_by_segment(
-        q.squeeze(2),
-        k.squeeze(2),
-        v.squeeze(2),
-        mask,
-        lambda q, k, v: inner(q, k, v, mask=None, dropout_p=dropout_p, is_causal=True),
+        q, k, v, mask, lambda q, k, v: inner(q, k, v, mask=None, dropout_p=dropout_p, is_causal=True)
     ).unsqueeze(2)

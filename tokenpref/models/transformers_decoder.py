@@ -461,7 +461,10 @@ def _attention(
 
     if isinstance(segments, Segments):
         own = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
-        return attention_by_segment(*own, segments, attention)[None], None
+        output = attention_by_segment(
+            *own, segments, attention, scale=scaling, window=sliding_window, plain=softcap is None
+        )
+        return output[None], None
     mask = None if segments is None else segments[:, None, :, : k.shape[2]]
     return attention(q, k, v, mask).transpose(1, 2).contiguous(), None
 
