@@ -5,6 +5,7 @@ from __future__ import annotations
 import logging
 import shutil
 from collections.abc import Mapping, Sequence
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -405,6 +406,8 @@ def _saved_bytes_per_token(model: nn.Module, device: torch.device) -> float:
     rows, length = 64, 2
     model.train()
     scorer = ScoringModel(model, padding_free=False)
+    with suppress(TypeError):  # transformers' own attention asks for values of masks, and the meta device has none
+        scorer.decoder.install_padding_free()
     if device.type == "cpu":
         install_on_cpu(model)
     with saved_tensors_hooks(keep, lambda tensor: tensor):
