@@ -26,7 +26,7 @@ from tokenpref.models.agreement import Agreement
 from tokenpref.models.padding_free import PackedRows
 from tokenpref.ops import final_logits
 
-__all__ = ["Decoder", "HeadJob", "evaluating"]
+__all__ = ["Decoder", "HeadJob", "evaluating", "uncompiled"]
 
 HeadJob = Callable[[Tensor, Tensor], Any]
 """What to make of the last hidden states ``[B, L, D]`` or ``[N, D]`` and the head's weight ``[V, D]``."""
@@ -308,6 +308,18 @@ class Decoder(ABC):
 
 def _call(_module: nn.Module, function: Callable[[], Any]) -> Any:
     return function()
+
+
+@contextmanager
+def uncompiled() -> Iterator[None]:
+    """A context in which compiled layers run as plain ones.
+
+    Sampling, attribution and validation during a training call the layers in other modes and with other shapes than a training
+    step, and PyTorch would compile the layers for each of these. Its limit of compilations counts all layers of a process
+    together. Beyond the limit nothing is compiled any more, and the training itself would be slow from then on.
+    """
+    with torch.compiler.set_stance("force_eager"):
+        yield
 
 
 @contextmanager

@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from tokenpref.distributed import World
 from tokenpref.errors import TokenprefError
-from tokenpref.models.decoder import Decoder, evaluating
+from tokenpref.models.decoder import Decoder, evaluating, uncompiled
 from tokenpref.models.decoder_of import decoder_of
 
 __all__ = ["sample", "sampling_probabilities"]
@@ -69,7 +69,7 @@ def sample(
     )
     choose = partial(_choose, temperature=temperature, top_k=top_k, top_p=top_p)
     outputs: list[list[int]] = []
-    with evaluating(model):
+    with evaluating(model), uncompiled():
         for index in range(world.max(-(-len(prompts) // batch_size))):
             part = slice(index * batch_size, (index + 1) * batch_size)
             uniforms = _uniforms(seeds[part], max_new_tokens)

@@ -12,6 +12,7 @@ from tqdm import tqdm
 from tokenpref._torchtune import get_lr
 from tokenpref.distributed import World
 from tokenpref.errors import ConfigError, Interrupted, TrainingDiverged
+from tokenpref.models.decoder import uncompiled
 from tokenpref.models.reference import KL_STATISTICS
 from tokenpref.training.config.faults import loss_faults
 from tokenpref.training.config.fields import read_config
@@ -219,9 +220,10 @@ class PreferenceTrainer:
     def evaluate(self) -> None:
         """Log held-out metrics and the reward of samples under ``eval_`` names; keep the weights if they are the best."""
         run = self.run
-        metrics = run.validation.run(
-            run.policy, run.reference_val, step=run.progress.step, folder=run.folder.path
-        )
+        with uncompiled():
+            metrics = run.validation.run(
+                run.policy, run.reference_val, step=run.progress.step, folder=run.folder.path
+            )
         self._log({f"eval_{name}": value for name, value in metrics.items()})
         run.saver.after_validation(metrics, run.progress, run.state, run.checkpointer)
 

@@ -11,7 +11,7 @@ from torch import Tensor, nn
 
 from tokenpref.data import IGNORE_INDEX
 from tokenpref.errors import ConfigError
-from tokenpref.models.decoder import evaluating
+from tokenpref.models.decoder import evaluating, uncompiled
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.ops import linear_token_stats
 from tokenpref.stats import SIDES
@@ -93,6 +93,7 @@ def token_importances(
         torch.enable_grad(),
         scorer.switched(),
         evaluating(scorer.model),
+        uncompiled(),
         _hooked_embeddings(scorer.decoder.embedding) as found,
     ):
         value = scorer.decoder.run(tokens, job)

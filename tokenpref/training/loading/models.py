@@ -436,8 +436,7 @@ def place_decoder(
         if world.is_main:
             log.info(f"{key}: {len(names)} linear layers multiply in float8 ({compute.float8.recipe})")
     if compiled:
-        for layer in decoder_of(decoder).layers:
-            layer.compile(backend=os.environ.get("TORCH_COMPILE_BACKEND", "inductor"))
+        _compile_layers(decoder)
     if compute.checkpoint_every is not None:
         checkpoint_layers(decoder, compute.checkpoint_every)
     if compute.offload:
@@ -453,6 +452,18 @@ def place_decoder(
     decoder.to_empty(device=world.device)
     decoder_of(decoder).fill_buffers(world.device)
     decoder.train(trainable)
+
+
+def _compile_layers(decoder: nn.Module) -> None:
+    """Compile every layer (in place).
+
+    Inductor keeps intermediate bfloat16 results in float32 by default. The compiled layers of policy and reference, which are
+    compiled with and without gradients, then round differently, and a training would not start at log 2.
+    """
+    backend = os.environ.get("TORCH_COMPILE_BACKEND", "inductor")
+    options = {"emulate_precision_casts": True} if backend == "inductor" else None
+    for layer in decoder_of(decoder).layers:
+        layer.compile(backend=backend, options=options)
 
 
 def _switch_dropout_off(model: nn.Module) -> None:
