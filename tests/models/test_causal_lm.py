@@ -2,11 +2,13 @@ import copy
 import math
 from functools import cache
 
+import numpy as np
 import pytest
 import torch
-from support import families, small
+from support import families, small, workers
 
 from tokenpref.distributed import full_state_dict, load_full_state_dict, single_process_world
+from tokenpref.distributed.testing import run_distributed
 from tokenpref.errors import ConfigError
 from tokenpref.losses import DPOLoss, TokenDPOLoss
 from tokenpref.models import CausalLMCheckpointer
@@ -246,6 +248,40 @@ def test_adapters(family, folder):
             stats = token_stats_from_logits(one_at_a_time(expected), None, BATCH.labels, needs=frozenset())
             found = side.logps(BATCH.tokens, BATCH.labels, sides=2)
             torch.testing.assert_close(found, stats.policy_logps, atol=1e-9, rtol=0)
+
+
+def test_two_ranks_do_the_steps_of_one_process(folder, tmp_path):
+    def untied(family):
+        config = families.config_of(family, {**families.FAMILIES[family], "tie_word_embeddings": False})
+        return families.folder_of(tmp_path / family, config)
+
+    def tied(family):
+        config = families.config_of(family, {**families.FAMILIES[family], "tie_word_embeddings": True})
+        return families.folder_of(tmp_path / f"{family}_tied", config)
+
+    cases = [
+        (folder("qwen3"), "float64"),
+        (tied("qwen3"), "float64"),
+        (folder("gemma3_text"), "float64"),
+        (untied("gemma3_text"), "float64"),
+        (folder("deepseek_v3"), "float64"),
+        (folder("qwen3_moe"), "float32"),
+    ]
+    rows = [[[0, 1], [2]], [[3], []]]
+    first, second = run_distributed(workers.causal_lm_steps, cases, rows)
+    alone = workers.causal_lm_steps(single_process_world(), cases, [[[0, 1, 2, 3]]])
+    for (path, dtype), found, other, expected in zip(cases, first, second, alone, strict=True):
+        tolerance = 1e-9 if dtype == "float64" else 2e-4
+        assert found["norm"] == pytest.approx(expected["norm"], rel=tolerance), path
+        assert found["norm"] == other["norm"] and found["metrics"] == other["metrics"]
+        for name, value in expected["metrics"].items():
+            assert found["metrics"][name] == pytest.approx(value, rel=tolerance, abs=tolerance), (path, name)
+        assert found["state"].keys() == expected["state"].keys()
+        for name, tensor in expected["state"].items():
+            np.testing.assert_allclose(
+                found["state"][name], tensor, rtol=0, atol=tolerance, err_msg=f"{path}: {name}"
+            )
+        assert found["samples"] == expected["samples"]
 
 
 # --- what is refused

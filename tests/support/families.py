@@ -114,7 +114,7 @@ def own_model(config: Any, seed: int = 0, dtype: torch.dtype = torch.float64) ->
     with torch.random.fork_rng():
         model = AutoModelForCausalLM.from_config(config, dtype=torch.float64, attn_implementation="eager")
     randomise(model, seed).to(dtype).eval()
-    return _computes_in(model, dtype)
+    return computing_in(model, dtype)
 
 
 def causal_lm_of(folder: str, dtype: torch.dtype, lora: dict[str, Any] | None = None) -> torch.nn.Module:
@@ -134,10 +134,11 @@ def ours(folder: str, own: Any, lora: dict[str, Any] | None = None) -> torch.nn.
     }
     lacking, strange = model.load_state_dict(state, strict=False)
     assert not strange and all("lora" in name for name in lacking)
-    return _computes_in(model.eval(), own.dtype)
+    return computing_in(model.eval(), own.dtype)
 
 
-def _computes_in(model: Any, dtype: torch.dtype) -> Any:
+def computing_in(model: Any, dtype: torch.dtype) -> Any:
+    """Let a model compute in a dtype (in place); returns it."""
     # The grouped products of PyTorch, with which transformers computes experts, have no float64.
     if dtype == torch.float64 and model._can_set_experts_implementation():
         model.set_experts_implementation("eager")

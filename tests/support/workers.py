@@ -5,13 +5,14 @@ from __future__ import annotations
 import os
 import weakref
 from collections.abc import Iterator, Mapping
+from contextlib import nullcontext
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from support import evaluating, small
+from support import evaluating, families, small
 from tokenpref.data import PairBatch, building, preference_dataset
 from tokenpref.distributed import (
     World,
@@ -25,15 +26,19 @@ from tokenpref.distributed import (
 )
 from tokenpref.distributed.world import end_threads
 from tokenpref.errors import TokenprefError
+from tokenpref.losses import TokenDPOLoss
 from tokenpref.models.adapters import adapter_state
 from tokenpref.models.float8 import Float8, convert_to_float8
+from tokenpref.models.generation import sample
 from tokenpref.models.reference import FrozenReference, NoReference, Reference
 from tokenpref.models.scoring import ScoringModel
 from tokenpref.training import PreferenceTrainer, TripletTrainer, WeightedTrainer
 from tokenpref.training.config.command_line import load_config
+from tokenpref.training.config.compute import Compute
 from tokenpref.training.credit.anchors import AnchorSampler
 from tokenpref.training.credit.attribution import Attribution
 from tokenpref.training.credit.live import LiveModels, RefreshedScores
+from tokenpref.training.loading.models import place_decoder
 from tokenpref.training.loading.reference_cache import ReferenceCache, cached_references
 from tokenpref.training.step.train_step import StepResult, no_anchors, train_step
 from tokenpref.weights.attribution import AnswerLogp
@@ -492,3 +497,62 @@ def tokenised(world: World, source: str, caches: list[list[str]]) -> list[tuple[
         )
         found.append((len(built), data.fingerprint(), list(data)))
     return found
+
+
+def causal_lm_steps(
+    world: World, cases: list[tuple[str, str]], split: list[list[list[int]]]
+) -> list[dict[str, Any]]:
+    """Two steps of models of transformers on this rank's share, which are filled as a run fills them, and greedy samples.
+
+    Args:
+        world: the rank's world.
+        cases: a folder with ``config.json`` and the dtype of each model.
+        split: ``split[rank][micro]`` lists the rows of a micro-batch; an empty list is a filler.
+    """
+    return [_causal_lm_steps(world, folder, getattr(torch, dtype), split) for folder, dtype in cases]
+
+
+def _causal_lm_steps(
+    world: World, folder: str, dtype: torch.dtype, split: list[list[list[int]]]
+) -> dict[str, Any]:
+    policy, frozen = (
+        _placed(world, folder, dtype, seed, trainable=trainable)
+        for seed, trainable in ((0, True), (1, False))
+    )
+    loss = TokenDPOLoss(beta=0.5)
+    optimizer = torch.optim.SGD(policy.parameters(), lr=0.1)
+    with families.Float64() if dtype == torch.float64 else nullcontext():
+        scorer, reference = ScoringModel(policy, head_memory_mb=0.002), FrozenReference(ScoringModel(frozen))
+        scorer.decoder.prove(padding_free=True)
+        policy.train()
+        batches = [small.batch(rows, filler=not rows) for rows in split[world.rank]]
+        for number in (1, 2):
+            result = _step(scorer, reference, loss, optimizer, batches, world, number, clip_grad_norm=1.0)
+        samples = sample(
+            policy,
+            [[5, 9, 3][world.rank :]],
+            seeds=[0],
+            max_new_tokens=6,
+            eos_id=0,
+            pad_id=0,
+            world=world,
+            temperature=0,
+        )
+    return {
+        "state": {name: tensor.numpy() for name, tensor in full_state_dict(policy, world).items()},
+        "norm": result.grad_norm,
+        "metrics": result.sums.reduce(world),
+        "samples": samples,
+    }
+
+
+def _placed(world: World, folder: str, dtype: torch.dtype, seed: int, *, trainable: bool) -> torch.nn.Module:
+    """A model of transformers, built without memory, sharded, and filled with random weights from the main process."""
+    whole = (
+        families.randomise(families.causal_lm_of(folder, dtype), seed).state_dict() if world.is_main else {}
+    )
+    with torch.device("meta"):
+        model = families.causal_lm_of(folder, dtype)
+    place_decoder(model, Compute(dtype=dtype), world, trainable=trainable)
+    load_full_state_dict(model, whole, world)
+    return families.computing_in(model, dtype)
