@@ -313,6 +313,13 @@ MODEL = ("checkpointer.checkpoint_dir=model",)
 EVIL = write("evil.py", f"open('{TRACE}', 'w')\n".encode())
 REACHES_OUT = b"{{ ''.__class__.__mro__[1].__subclasses__() }}"
 CAUSAL = ("model=tokenpref.models.causal_lm",)
+IN_FOLDER = (
+    *CAUSAL,
+    "model.path=llm",
+    "checkpointer=tokenpref.models.CausalLMCheckpointer",
+    "checkpointer.checkpoint_dir=llm",
+    "~checkpointer.checkpoint_files",
+)
 CONTENTS = b"{%% for m in messages %%}{{ m.content%s }}{%% endfor %%}"
 WRITES_ON = b"{% for i in range(100000) %}{{ 'a' * 100000 }}{% endfor %}"
 
@@ -473,6 +480,10 @@ CONFIGS = [
         (*CAUSAL, "model.path=nowhere")),
     Bad("a folder of another kind of model", "tdpo", "model.path: t5 is a t5, and transformers .* makes no causal language model",
         (*CAUSAL, "model.path=t5"), prepare=write("t5/config.json", b'{"model_type": "t5"}')),
+    Bad("a folder of transformers without weights", "tdpo", "checkpointer.checkpoint_dir: llm holds no weights", IN_FOLDER,
+        prepare=write("llm/config.json", b'{"model_type": "llama"}')),
+    Bad("weights of transformers that are cut off", "tdpo", "checkpointer.checkpoint_dir: .*model.safetensors", IN_FOLDER,
+        prepare=both(write("llm/config.json", b'{"model_type": "llama"}'), write("llm/model.safetensors", b"\x08\0\0\0"))),
     Bad("no optimizer", "tdpo", "optimizer .builtins.list.: makes a list, which has no param_groups",
         ("optimizer=builtins.list", "~optimizer.lr")),
     Bad("no logger", "tdpo", "metric_logger .builtins.dict.: makes a dict, which has no log_config",

@@ -11,6 +11,8 @@ import torch
 from tokenpref._paths import resolve_path
 from tokenpref.errors import ConfigError
 from tokenpref.losses import LossTraits
+from tokenpref.models import CausalLMCheckpointer
+from tokenpref.models.tensor_files import TensorFiles
 from tokenpref.training.config.fields import Component
 
 __all__ = ["adapter_faults", "checkpoint_faults", "loss_faults", "transform_faults"]
@@ -45,6 +47,17 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
     missing = [name for name in files if not (folder / name).is_file()] if isinstance(files, list) else []
     if missing:
         return [f"{checkpointer.key}.checkpoint_files: {missing[0]!r} is not in {folder.absolute()}"]
+    if checkpointer.target() is CausalLMCheckpointer:
+        return _weight_file_faults(checkpointer, folder, files)
+    return []
+
+
+def _weight_file_faults(checkpointer: Component, folder: Path, files: list[str] | None) -> list[str]:
+    """What is wrong with the files of weights, as far as their headers tell."""
+    try:
+        TensorFiles(folder, files)
+    except ConfigError as error:
+        return [f"{checkpointer.key}.checkpoint_dir: {error}"]
     return []
 
 
