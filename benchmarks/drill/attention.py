@@ -2,12 +2,12 @@
 
 from __future__ import annotations
 
-import importlib
-import inspect
 import random
 from collections.abc import Callable, Sequence
+from contextlib import nullcontext
 from functools import partial
 from typing import Any
+from unittest.mock import patch
 
 import torch
 import torch.nn.functional as F
@@ -16,9 +16,10 @@ from torch.nn.attention import SDPBackend, sdpa_kernel
 
 from benchmarks.drill.stage import Stage, timed
 from tokenpref._torchtune import llama3_2
+from tokenpref.models import varlen
 from tokenpref.models.scoring import ScoringModel
 
-__all__ = ["VARIANTS", "attention", "varlen_options"]
+__all__ = ["VARIANTS", "attention"]
 
 HEADS, KV_HEADS, WIDTH = 32, 8, 64
 """Of Llama-3.2-1B."""
@@ -44,33 +45,15 @@ def loop_with_flash(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> 
         return loop(q, k, v, lengths)
 
 
-def varlen_options() -> dict[str, Any]:
-    """Keywords that make ``varlen_attn`` causal; its signature differs between versions of torch.
-
-    Up to torch 2.10 it has ``is_causal``, then ``window_size``, and from 2.12 on also ``enable_gqa``.
-    """
-    names = inspect.signature(importlib.import_module("torch.nn.attention.varlen").varlen_attn).parameters
-    options: dict[str, Any] = {"window_size": (-1, 0)} if "window_size" in names else {"is_causal": True}
-    if "enable_gqa" in names:
-        options["enable_gqa"] = True
-    return options
-
-
-def varlen(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
-    """One call for all sequences."""
-    options = varlen_options()
-    if "enable_gqa" not in options:
-        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], dim=1) for x in (k, v))
+def one_call(q: Tensor, k: Tensor, v: Tensor, lengths: Sequence[int]) -> Tensor:
+    """One call for all sequences, as the package makes it on GPUs."""
     ends = F.pad(torch.tensor(lengths).cumsum(0), (1, 0)).to(q.device, torch.int32)
-    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
-    output: Tensor = function(q, k, v, ends, ends, max(lengths), max(lengths), **options)
-    return output
+    return varlen.causal_attention(q, k, v, ends, ends, max(lengths))
 
 
-VARIANTS: dict[str, Attention] = {"loop": loop, "loop with flash": loop_with_flash, "varlen": varlen}
+VARIANTS: dict[str, Attention] = {"loop": loop, "loop with flash": loop_with_flash, "one call": one_call}
 """Ways to compute the attention of all sequences; each is a row of the table."""
 
-NEED_CUDA = ("varlen",)
 
 CALLS = (0, 0, 1, 1, 2)
 """Which set of 16 lengths each call has: kernels or plans that are made for a length show as a slow first call."""
@@ -87,15 +70,22 @@ def attention(stage: Stage) -> None:
     longest = 64 if stage.tiny else 1200
     inputs = [_tensors(stage, lengths_of(16, longest, seed)) for seed in range(3)]
     for name, function in VARIANTS.items():
-        if name in NEED_CUDA and stage.device != "cuda":
-            stage.skip(f"attention, {name}", "needs a CUDA device")
+        if function is one_call and not varlen.takes(inputs[0][0][0], inputs[0][0][2], None):
+            stage.skip(f"attention, {name}", "PyTorch's varlen_attn needs a CUDA device")
             continue
         with stage.part(f"attention, {name}"):
             _measure(stage, name, function, inputs)
-    for padding_free in (True, False):
-        name = "without padding" if padding_free else "padded"
+    layers: dict[str, tuple[bool, bool | None]] = {
+        "without padding, as the package chooses": (True, None),
+        "without padding, one call for each length": (True, False),
+        "padded": (False, None),
+    }
+    for name, (padding_free, takes) in layers.items():
         with stage.part(f"layer of the package, {name}"):
-            _layer(stage, name, padding_free, longest)
+            # The second variant is what the package does where one call for all is not possible.
+            one_by_one = patch.object(varlen, "takes", return_value=takes)
+            with nullcontext() if takes is None else one_by_one:
+                _layer(stage, name, padding_free, longest)
 
 
 def _tensors(stage: Stage, lengths: list[int]) -> tuple[list[Tensor], list[int]]:

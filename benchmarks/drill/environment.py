@@ -2,7 +2,9 @@
 
 from __future__ import annotations
 
+import importlib
 import importlib.util
+import inspect
 from functools import partial
 from typing import Any
 
@@ -53,12 +55,10 @@ def _device(device: str) -> dict[str, Any]:
 
 
 def _varlen() -> dict[str, str]:
-    found = importlib.util.find_spec("torch.nn.attention.varlen")
-    if found is None:
+    if importlib.util.find_spec("torch.nn.attention.varlen") is None:
         return {"varlen_attn": "missing in this version of torch"}
-    from benchmarks.drill.attention import varlen_options
-
-    return {"varlen_attn": "found", "its options for causal attention": str(varlen_options())}
+    function = importlib.import_module("torch.nn.attention.varlen").varlen_attn
+    return {"varlen_attn": ", ".join(inspect.signature(function).parameters)}
 
 
 def _backends(stage: Stage, width: int) -> None:

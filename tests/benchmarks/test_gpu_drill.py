@@ -5,7 +5,6 @@ import math
 import sys
 import time
 from pathlib import Path
-from types import SimpleNamespace
 
 import pytest
 import torch
@@ -173,45 +172,22 @@ def test_host_reads_are_counted():
     assert reads.counts == {"_local_scalar_dense": 2, "nonzero": 1}
 
 
-def stand_in(query, key, value, ends_q, ends_k, longest_q, longest_k):
-    """Causal attention inside each sequence, from the definition."""
-    assert longest_q == longest_k == int(ends_q.diff().max()) and torch.equal(ends_q, ends_k)
-    parts = zip(*(x.split(ends_q.diff().tolist()) for x in (query, key, value)), strict=True)
-    outputs = []
-    for q, k, v in parts:
-        scores = torch.einsum("qhd,khd->hqk", q, k) / math.sqrt(q.shape[-1])
-        causal = torch.ones(len(q), len(q), dtype=torch.bool).tril()
-        outputs.append(torch.einsum("hqk,khd->qhd", scores.masked_fill(~causal, -math.inf).softmax(-1), v))
-    return torch.cat(outputs)
-
-
-def oldest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, is_causal=False):
-    assert is_causal
-    return stand_in(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k)
-
-
-def older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1)):
-    return oldest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size == (-1, 0))
-
-
-def newest(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, *, window_size=(-1, -1), enable_gqa=False):
-    assert enable_gqa and key.shape[1] < query.shape[1]
-    key, value = (x.repeat_interleave(query.shape[1] // x.shape[1], 1) for x in (key, value))
-    return older(query, key, value, cu_seq_q, cu_seq_k, max_q, max_k, window_size=window_size)
-
-
-@pytest.mark.parametrize("signature", [oldest, older, newest])
-def test_varlen_equals_the_loop_for_every_signature(monkeypatch, signature):
-    module = SimpleNamespace(varlen_attn=signature)
-    monkeypatch.setattr(attention.importlib, "import_module", lambda _name: module)
+def test_the_loop_and_the_one_call_by_hand(monkeypatch):
+    """The one call gets where the sequences end: 3, 4 and 9 of lengths 3, 1 and 5."""
+    calls = []
+    monkeypatch.setattr(attention.varlen, "causal_attention", lambda *args: calls.append(args[3:]) or args[0])
     generator = torch.Generator().manual_seed(0)
     lengths = [3, 1, 5]
     q, k, v = (torch.randn(9, heads, 8, dtype=torch.float64, generator=generator) for heads in (4, 2, 2))
-    expected = attention.loop(q, k, v, lengths)
-    torch.testing.assert_close(attention.varlen(q, k, v, lengths), expected)
-    one = [x[:3].repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v)]
-    by_hand = F.scaled_dot_product_attention(*one, is_causal=True).transpose(0, 1)
-    torch.testing.assert_close(expected[:3], by_hand)
+    attention.one_call(q, k, v, lengths)
+    ((ends_q, ends_k, bound),) = calls
+    assert ends_q.tolist() == ends_k.tolist() == [0, 3, 4, 9] and bound == 5
+    found = attention.loop(q, k, v, lengths)
+    one = [x[4:].repeat_interleave(4 // x.shape[1], 1).transpose(0, 1) for x in (q, k, v)]
+    torch.testing.assert_close(
+        found[4:], F.scaled_dot_product_attention(*one, is_causal=True).transpose(0, 1)
+    )
+    torch.testing.assert_close(found[3], v[3].repeat_interleave(2, 0))  # a token alone sees itself
 
 
 def test_where_trl_is_looked_for(tmp_path):
