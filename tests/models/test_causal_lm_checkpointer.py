@@ -305,7 +305,8 @@ SPOILT = {
     "pickled weights": (only_pickled, r"holds its weights as pytorch_model.bin, and only .*convert it.*save_pretrained"),
     "no index": (lambda f: (f / INDEX).unlink(), r"but neither model.safetensors nor .*list the files in checkpoint_files"),
     "no config": (lambda f: (f / "config.json").unlink(), r"gives no model that transformers .* knows .*set checkpoint_dir"),
-    "an unknown family": (lambda f: edit(f / "config.json", model_type="abcd"), r"gives no model that transformers .*abcd.*set checkpoint_dir"),
+    "an unknown family": (lambda f: edit(f / "config.json", model_type="abcd"),
+            r"gives no model that transformers .*abcd.*set checkpoint_dir"),
     "a model that is no language model": (
         lambda f: (f / "config.json").write_text('{"model_type": "vit"}'),
         r"is a vit, and transformers .* makes no causal language model of it",

@@ -460,9 +460,9 @@ def _attention(
         )
 
     if isinstance(segments, Segments):
-        own = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
+        q, k, v = (x.squeeze(0).transpose(0, 1) for x in (q, k, v))
         output = attention_by_segment(
-            *own, segments, attention, scale=scaling, window=sliding_window, plain=softcap is None
+            q, k, v, segments, attention, scale=scaling, window=sliding_window, plain=softcap is None
         )
         return output[None], None
     mask = None if segments is None else segments[:, None, :, : k.shape[2]]

@@ -406,7 +406,8 @@ def _saved_bytes_per_token(model: nn.Module, device: torch.device) -> float:
     rows, length = 64, 2
     model.train()
     scorer = ScoringModel(model, padding_free=False)
-    with suppress(TypeError):  # transformers' own attention asks for values of masks, and the meta device has none
+    # transformers' own attention asks for values of masks, and the meta device has none.
+    with suppress(TypeError):
         scorer.decoder.install_padding_free()
     if device.type == "cpu":
         install_on_cpu(model)
