@@ -1,4 +1,4 @@
-"""The tables of docs/models.md: which architectures of transformers work without padding, which need it, which are refused."""
+"""README.md and docs/models.md list the architectures of transformers that tests/models/test_causal_lm.py and this file test."""
 
 import json
 import re
@@ -6,103 +6,72 @@ from pathlib import Path
 
 import pytest
 import torch
+from support import families
 
 from tokenpref.errors import ConfigError
 from tokenpref.models import causal_lm
 from tokenpref.models.decoder_of import decoder_of
 
-TEXT = (Path(__file__).parents[2] / "docs" / "models.md").read_text(encoding="utf-8")
+ROOT = Path(__file__).parents[2]
+PAGE, README = ((ROOT / name).read_text(encoding="utf-8") for name in ("docs/models.md", "README.md"))
 
 
 def listed(header):
-    """The values of ``model_type`` in the table that begins with a header."""
-    table = TEXT.split(f"| {header} |")[1].split("\n\n")[0]
-    return re.findall(r"`([a-z0-9_]+)`", table.partition("\n")[2])
+    """The values of ``model_type`` in the table of docs/models.md that begins with a header."""
+    table = PAGE.split(f"| {header} |")[1].split("\n\n")[0]
+    return set(re.findall(r"`([a-z0-9_]+)`", table.partition("\n")[2]))
 
 
 PACKED, PADDED, REFUSED = map(listed, ("works without padding", "needs `padding_free=false`", "refused"))
-SIZES = {
-    "vocab_size": 97,
-    "hidden_size": 32,
-    "intermediate_size": 48,
-    "num_hidden_layers": 2,
-    "num_attention_heads": 4,
-    "num_key_value_heads": 2,
-    "head_dim": 8,
-    "max_position_embeddings": 64,
-    "pad_token_id": 0,
-    "bos_token_id": 1,
-    "eos_token_id": 2,
-}
-EXPERTS = {"moe_intermediate_size": 16, "num_experts": 4, "num_local_experts": 4, "num_experts_per_tok": 2}
-OWN = {
-    "gemma2": {"query_pre_attn_scalar": 8, "sliding_window": 5},
-    "gemma3_text": {"query_pre_attn_scalar": 8, "sliding_window": 5},
-    "mistral": {"sliding_window": 6},
-    "lfm2": {"layer_types": ["conv", "full_attention"]},
-    "mixtral": EXPERTS,
-    "qwen3_moe": EXPERTS,
-    "olmoe": EXPERTS,
-    "deepseek_v3": {
-        "head_dim": 4,
-        "num_key_value_heads": 4,
-        "kv_lora_rank": 8,
-        "q_lora_rank": 8,
-        "qk_rope_head_dim": 4,
-        "qk_nope_head_dim": 8,
-        "v_head_dim": 6,
-        "n_routed_experts": 4,
-        "num_experts_per_tok": 2,
-        "n_group": 2,
-        "topk_group": 1,
-        "first_k_dense_replace": 1,
-    },
-    "llama4_text": {**EXPERTS, "intermediate_size_mlp": 48, "attention_chunk_size": 8192},
-}
+NAMES = {
+    "llama": "Llama", "qwen2": "Qwen2", "qwen3": "Qwen3", "mistral": "Mistral", "ministral": "Ministral", "gemma2": "Gemma 2",
+    "gemma3_text": "Gemma 2 and 3", "olmo2": "OLMo 2", "olmo3": "OLMo 2 and 3", "smollm3": "SmolLM3", "granite": "Granite",
+    "phi3": "Phi-3", "glm4": "GLM-4", "cohere2": "Cohere 2", "exaone4": "EXAONE 4", "seed_oss": "Seed-OSS", "helium": "Helium",
+    "starcoder2": "StarCoder2", "gpt_neox": "GPT-NeoX", "ernie4_5": "ERNIE 4.5", "hunyuan_v1_dense": "Hunyuan",
+    "qwen3_moe": "Qwen3-MoE", "mixtral": "Mixtral", "olmoe": "OLMoE", "deepseek_v3": "DeepSeek-V3", "stablelm": "StableLM",
+    "nemotron": "Nemotron", "gpt_oss": "gpt-oss", "lfm2": "LFM2", "llama4_text": "Llama 4", "qwen3_next": "Qwen3-Next",
+}  # fmt: skip
+ALONE = {"qwen3_next": {}, "phi": {}, "gptj": {}, "opt": {}}
+"""Architectures that only this file tests."""
 
 
 @pytest.fixture
 def decoder(tmp_path):
-    """A model of a kind with small random weights, as a decoder."""
-    from transformers import AutoConfig
+    """A model with small random weights, as a decoder."""
 
     def build(kind):
-        config = AutoConfig.for_model(kind, **{**SIZES, **OWN.get(kind, {})})
-        (tmp_path / "config.json").write_text(json.dumps(config.to_dict()))
-        with torch.random.fork_rng():
-            torch.manual_seed(0)
-            model = causal_lm(str(tmp_path)).eval()
-            for parameter in model.parameters():
-                if parameter.dim() > 1:
-                    parameter.data.normal_(0, 0.2)
-        return decoder_of(model)
+        path = families.folder_of(tmp_path, families.config_of(kind, ALONE[kind]))
+        return decoder_of(families.randomise(causal_lm(path)).eval())
 
     return build
 
 
-def test_the_page_lists_the_architectures():
-    assert len(PACKED) >= 20 and len(PADDED) >= 5 and len(REFUSED) >= 3
-    assert not set(PACKED) & set(PADDED) and not set(PACKED + PADDED) & set(REFUSED)
+def test_the_page_lists_what_is_tested():
+    # LFM2 without its convolutions works, but no published one is without.
+    assert PACKED == set(families.FAMILIES) - {"lfm2"}
+    assert PADDED | REFUSED == {kind for kind, _ in families.PADDED.values()} | set(ALONE)
+    assert not PADDED & REFUSED
 
 
-@pytest.mark.parametrize("kind", PACKED)
-def test_what_works_without_padding(decoder, kind):
-    found = decoder(kind)
-    found.check()
-    found.install_padding_free()
-    found.prove(padding_free=True)
+def test_the_readme_lists_the_same():
+    by_causal_lm = [
+        row for row in README.split("### Which models")[1].split("\n\n")[1].splitlines() if row[:2] == "| "
+    ]
+    text = {True: " ".join(by_causal_lm[3:5]), False: by_causal_lm[5]}
+    assert "causal_lm" in by_causal_lm[3] and "padding_free=false" in text[False]
+    for kind in PACKED | PADDED:
+        assert re.search(rf"\b{NAMES[kind]}\b", text[kind in PACKED]), kind
 
 
-@pytest.mark.parametrize("kind", PADDED)
-def test_what_needs_padding(decoder, kind):
-    decoder(kind).prove(padding_free=False)
-    found = decoder(kind)
+def test_layers_that_mix_neighbours_otherwise_need_padding(decoder):
+    decoder("qwen3_next").prove(padding_free=False)
+    found = decoder("qwen3_next")
     found.install_padding_free()
     with pytest.raises(ConfigError, match="set padding_free=false"):
         found.prove(padding_free=True)
 
 
-@pytest.mark.parametrize("kind", REFUSED)
+@pytest.mark.parametrize("kind", sorted(REFUSED))
 def test_what_is_refused(decoder, kind):
     found = decoder(kind)
 
@@ -123,7 +92,7 @@ IMAGES = {
 
 
 def test_a_model_that_also_sees_images_is_built_as_a_language_model(tmp_path):
-    text = {"model_type": "gemma3_text", **SIZES}
+    text = families.config_of("gemma3_text").to_dict()
     (tmp_path / "config.json").write_text(
         json.dumps({"model_type": "gemma3", "text_config": text, "vision_config": IMAGES})
     )
