@@ -953,6 +953,42 @@ ADAPTER_FOLDERS = [
         ("model._component_=torchtune.models.phi3.lora_phi3_mini", "model.lora_attn_modules=[q_proj]")),
 ]  # fmt: skip
 
+CAUSAL_TINY = (
+    *CAUSAL, "model.path=package://data/tiny/model", "checkpointer=tokenpref.models.CausalLMCheckpointer",
+    "~checkpointer.checkpoint_files", "~checkpointer.model_type",
+)  # fmt: skip
+CAUSAL_LORA = (
+    *CAUSAL_TINY, "model.lora.rank=4", "model.lora.alpha=8", "model.lora.target_modules=[q_proj,v_proj]",
+)  # fmt: skip
+GIVEN = (*CAUSAL_LORA, "adapter_checkpoint=adapter")
+CAUSAL_ADAPTERS = [
+    Bad("LoRA without a setting", "tdpo", "model.lora: is {}; set some of rank, .* or lora=null",
+        (*CAUSAL_TINY, "model.lora={}")),
+    Bad("LoRA that is a word", "tdpo", "model.lora must be a mapping .*or null", (*CAUSAL_TINY, "model.lora=all")),
+    Bad("LoRA setting of PEFT", "tdpo", "model.lora.r: there is no such setting; did you mean 'rank'",
+        (*CAUSAL_LORA, "model.lora.r=4")),
+    Bad("LoRA of rank 0", "pair", "model.lora.rank: is 0; set a whole number of at least 1", (*CAUSAL_LORA, "model.lora.rank=0")),
+    Bad("LoRA of no module", "ti", "model.lora.target_modules: is \\[\\]; set a list",
+        (*CAUSAL_LORA, "model.lora.target_modules=[]")),
+    Bad("LoRA of an unknown module", "tdpo", "'output_proj' names no linear layer of the model; these end in down_proj",
+        (*CAUSAL_LORA, "model.lora.target_modules=[q_proj,output_proj]")),
+    Bad("LoRA of the head", "tdpo", "'lm_head' names no .* The head has no adapter",
+        (*CAUSAL_LORA, "model.lora.target_modules=[lm_head]")),
+    Bad("LoRA over NF4 that is too small", "tdpo", "model.lora.quantize_base: NF4 stores .*; set it to false",
+        (*CAUSAL_LORA, "model.lora.quantize_base=true")),
+    Bad("LoRA folder of another rank", "tdpo", "has rank 4 .* set model.lora.rank=4", (*GIVEN, "model.lora.rank=2"),
+        prepare=adapter()),
+    Bad("LoRA folder of another alpha", "tdpo", "has alpha 8 .* set model.lora.alpha=8", (*GIVEN, "model.lora.alpha=2"),
+        prepare=adapter()),
+    Bad("LoRA folder for DoRA", "tdpo", "set model.lora.use_dora=false", (*GIVEN, "model.lora.use_dora=true"), prepare=adapter()),
+    Bad("LoRA folder of other targets", "evaluate", "adapts q_proj, v_proj and the model .*; set model.lora.target_modules",
+        (*GIVEN, "model.lora.target_modules=all-linear", "ref_checkpointer=null"), prepare=adapter()),
+    Bad("LoRA folder of another base", "tdpo", "adapter is an adapter of other weights than these", GIVEN,
+        prepare=adapter(record(OF_BASE, lambda r: r.update(digest="0" * 64)))),
+    Bad("LoRA folder for a model without LoRA", "tdpo", "adapter_checkpoint: .* without adapters; .*causal_lm",
+        (*CAUSAL_TINY, "adapter_checkpoint=adapter"), prepare=adapter()),
+]  # fmt: skip
+
 NEW = ADAPTED[:-1]
 ADAPTER_BUILDERS = [
     Bad("adapter of an unknown module", "tdpo", "model.lora_attn_modules: 'o_proj' fits no module; name some of q_proj",
@@ -1061,7 +1097,7 @@ CAUSAL_LMS = [
 
 TABLE = (
     *(CONFIGS + DATA + STORES + PAIRS + CACHES + CHECKPOINTS + WEIGHTS + EXPORTS + ADAPTER_FOLDERS),
-    *(ADAPTER_BUILDERS + CAUSAL_LMS),
+    *(ADAPTER_BUILDERS + CAUSAL_LMS + CAUSAL_ADAPTERS),
 )
 
 

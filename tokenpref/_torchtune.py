@@ -29,6 +29,7 @@ from torchtune.modules import (
     TransformerSelfAttentionLayer,
 )
 from torchtune.modules.common_utils import local_kv_cache
+from torchtune.modules.low_precision import FrozenNF4Linear
 from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import (
     ModelType,
@@ -43,6 +44,7 @@ from torchtune.training import (
 __all__ = [
     "DoRALinear",
     "FeedForward",
+    "FrozenNF4Linear",
     "Gemma2Attention",
     "Gemma2FinalNorm",
     "GemmaNormEmbeddings",

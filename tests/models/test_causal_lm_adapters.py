@@ -4,9 +4,11 @@ import json
 
 import pytest
 import torch
-from support.causal_folders import KINDS, hf_model, write_folder
+from support.causal_folders import KINDS, WIDE, hf_model, write_folder
 from support.peft_models import randomise
+from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
+from tokenpref.distributed import load_full_state_dict, single_process_world
 from tokenpref.errors import ConfigError
 from tokenpref.models import ScoringModel, causal_lm
 from tokenpref.models.adapters import adapter_names, base_tensors
@@ -167,6 +169,48 @@ def test_an_adapter_of_other_settings_is_refused(settings, said, folders, tmp_pa
     folder = written(adapted(folders["qwen3"], **chosen), tmp_path / "adapter")
     with pytest.raises(ConfigError, match=said):
         read_adapter(folder, causal_lm(str(folders["qwen3"]), {**chosen, **settings}), "adapter_checkpoint")
+
+
+@DORA
+def test_a_quantised_base_computes_with_the_rounded_weights(dora, tmp_path):
+    """NF4 holds all linear layers that it can, with a bias and without an adapter too, and not the head."""
+    folder = write_folder(tmp_path / "wide", "qwen2", **WIDE)
+    settings = {"rank": 4, "alpha": 8, "target_modules": ["q_proj", "down_proj"], "use_dora": dora}
+    plain = adapted(folder, **settings)
+    model = causal_lm(str(folder), {**settings, "quantize_base": True}).eval()
+    quantised = {name for name, tensor in model.named_parameters() if isinstance(tensor, NF4Tensor)}
+    assert quantised == {name for name in plain.state_dict() if name.endswith("_proj.weight")}
+    own = plain.state_dict()
+    load_full_state_dict(model, own, single_process_world())
+    ScoringModel(model)
+    plain.load_state_dict({name: to_nf4(own[name]).to(torch.float32) for name in quantised}, strict=False)
+    torch.testing.assert_close(logits(model), logits(plain), rtol=0, atol=1e-4)
+    assert (logits(model) - logits(adapted(folder, **settings))).abs().max() > 1e-2
+    with pytest.raises(
+        ConfigError, match=r"quantize_base: NF4 .* the 32 x 32 numbers of model.layers.0.self_attn.q_proj"
+    ):
+        causal_lm(str(write_folder(tmp_path / "small", "llama")), {"quantize_base": True})
+
+
+@pytest.mark.parametrize(
+    ("lora", "said"),
+    [
+        ({}, "model.lora: is {}; set some of rank, .* or lora=null"),
+        ("all-linear", "model.lora: is 'all-linear'; set some of rank"),
+        ({"r": 8}, "model.lora.r: there is no such setting; did you mean 'rank'"),
+        ({"rank": 0}, "model.lora.rank: is 0; set a whole number of at least 1"),
+        ({"alpha": float("inf")}, "model.lora.alpha: is inf; set a number above 0"),
+        ({"target_modules": "*("}, r"model.lora.target_modules: '\*\(' is no regular expression"),
+        (
+            {"target_modules": ["q_proj", "w1"]},
+            "'w1' names no linear layer of the model; these end in down_proj, gate_proj",
+        ),
+        ({"target_modules": ["lm_head"]}, "'lm_head' names no .* The head has no adapter"),
+    ],
+)
+def test_settings_that_cannot_be_are_refused(lora, said, folders):
+    with pytest.raises(ConfigError, match=said):
+        causal_lm(str(folders["llama"]), lora)
 
 
 def test_an_adapter_of_another_width_is_refused(folders, tmp_path):

@@ -25,6 +25,14 @@ KINDS: dict[str, dict[str, Any]] = {
     "qwen2": {},
 }
 
+WIDE: dict[str, Any] = {
+    "hidden_size": 256,
+    "head_dim": 64,
+    "intermediate_size": 256,
+    "initializer_range": 0.1,
+}
+"""Sizes that NF4 can hold, and of which two processes can share the groups."""
+
 
 def hf_model(kind: str, seed: int = 0, **further: Any) -> Any:
     """A model as transformers makes it, with weights that are large enough for logits that differ."""

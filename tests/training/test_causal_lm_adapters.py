@@ -7,7 +7,7 @@ import pytest
 import torch
 from safetensors.torch import load_file, save_file
 from support import workers
-from support.causal_folders import hf_model, words, write_folder
+from support.causal_folders import WIDE, hf_model, words, write_folder
 from torch.distributed.checkpoint import FileSystemReader
 
 from tokenpref.cli import main
@@ -263,14 +263,18 @@ def test_a_pair_of_adapters_is_scored_for_a_store_and_inside_a_policy(folder):
 
 
 def test_two_ranks_equal_one_process(folder):
-    """A tied head, windows, a bias; LoRA and DoRA: weights and losses to 1e-6."""
+    """A tied head, a bias, an NF4 base; LoRA and DoRA: weights and losses to 1e-6."""
+    write_folder(folder / "wide_base", "qwen3", **WIDE)
+    kinds = {
+        "qwen3": {"use_dora": False},
+        "qwen2": {"use_dora": True},
+        "wide": {"use_dora": False, "quantize_base": True},
+    }
+    more = (*SHORT, "max_steps_per_epoch=2", "optimizer.eps=1e-4", "log_stats=[kl_ref_policy]")
     runs = [
-        [
-            *words(folder / f"{kind}_base", f"{{}}_{kind}", **SETTINGS, use_dora=dora), *SHORT, "max_steps_per_epoch=2",
-            "optimizer.eps=1e-4", "log_stats=[kl_ref_policy]",
-        ]
-        for kind, dora in (("qwen3", False), ("gemma3_text", True), ("qwen2", True))
-    ]  # fmt: skip
+        [*words(folder / f"{kind}_base", f"{{}}_{kind}", **SETTINGS, **lora), *more]
+        for kind, lora in kinds.items()
+    ]
 
     def of(place, *more):
         return [[word.replace("{}", str(folder / place)) for word in run] + list(more) for run in runs]

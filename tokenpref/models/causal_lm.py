@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import math
 import re
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -10,14 +11,31 @@ import torch
 from torch import nn
 
 from tokenpref._paths import resolve_path
-from tokenpref._torchtune import DoRALinear, LoRALinear
+from tokenpref._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
 from tokenpref.components import nearest
 from tokenpref.errors import ConfigError
 from tokenpref.models.described import model_of, read_config
 
 __all__ = ["causal_lm"]
 
-_LORA = {"rank": 8, "alpha": 16.0, "dropout": 0.0, "target_modules": "all-linear", "use_dora": False}
+_LORA = {
+    "rank": 8,
+    "alpha": 16.0,
+    "dropout": 0.0,
+    "target_modules": "all-linear",
+    "use_dora": False,
+    "quantize_base": False,
+}
+# What these settings are called in PEFT and in torchtune.
+_OTHER_NAMES = {
+    "r": "rank",
+    "lora_rank": "rank",
+    "lora_alpha": "alpha",
+    "lora_dropout": "dropout",
+    "lora_attn_modules": "target_modules",
+}
+_NF4_GROUP = 64 * 256
+"""How many numbers NF4 stores together."""
 _ALL_LINEAR = "all-linear"
 
 
@@ -30,10 +48,12 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
 
     Args:
         path: a folder with ``config.json``, or the name of a model on the Hugging Face hub.
-        lora: puts adapters in. Its keys are ``rank`` (8), ``alpha`` (16), ``dropout`` (0), ``target_modules`` and ``use_dora``
-            (false). ``target_modules`` is what it is in PEFT: a list of module names or of their last parts, such as
-            ``[q_proj, v_proj]``, a regular expression for the whole name, or ``all-linear`` (the default) for every linear layer
-            except the head. None: no adapters; the whole model is trained.
+        lora: puts adapters in. Its keys are ``rank`` (8), ``alpha`` (16), ``dropout`` (0), ``target_modules``, ``use_dora``
+            (false) and ``quantize_base`` (false). ``target_modules`` is what it is in PEFT: a list of module names or of their
+            last parts, such as ``[q_proj, v_proj]``, a regular expression for the whole name, or ``all-linear`` (the default)
+            for every linear layer except the head. ``quantize_base`` stores the weights of the linear layers in 4 bits (NF4,
+            as in QLoRA), except the head and layers without an adapter whose size NF4 cannot hold. None: no adapters; the whole
+            model is trained.
 
     Raises:
         ConfigError: if there is no such model, if it is no causal language model, if it needs code of its own, or if ``lora``
@@ -72,21 +92,37 @@ def _put_adapters(model: nn.Module, lora: Mapping[str, Any], head: str) -> None:
     linear = {
         name: module for name, module in model.named_modules() if type(module) is nn.Linear and name != head
     }
-    chosen = [name for name in linear if _is_chosen(name, settings["target_modules"])]
     _check_targets(settings["target_modules"], linear, head)
-    kind = DoRALinear if settings["use_dora"] else LoRALinear
-    for name in chosen:
-        old = linear[name]
+    for name, old in linear.items():
+        has_bias, fits_nf4 = old.bias is not None, old.weight.numel() % _NF4_GROUP == 0
+        if _is_chosen(name, settings["target_modules"]):
+            if settings["quantize_base"] and not fits_nf4:
+                raise ConfigError(
+                    f"model.lora.quantize_base: NF4 stores a weight in groups of {_NF4_GROUP:,} numbers, which do not divide the "
+                    f"{old.out_features} x {old.in_features} numbers of {name}; set it to false"
+                )
+            layer = _adapted(old, settings)
+        elif settings["quantize_base"] and fits_nf4:
+            layer = FrozenNF4Linear(old.in_features, old.out_features, bias=has_bias)
+        else:
+            continue
         parent, _, last = name.rpartition(".")
-        layer = kind(
-            old.in_features,
-            old.out_features,
-            rank=settings["rank"],
-            alpha=settings["alpha"],
-            dropout=settings["dropout"],
-            use_bias=old.bias is not None,
-        )
         setattr(model.get_submodule(parent), last, layer)
+
+
+def _adapted(linear: nn.Linear, settings: Mapping[str, Any]) -> nn.Module:
+    """A layer with an adapter, of the size of a linear one."""
+    kind = DoRALinear if settings["use_dora"] else LoRALinear
+    layer: nn.Module = kind(
+        linear.in_features,
+        linear.out_features,
+        rank=settings["rank"],
+        alpha=settings["alpha"],
+        dropout=settings["dropout"],
+        use_bias=linear.bias is not None,
+        quantize_base=settings["quantize_base"],
+    )
+    return layer
 
 
 def _checked(lora: Mapping[str, Any]) -> dict[str, Any]:
@@ -95,21 +131,27 @@ def _checked(lora: Mapping[str, Any]) -> dict[str, Any]:
     Raises:
         ConfigError: for an unknown name, or a value that cannot be.
     """
+    if not isinstance(lora, Mapping) or not lora:
+        raise ConfigError(
+            f"model.lora: is {lora!r}; set some of {', '.join(_LORA)}, such as lora={{rank: 8}}, or lora=null to train the whole "
+            "model"
+        )
     for name in lora:
         if name not in _LORA:
-            raise ConfigError(
-                f"model.lora.{name}: there is no such setting{nearest(str(name), _LORA)}; it has {', '.join(_LORA)}"
-            )
+            meant = _OTHER_NAMES.get(name)
+            hint = nearest(str(name), _LORA) if meant is None else f"; did you mean {meant!r}?"
+            raise ConfigError(f"model.lora.{name}: there is no such setting{hint}; it has {', '.join(_LORA)}")
     settings = {**_LORA, **lora}
     rank, alpha, dropout = settings["rank"], settings["alpha"], settings["dropout"]
     if not isinstance(rank, int) or isinstance(rank, bool) or rank < 1:
         raise ConfigError(f"model.lora.rank: is {rank!r}; set a whole number of at least 1")
-    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not alpha > 0:
+    if not isinstance(alpha, (int, float)) or isinstance(alpha, bool) or not 0 < alpha < math.inf:
         raise ConfigError(f"model.lora.alpha: is {alpha!r}; set a number above 0")
     if not isinstance(dropout, (int, float)) or isinstance(dropout, bool) or not 0 <= dropout < 1:
         raise ConfigError(f"model.lora.dropout: is {dropout!r}; set a number from 0 to below 1")
-    if not isinstance(settings["use_dora"], bool):
-        raise ConfigError(f"model.lora.use_dora: is {settings['use_dora']!r}; set true or false")
+    for name in ("use_dora", "quantize_base"):
+        if not isinstance(settings[name], bool):
+            raise ConfigError(f"model.lora.{name}: is {settings[name]!r}; set true or false")
     targets = settings["target_modules"]
     if not isinstance(targets, str):
         if not isinstance(targets, Sequence) or not targets or not all(isinstance(t, str) for t in targets):
