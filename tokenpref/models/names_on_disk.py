@@ -63,6 +63,7 @@ class NamesOnDisk:
         self.model = model
         self.origins: dict[str, _Origin] = {}
         self.others: list[str] = []
+        self.conversions: list[Any] = []
         self._own = model.state_dict()
         rules = get_model_conversion_mapping(model)
         self._renamings = [rule for rule in rules if isinstance(rule, WeightRenaming)]
@@ -78,19 +79,40 @@ class NamesOnDisk:
             if target not in self._own and ignored is not None and ignored.search(target):
                 continue
             self._add(name, target, pattern)
-        self.conversions = [rule for rule in rules if rule.was_used()]
+        self.conversions.sort(key=rules.index)  # they are undone in the opposite order
 
     def _target(self, name: str) -> tuple[str, str | None]:
         """The name of a tensor in the model (of its first one, if a converter makes several), and the converter's pattern."""
-        from tokenpref._transformers import rename_source_key
-
-        prefix = self.model.base_model_prefix
-        target, pattern = rename_source_key(name, self._renamings, self._converters, prefix, self._own)
+        target, pattern = self._apply_rules(name)
+        target = self._with_prefix(target)
         if (
             target not in self._own and name in self._own
         ):  # as transformers, which does not rename what fits already
-            return rename_source_key(name, [], [], prefix, self._own)
+            return name, None
         return target, pattern
+
+    def _apply_rules(self, name: str) -> tuple[str, str | None]:
+        """All renamings one after another, and then the first converter that fits."""
+        for rule in self._renamings:
+            name, pattern = self._apply(rule, name)
+        for rule in self._converters:
+            name, pattern = self._apply(rule, name)
+            if pattern is not None:
+                return name, pattern
+        return name, None
+
+    def _apply(self, rule: Any, name: str) -> tuple[str, str | None]:
+        renamed: tuple[str, str | None] = rule.rename_source_key(name)
+        if renamed[1] is not None and rule not in self.conversions:
+            self.conversions.append(rule)
+        return renamed
+
+    def _with_prefix(self, name: str) -> str:
+        """A name with the prefix of the model's body added or removed, if the model has it that way."""
+        from tokenpref._transformers import rename_source_key
+
+        renamed: str = rename_source_key(name, [], [], self.model.base_model_prefix, self._own)[0]
+        return renamed
 
     def _add(self, name: str, target: str, pattern: str | None) -> None:
         if pattern is None:
@@ -126,7 +148,9 @@ class NamesOnDisk:
             converter.add_tensor(origin.first, source, pattern, tensors[source])
         named = f"{name!r} cannot be made of the {len(tensors)} tensors that the files hold for it"
         try:
-            made = converter.convert(origin.first, model=self.model, config=self.model.config)[name]
+            result = converter.convert(origin.first, model=self.model, config=self.model.config)
+            # transformers 5.0 also returns errors.
+            made = (result[0] if isinstance(result, tuple) else result)[name]
         except (RuntimeError, ValueError, KeyError, IndexError) as error:
             raise ConfigError(f"{named} ({error}); some are missing or have another shape") from error
         whole: Tensor = made[0] if isinstance(made, list) else made
