@@ -14,6 +14,7 @@ from tokenpref.losses import DPOLoss, TokenDPOLoss
 from tokenpref.models import CausalLMCheckpointer
 from tokenpref.models.activations import checkpoint_layers
 from tokenpref.models.decoder_of import decoder_of
+from tokenpref.models.float8 import Float8, convert_to_float8
 from tokenpref.models.generation import sample
 from tokenpref.models.padding_free import PackedRows
 from tokenpref.models.reference import FrozenReference
@@ -367,6 +368,32 @@ def test_noise_in_training_is_refused(tmp_path):
             assert not scorer.model.training
         else:
             scorer.decoder.prove(padding_free=True)
+
+
+@pytest.mark.parametrize("family", ["gemma3_text", "qwen3_moe", "mixtral", "deepseek_v3"])
+def test_rounding_is_not_refused(family, folder):
+    # Some of these weights let a token in a row go to other experts where sequences are packed.
+    for seed in range(5):
+        model = families.randomise(families.causal_lm_of(folder(family), torch.bfloat16), seed)
+        ScoringModel(model).decoder.prove(padding_free=True)
+
+
+@pytest.mark.parametrize("name", families.PADDED)
+def test_other_attentions_are_refused_in_bfloat16(name, tmp_path):
+    path = families.folder_of(tmp_path, families.padded_config_of(name))
+    for seed in range(3):
+        model = families.randomise(families.causal_lm_of(path, torch.bfloat16), seed)
+        with pytest.raises(ConfigError, match="set padding_free=false"):
+            ScoringModel(model).decoder.prove(padding_free=True)
+
+
+@pytest.mark.parametrize("recipe", ["tensorwise", "rowwise"])
+def test_rounding_to_float8_is_not_refused(recipe, tmp_path):
+    config = families.config_of("qwen3", {"intermediate_size": 64, "hidden_size": 64, "head_dim": 16})
+    model = families.causal_lm_of(families.folder_of(tmp_path, config), torch.float32)
+    families.randomise(model)
+    assert convert_to_float8(model, Float8(recipe, emulate=True), sharded=False)
+    ScoringModel(model).decoder.prove(padding_free=True)
 
 
 # --- what is built

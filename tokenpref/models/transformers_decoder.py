@@ -15,6 +15,7 @@ from typing import Any
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
+from torchao.float8.float8_linear import Float8Linear
 
 from tokenpref._torchtune import TiedLinear
 from tokenpref._transformers import AttentionInterface, AttentionMaskInterface, DynamicCache, PreTrainedModel
@@ -40,8 +41,15 @@ _NO_LIMIT = 1 << 20
 """The context, in tokens, of models whose config names none because their positions have no end."""
 
 _TOLERANCE = {torch.float64: 1e-6, torch.float32: 1e-3}
-_ROUGH_TOLERANCE = 0.05
-"""The largest difference of logits that is rounding, as a part of the largest logit. Errors found so far were above 0.1."""
+"""The largest difference of logits that is rounding, as a part of the largest logit."""
+
+_ROUGH_TOLERANCE = 0.1
+"""The same in bfloat16 and float8 for the median of a position's difference, as a part of its logits' norm.
+
+Rounding lets a mixture of experts choose other experts for a token now and then, which changes the logits of a few positions
+much.
+Small models differed by 0.01 to 0.02, and by 0.27 or more where attention was wrong.
+"""
 
 _NOT_NUMBERS = frozenset(
     {
@@ -357,12 +365,31 @@ class TransformersDecoder(Decoder):
             ) from error
 
     def _compare(self, expected: Tensor, found: Tensor, fault: str) -> None:
-        largest = expected.abs().max().clamp(min=1e-6)
-        difference = float((expected - found).abs().max() / largest)
-        if not difference <= _TOLERANCE.get(expected.dtype, _ROUGH_TOLERANCE):
-            raise ConfigError(
-                f"model: {type(self.module).__name__} {fault}. Logits differ by {difference:.1e} of the largest one"
+        """Compare logits ``[N, V]`` of the proof's rows.
+
+        Raises:
+            ConfigError: if they differ by more than rounding.
+        """
+        dtype = next(
+            (logits.dtype for logits in (expected, found) if logits.dtype not in _TOLERANCE), expected.dtype
+        )
+        if dtype not in _TOLERANCE or any(
+            isinstance(module, Float8Linear) for module in self.module.modules()
+        ):
+            # The first row is right even where sequences mix, because it comes before the others.
+            first = int(self._proof[2].mask[0].sum())
+            wanted, difference = (
+                (x - x.mean(-1, keepdim=True)).norm(dim=-1)[first:]
+                for x in (expected.float(), (found - expected).float())
             )
+            measured, most = float((difference / wanted.clamp(min=1e-6)).median()), _ROUGH_TOLERANCE
+            said = f"At half of the positions, logits differ by {measured:.1e} of their norm or more"
+        else:
+            largest = expected.abs().max().clamp(min=1e-6)
+            measured, most = float((expected - found).abs().max() / largest), _TOLERANCE[dtype]
+            said = f"Logits differ by {measured:.1e} of the largest one"
+        if not measured <= most:
+            raise ConfigError(f"model: {type(self.module).__name__} {fault}. {said}")
 
     @contextmanager
     def _attention_of(self, implementation: str) -> Iterator[None]:
