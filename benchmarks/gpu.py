@@ -17,7 +17,7 @@ with full logits and unequal lengths. Model FLOPs are those that a step cannot d
 weights in the layers (embedding and head apart), a head of V x D, T positions (a prompt once for both answers) of which A are an
 answer's,
 
-    policy: 6 N T + 6 V D A        reference: 2 N T + 2 V D A
+    policy: 6 N T + 6 V D A        reference: 2 N T + 2 V D A, nothing if it is cached
 
 The head is counted at the positions that are scored, for full logits too. Attention's own products are left out, which makes the
 figures a little low. MFU is that over time and the GPU's dense bfloat16 peak, for float8 too, whose own peak has its own column;
@@ -35,6 +35,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import asdict, dataclass
 from functools import partial
 from pathlib import Path
@@ -54,7 +55,7 @@ from tokenpref.distributed import World, init_world, load_full_state_dict, singl
 from tokenpref.losses import DPOLoss, PreferenceLoss, TISDPOLoss, TokenDPOLoss
 from tokenpref.models import tiny_llama
 from tokenpref.models.float8 import Float8
-from tokenpref.models.reference import FrozenReference
+from tokenpref.models.reference import KL_STATISTICS, FrozenReference, Reference, ReferenceOutput
 from tokenpref.models.scoring import ScoringModel, logits_of
 from tokenpref.ops import AnswerRows, token_stats_from_logits
 from tokenpref.stats import TokenStats
@@ -131,6 +132,8 @@ class Cell:
         prompt: its tokens (equal lengths).
         answer: tokens of each answer (equal lengths).
         lengths: "equal", or "unequal": drawn anew for every pair, see :data:`UNEQUAL`.
+        reference: "model", or "cached": its log-probabilities are computed before the first step, by the policy, which equals it
+            there. No loss with a KL can use them.
     """
 
     model: str
@@ -143,12 +146,14 @@ class Cell:
     prompt: int = 128
     answer: int = 384
     lengths: str = "equal"
+    reference: str = "model"
 
     @property
     def name(self) -> str:
         """Everything but the sizes of the batch."""
         words = [self.model, self.loss, self.precision, f"{self.head} head", f"keeps {self.kept}"]
         words += ["unequal lengths"] if self.lengths == "unequal" else []
+        words += ["cached reference"] if self.reference == "cached" else []
         return ", ".join([*words, "compiled" if self.compiled else "eager"])
 
     def sizes(self, step: int = 0) -> list[tuple[int, int, int]]:
@@ -219,6 +224,9 @@ def plan() -> list[Cell]:
             cell(loss="tdpo2", head="full"),
             cell(precision="float8_rowwise"),
         ]
+    # With a second model, 8B does not fit into the 80 GB of an H100.
+    cached = partial(Cell, "8b", compiled=True, kept="full", reference="cached")
+    cells += [cached(), cached(precision="float8"), cached(lengths="unequal", pairs=16)]
     small, large = partial(Cell, "1b"), partial(Cell, "8b")
     cells += [small(), small(precision="float8"), small(precision="mixed", compiled=True)]
     cells += [small(kept=kept, compiled=True) for kept in ("selective", "full", "offload")]
@@ -241,6 +249,7 @@ def tiny_plan() -> list[Cell]:
         cell(loss="tdpo2", precision="float8_rowwise"),
         cell(precision="mixed", head="full"),
         cell(loss="tdpo2", lengths="unequal", pairs=4),
+        cell(reference="cached"),
     ]
 
 
@@ -301,7 +310,8 @@ class ModelSize:
 def model_flops(size: ModelSize, cell: Cell, step: int = 0) -> float:
     """Operations that a step of a cell needs; see the module."""
     answers = sum(chosen + rejected for _, chosen, rejected in cell.sizes(step))
-    return (6 + 2) * (float(size.body) * cell.positions(step) + float(size.head) * answers)
+    times = 6 + (2 if cell.reference == "model" else 0)
+    return times * (float(size.body) * cell.positions(step) + float(size.head) * answers)
 
 
 def needed_gib(cell: Cell) -> float:
@@ -315,7 +325,7 @@ def needed_gib(cell: Cell) -> float:
     tokens = max(cell.positions(step) if cell.head == "fused" else cell.tokens(step) for step in range(3))
     maker = ModelMaker(config, world)
     estimate = estimate_memory(
-        config, maker, tokens=tokens, device=world.device, world_size=1, reference=True
+        config, maker, tokens=tokens, device=world.device, world_size=1, reference=cell.reference == "model"
     )
     total = estimate.total
     if cell.head == "full":
@@ -350,10 +360,31 @@ def measure(cell: Cell, steps: int, warmup: int, device: str) -> dict[str, Any]:
 
 
 def _measure(cell: Cell, steps: int, warmup: int, world: World) -> dict[str, Any]:
-    training = Training(cell, world)
+    training = Training(cell, world, steps=warmup + steps)
     for step in range(warmup + steps):
         training.step(step)
     return training.found(warmup)
+
+
+class Beforehand:
+    """A reference whose log-probabilities are known.
+
+    Args:
+        scorer: what they are computed with, before it is trained.
+        batches: all that will be asked for.
+    """
+
+    provides: frozenset[str] = frozenset({"ref"})
+
+    def __init__(self, scorer: ScoringModel, batches: Sequence[PairBatch]) -> None:
+        self._known = {tuple(b.rows): scorer.logps(b.tokens, b.labels, sides=2) for b in batches}
+
+    @contextmanager
+    def outputs(self, batch: PairBatch, needs: frozenset[str]) -> Iterator[ReferenceOutput]:
+        """See :class:`tokenpref.models.reference.Reference`."""
+        if missing := needs & KL_STATISTICS:
+            raise ValueError(f"{sorted(missing)} need a reference that is a model")
+        yield ReferenceOutput(logps=self._known[tuple(batch.rows)])
 
 
 class Training:
@@ -362,25 +393,33 @@ class Training:
     Args:
         cell: what is trained.
         world: the run's processes.
+        steps: that a cached reference is computed for.
     """
 
-    def __init__(self, cell: Cell, world: World) -> None:
+    def __init__(self, cell: Cell, world: World, *, steps: int = 0) -> None:
         self.cell, self.world = cell, world
         with torch.device("meta"):
             self.size = ModelSize.of(MODELS[cell.model]())
         self.policy = scorer(cell, world, trainable=True)
-        self.reference = FrozenReference(scorer(cell, world, trainable=False))
+        self.reference: Reference = (
+            FrozenReference(scorer(cell, world, trainable=False))
+            if cell.reference == "model"
+            else Beforehand(self.policy, [self._batch(step) for step in range(steps)])
+        )
         self.loss: PreferenceLoss = LOSSES[cell.loss]()
         self.optimizer = torch.optim.AdamW(self.policy.model.parameters(), lr=1e-5, fused=True)
         self.seconds: list[float] = []
         self.losses: list[float] = []
         reset_peak(world.device.type)
 
+    def _batch(self, step: int) -> PairBatch:
+        vocabulary = self.policy.model.tok_embeddings.num_embeddings
+        return pairs_of(self.cell, step, vocabulary).to(self.world.device)
+
     def step(self, step: int) -> float:
         """Take the step of this number, from 0, and return its seconds."""
         weigh: BatchWeights = _random_weights if "weights" in self.loss.needs else no_weights
-        vocabulary = self.policy.model.tok_embeddings.num_embeddings
-        batch = pairs_of(self.cell, step, vocabulary).to(self.world.device)
+        batch = self._batch(step)
         wait(self.world.device.type)
         start = time.perf_counter()
         result = train_step(
@@ -448,7 +487,7 @@ def pairs_of(cell: Cell, step: int, vocabulary: int) -> PairBatch:
         return torch.randint(3, vocabulary, (count,), generator=generator).tolist()
 
     examples = []
-    for row, (length, *answers) in enumerate(cell.sizes(step)):
+    for row, (length, *answers) in enumerate(cell.sizes(step), start=step * cell.pairs):
         prompt = draw(length)
         chosen, rejected = (prompt + draw(answer) for answer in answers)
         examples.append(PairExample(row, chosen, length, rejected, length, [], [], False, False, ""))
@@ -564,7 +603,7 @@ def seconds_of(cell: Cell, found: Mapping[str, Any]) -> float:
 
 def table(results: Sequence[Mapping[str, Any]]) -> str:
     """All cells, those that failed too, in the order of the plans."""
-    head = ["model", "loss", "precision", "head", "activations kept", "layers", "lengths"]
+    head = ["model", "loss", "precision", "head", "activations kept", "layers", "lengths", "reference"]
     head += ["s/step", "tokens/s", "MFU"]
     head += ["of float8 peak", "peak GiB"]
     order = [asdict(cell) for cell in (*plan(), *tiny_plan())]
@@ -575,7 +614,7 @@ def table(results: Sequence[Mapping[str, Any]]) -> str:
 
 def _about(cell: Cell) -> list[str]:
     layers = "compiled" if cell.compiled else "eager"
-    return [cell.model, cell.loss, cell.precision, cell.head, cell.kept, layers, cell.lengths]
+    return [cell.model, cell.loss, cell.precision, cell.head, cell.kept, layers, cell.lengths, cell.reference]
 
 
 def _cells(result: Mapping[str, Any]) -> Iterator[str]:
@@ -616,7 +655,7 @@ def page(results: Sequence[Mapping[str, Any]]) -> str:
         "# Training steps on a GPU\n\n"
         "`python -m benchmarks.gpu` measured this page, and `--report-only --write-docs` wrote it. The first lines of that\n"
         f"module say what is counted. One {found['device']}, one process; {made}.\n"
-        "Random weights in the shapes of Llama-3.2-1B (1b) and Llama-3.1-8B (8b), frozen reference, fused AdamW, clipping.\n"
+        "Random weights in the shapes of Llama-3.2-1B (1b) and Llama-3.1-8B (8b), fused AdamW, clipping.\n"
         f"Equal lengths: {cell.pairs} pairs a step of {cell.prompt} prompt and {cell.answer} answer tokens. Unequal lengths are "
         f"log-normal: a median of {prompt} tokens\nfor prompts and {answer} for answers, sigma about {spread}. Median over "
         f"{steps:.0f} steps, for unequal lengths the mean. No first loss was further than "

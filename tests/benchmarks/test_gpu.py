@@ -34,7 +34,9 @@ def test_operations_by_hand():
     """10 weights in the layers, a head of 7; 3 pairs of 2 + 4 tokens: 36 tokens at 30 positions, 24 of them an answer's."""
     cell = Cell("1b", pairs=3, prompt=2, answer=4)
     assert cell.tokens() == 36
-    assert gpu.model_flops(ModelSize(body=10, head=7, total=20), cell) == 8 * (10 * 30 + 7 * 24)
+    size = ModelSize(body=10, head=7, total=20)
+    assert gpu.model_flops(size, cell) == 8 * (10 * 30 + 7 * 24)
+    assert gpu.model_flops(size, replace(cell, reference="cached")) == 6 * (10 * 30 + 7 * 24)
 
 
 def test_sizes_of_the_models():
@@ -68,11 +70,11 @@ def test_the_table_by_hand():
         {"cell": asdict(replace(plain, loss="tdpo2")), "found": found(device="NVIDIA Novel")},
     ]
     rows = [[c.strip() for c in line.split("|")[1:-1]] for line in gpu.table(results).splitlines()[2:]]
-    assert rows[0][:7] == ["1b", "dpo", "bf16", "fused", "all", "compiled", "equal"]
-    assert rows[0][7:] == ["0.500", "2000", "40.4%", "-", "12.3"]
-    assert rows[1][2] == "float8" and rows[1][9:11] == ["40.4%", "20.2%"]
-    assert rows[2][1] == "tdpo2" and rows[2][9:11] == ["-", "-"]
-    assert rows[3][7:] == ["out of memory", "-", "-", "-", "-"]
+    assert rows[0][:8] == ["1b", "dpo", "bf16", "fused", "all", "compiled", "equal", "model"]
+    assert rows[0][8:] == ["0.500", "2000", "40.4%", "-", "12.3"]
+    assert rows[1][2] == "float8" and rows[1][10:12] == ["40.4%", "20.2%"]
+    assert rows[2][1] == "tdpo2" and rows[2][10:12] == ["-", "-"]
+    assert rows[3][8:] == ["out of memory", "-", "-", "-", "-"]
 
 
 def test_names_tell_cells_apart():
@@ -96,6 +98,16 @@ def test_both_heads_give_the_same_losses(loss):
         for head in ("fused", "full")
     )
     assert fused == pytest.approx(full, abs=2e-3)  # in bfloat16
+
+
+def test_a_cached_reference_gives_the_same_losses():
+    model, cached = (
+        gpu.measure(replace(TINY[0], reference=reference), steps=3, warmup=0, device="cpu")["losses"]
+        for reference in ("model", "cached")
+    )
+    assert model == cached
+    with pytest.raises(ValueError, match="need a reference that is a model"):
+        gpu.measure(replace(TINY[0], reference="cached", loss="tdpo2"), steps=1, warmup=0, device="cpu")
 
 
 def test_cells_run_in_processes_of_their_own_and_failures_are_in_the_table(tmp_path, capsys):
@@ -146,6 +158,8 @@ def test_memory_of_cells_by_hand():
     small, large = (gpu.needed_gib(Cell("1b", kept="full", pairs=pairs)) for pairs in (1, 8))
     static = 10 * 1_235_814_400 / 2**30
     assert static < small < static + 4 and small < large < static + 6
+    second = 2 * 1_235_814_400 / 2**30
+    assert gpu.needed_gib(Cell("1b", kept="full", pairs=8, reference="cached")) <= large - second
     assert (
         gpu.needed_gib(Cell("1b", head="full")) > large + 10
     )  # four tensors of 1,024 x 8 logits of 128 k tokens

@@ -36,7 +36,7 @@ def test_the_whole_drill_at_tiny_sizes(tmp_path, log, capsys):
     ends = {name: records[-1] for name, records in found.items()}
     assert all(end["kind"] == "end" and end["ok"] for end in ends.values())
     checks = {r["name"]: r["found"] for records in found.values() for r in records if r["kind"] == "check"}
-    assert sum("first loss, from log 2" in name for name in checks) == 6  # the tiny cells
+    assert sum("first loss, from log 2" in name for name in checks) == 7  # the tiny cells
     assert checks["resumed weights, from those of one run"] == 0
     rows = {r["table"]: r["values"] for records in found.values() for r in records if r["kind"] == "row"}
     assert rows["sampling"]["tokens"] > 16 and rows["sampling"]["different"] == 0
