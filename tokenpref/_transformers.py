@@ -12,6 +12,7 @@ from transformers import (
     AttentionMaskInterface,
     AutoConfig,
     AutoModelForCausalLM,
+    AutoModelForImageTextToText,
     DynamicCache,
     PreTrainedModel,
 )
@@ -34,6 +35,7 @@ __all__ = [
     "AttentionMaskInterface",
     "AutoConfig",
     "AutoModelForCausalLM",
+    "AutoModelForImageTextToText",
     "DynamicCache",
     "LlamaMLP",
     "LlamaRMSNorm",

@@ -4,7 +4,7 @@ import json
 
 import pytest
 import torch
-from support.causal_folders import KINDS, WIDE, hf_model, write_folder
+from support.causal_folders import KINDS, WIDE, hf_model, seeing_model, write_folder
 from support.peft_models import randomise
 from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 
@@ -240,3 +240,30 @@ def test_folders_of_torchtune_are_read_where_its_order_is_right(folders, tmp_pat
         else:
             back = read_adapter(folder, model, "adapter_checkpoint")
             assert all(torch.equal(back[name], tensor) for name, tensor in adapters(model).items())
+
+
+def test_an_adapter_of_a_part_is_named_as_in_the_whole_model(tmp_path):
+    """transformers loads a model that also sees images from such a folder, and peft adapts its language model alone."""
+    whole = seeing_model(tmp_path / "whole")
+    state = {
+        name.replace("model.language_model.", "model."): tensor
+        for name, tensor in whole.state_dict().items()
+        if name.startswith("model.language_model.")
+    }
+    for targets in ("all-linear", ["q_proj", "v_proj"]):
+        model = causal_lm(str(tmp_path / "whole"), {"rank": 4, "alpha": 8, "target_modules": targets}).eval()
+        assert base_tensors(model).keys() == state.keys()
+        model.load_state_dict(state, strict=False)
+        randomise(model)
+        folder = written(model, tmp_path / f"adapter_of_{len(targets)}")
+        own = logits(model)
+        assert (own - logits_of(whole)).abs().max() > 0.05
+        fresh = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "whole")
+        in_peft = peft.PeftModel.from_pretrained(fresh, folder)
+        assert not [name for name, _ in in_peft.named_parameters() if "vision" in name and "lora" in name]
+        torch.testing.assert_close(logits_of(in_peft), own, rtol=0, atol=1e-5)
+        back = read_adapter(folder, model, "adapter_checkpoint")
+        assert all(torch.equal(back[name], tensor) for name, tensor in adapters(model).items())
+        merge_adapter(folder, tmp_path / f"merged_{len(targets)}", tmp_path / "whole")
+        merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"merged_{len(targets)}")
+        torch.testing.assert_close(logits_of(merged), own, rtol=0, atol=1e-5)

@@ -48,6 +48,30 @@ def hf_model(kind: str, seed: int = 0, **further: Any) -> Any:
     return model
 
 
+def seeing_model(folder: Path) -> Any:
+    """Write a Gemma 3 that also sees images; returns what transformers loads from the folder."""
+    from transformers import AutoConfig, AutoModelForCausalLM
+
+    sees = {
+        "hidden_size": 16,
+        "intermediate_size": 24,
+        "num_hidden_layers": 1,
+        "num_attention_heads": 2,
+        "image_size": 28,
+        "patch_size": 14,
+    }
+    text = {**SIZES, **KINDS["gemma3_text"]}
+    config = AutoConfig.for_model("gemma3", text_config=text, vision_config=sees, mm_tokens_per_image=4)
+    with torch.random.fork_rng(devices=[]):
+        torch.manual_seed(0)
+        model = AutoModelForCausalLM.from_config(config)
+        for parameter in model.parameters():
+            if parameter.dim() > 1:
+                torch.nn.init.normal_(parameter, 0, 0.2)
+    model.save_pretrained(folder)
+    return AutoModelForCausalLM.from_pretrained(folder).eval()
+
+
 def write_folder(folder: Path, kind: str, seed: int = 0, **further: Any) -> Path:
     """Write a model and its tokenizer."""
     hf_model(kind, seed, **further).save_pretrained(folder)

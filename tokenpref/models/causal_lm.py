@@ -15,6 +15,7 @@ from tokenpref._torchtune import DoRALinear, FrozenNF4Linear, LoRALinear
 from tokenpref.components import nearest
 from tokenpref.errors import ConfigError
 from tokenpref.models.described import model_of, read_config
+from tokenpref.models.larger_model import place_of
 
 __all__ = ["causal_lm"]
 
@@ -59,11 +60,12 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
         ConfigError: if there is no such model, if it is no causal language model, if it needs code of its own, or if ``lora``
             does not fit it.
     """
-    from tokenpref.models.transformers_decoder import TransformersDecoder, tie_head
+    from tokenpref.models.transformers_decoder import TransformersDecoder, remember_place, tie_head
 
     where, folder = f"model.path: {path}", resolve_path(path)
     mend = "name a folder with the config.json of one, or a model on the hub"
-    config = read_config(folder if folder.is_dir() else path, where, mend).get_text_config()
+    whole = read_config(folder if folder.is_dir() else path, where, mend)
+    config = whole.get_text_config()
     _switch_dropout_off(config)
     dtype = torch.get_default_dtype()
     model = model_of(config, where, "name the folder of one", dtype=dtype)
@@ -74,6 +76,7 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
         tie_head(model)
     if lora is not None:
         _put_adapters(model, lora, TransformersDecoder(model).head_name)
+        remember_place(model, place_of(model, whole, where))
     return model
 
 

@@ -6,6 +6,7 @@ import json
 import shutil
 import tempfile
 from collections.abc import Mapping
+from dataclasses import replace
 from pathlib import Path
 from typing import Any, BinaryIO
 
@@ -18,6 +19,8 @@ from tokenpref._sealed import MANIFEST, check_if_sealed
 from tokenpref.data.tokenizers import TOKENIZER_FILES, TOOL_TEMPLATE
 from tokenpref.errors import TokenprefError
 from tokenpref.models.adapted_linear import LLAMA_LIKE
+from tokenpref.models.described import read_config
+from tokenpref.models.larger_model import file_names_of
 from tokenpref.models.peft_format import (
     ADAPTER_CONFIG,
     ADAPTER_WEIGHTS,
@@ -60,6 +63,7 @@ def merge_adapter(adapter: Path, output: Path, base: Path | None = None) -> Path
     folder = _base_folder(found, base)
     check_if_sealed(folder, _KEY)
     files = _weight_files(folder)
+    found = _named_as_in(found, folder, files)
     _check_base(found, folder, files)
     output.parent.mkdir(parents=True, exist_ok=True)
     with writing(output):
@@ -111,6 +115,23 @@ def _weight_files(folder: Path) -> list[str]:
             f"{folder} has no *.safetensors; the base must be a folder of transformers with its weights as safetensors"
         )
     return names
+
+
+def _named_as_in(found: PeftFolder, folder: Path, files: list[str]) -> PeftFolder:
+    """The adapter with its layers named as in the base's files, whose names are not always those of the loaded model.
+
+    For example, the layers of a language model that is a part of a larger one have other names in its files.
+    """
+    shapes, _ = _tensors_of(folder, files)
+    if all(f"{layer}.weight" in shapes for layer in found.layers) or "model_type" not in _config(folder):
+        return found
+    config = read_config(folder, str(folder), "set --base to the adapter's own base")
+    names = file_names_of(config, shapes, str(folder))
+    layers = {
+        names.get(f"{layer}.weight", f"{layer}.weight").removesuffix(".weight"): parts
+        for layer, parts in found.layers.items()
+    }
+    return replace(found, layers=layers)
 
 
 def _check_base(found: PeftFolder, folder: Path, files: list[str]) -> None:

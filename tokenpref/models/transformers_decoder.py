@@ -25,12 +25,14 @@ from tokenpref.models.adapted_linear import LLAMA_LIKE, AdaptedLinear
 from tokenpref.models.agreement import Agreement, Difference
 from tokenpref.models.decoder import Decoder, evaluating
 from tokenpref.models.described import parse_config
+from tokenpref.models.larger_model import Place
 from tokenpref.models.padding_free import PackedRows, Segments, attention_by_segment
 from tokenpref.ops import AnswerRows
 from tokenpref.ops.answers import IGNORE_INDEX
 
-__all__ = ["TransformersDecoder", "tie_head"]
+__all__ = ["TransformersDecoder", "remember_place", "tie_head"]
 
+_PLACE = "place_in_larger_model"
 _ATTENTION = "tokenpref"
 """The name under which transformers knows our attention."""
 
@@ -193,13 +195,21 @@ class TransformersDecoder(Decoder):
         return True
 
     def on_disk(self, name: str, layer: Any) -> AdaptedLinear:
-        """The same name and order as in the model."""
+        """The same order as in the model, and the same name unless the model is a part of a larger one."""
         out_dim, in_dim = int(layer.lora_b.weight.shape[0]), int(layer.lora_a.weight.shape[1])
-        return AdaptedLinear(name, name, in_dim, out_dim, bias=getattr(layer, "bias", None) is not None)
+        place, prefix = self._place, f"{self.module.base_model_prefix}."
+        hf_name = name if place is None else f"{place.body}.{name.removeprefix(prefix)}"
+        return AdaptedLinear(name, hf_name, in_dim, out_dim, bias=getattr(layer, "bias", None) is not None)
+
+    @property
+    def _place(self) -> Place | None:
+        """The model's place in the larger model of its folder; None if the folder's model is this one."""
+        return self.module.__dict__.get(_PLACE)
 
     def names_in_transformers(self) -> Collection[str]:
         """See :class:`Decoder`."""
-        return state_modules(self.module).keys()
+        place = self._place
+        return state_modules(self.module).keys() if place is None else place.modules
 
     def from_torchtune(self, linear: AdaptedLinear, part: str, tensor: Tensor) -> Tensor:
         """See :class:`Decoder`."""
@@ -434,6 +444,11 @@ def _head_name(module: PreTrainedModel) -> str:
     if len(names) != 1:
         raise TypeError(f"{type(module).__name__} has no head by a known name, such as lm_head")
     return names[0]
+
+
+def remember_place(module: PreTrainedModel, place: Place | None) -> None:
+    """Note the place of a model in the larger model of its folder, which names its adapters on disk (in place)."""
+    module.__dict__[_PLACE] = place
 
 
 def tie_head(module: PreTrainedModel) -> None:
