@@ -362,11 +362,14 @@ def test_score_tokens_checks_its_arguments():
 @pytest.mark.gpu
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a CUDA device")
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_cuda_equals_cpu(dtype):
+@pytest.mark.parametrize("compiled", [False, True], ids=["op by op", "Triton"])
+def test_cuda_equals_cpu(dtype, compiled):
     results = []
     for device in ("cpu", "cuda"):
         tensors = [x.detach().to(device).requires_grad_(x.requires_grad) for x in make(dtype)]
-        stats = linear_token_stats(*tensors, LABELS.to(device), needs=ALL, memory_mb=3e-4)
+        stats = linear_token_stats(
+            *tensors, LABELS.to(device), needs=ALL, memory_mb=3e-4, compiled=compiled and device == "cuda"
+        )
         results.append([g.float().cpu() for g in torch.autograd.grad(total(stats), tensors[:2])])
     for ours, theirs in zip(*results, strict=True):
         assert (ours - theirs).norm() < (1e-5 if dtype == torch.float32 else 0.03) * theirs.norm()

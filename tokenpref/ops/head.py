@@ -20,8 +20,11 @@ and :func:`block_gradient` are pure functions of one block, and ``torch.compile`
 
 from __future__ import annotations
 
+import os
 from collections.abc import Callable, Mapping, Sequence
 from functools import cache
+from importlib import import_module
+from importlib.util import find_spec
 from typing import Any
 
 import torch
@@ -219,6 +222,66 @@ def _statistics(models: Sequence[_Sums], needs: frozenset[str], *, precise: bool
     return {name: value.to(dtype) for name, value in found.items()}
 
 
+class _TorchPasses:
+    """The passes over a block in PyTorch's operations, or compiled."""
+
+    def __init__(self, compiled: bool) -> None:
+        self._sums = _compiled(block_sums) if compiled else block_sums
+        self.block_gradient = _compiled(block_gradient) if compiled else block_gradient
+
+    def add_block(
+        self,
+        models: Sequence[_Sums],
+        raw: Sequence[Tensor],
+        columns: Tensor,
+        needs: frozenset[str],
+        final: LogitMap,
+        *,
+        precise: bool,
+        with_exponentials: bool,
+    ) -> list[tuple[Tensor, Tensor]]:
+        """Add a block to the models' sums.
+
+        Args:
+            models: the policy, and the reference if there is one.
+            raw: their raw logits ``[N, C]``.
+            columns: ``[N]`` int64, the target's column in this block; out of range where it lies in another one.
+            needs: as in :func:`block_sums`.
+            final: as in :func:`block_sums`.
+            precise: as in :func:`block_sums`.
+            with_exponentials: as in :func:`block_sums`.
+
+        Returns:
+            With ``with_exponentials``, for each model by how much its earlier sums shrank ``[N]``, and the exponentials.
+        """
+        shifts = [model.shift for model in models]
+        found = self._sums(raw, shifts, needs, final, precise=precise, with_exponentials=with_exponentials)
+        shrinks = [model.add(sums, own, columns) for model, sums, own in zip(models, found, raw, strict=True)]
+        if not with_exponentials:
+            return []
+        return [(shrink, sums["exponentials"]) for shrink, sums in zip(shrinks, found, strict=True)]
+
+    def pieces(
+        self, rows: RowStatistics, grads: Mapping[str, Tensor]
+    ) -> list[tuple[slice, RowStatistics, dict[str, Tensor]]]:
+        """Rows with their statistics and gradients, in pieces that each cost only what they need."""
+        return _pieces(rows, grads)
+
+
+def _passes(compiled: bool, device: torch.device) -> Any:
+    """The passes over a block: those of :mod:`tokenpref.ops.triton_head` if they are compiled and Triton runs on the device."""
+    if compiled and _has_triton(device.type):
+        return import_module("tokenpref.ops.triton_head")
+    return _TorchPasses(compiled)
+
+
+@cache
+def _has_triton(device: str) -> bool:
+    """Whether Triton is installed and has kernels for a device; for a CPU only in its interpreter, which the tests use."""
+    runs = device == "cuda" or (device == "cpu" and os.environ.get("TRITON_INTERPRET") == "1")
+    return runs and find_spec("triton") is not None
+
+
 def head_statistics(
     hidden: Tensor,
     weight: Tensor,
@@ -275,20 +338,18 @@ class _HeadStatistics(torch.autograd.Function):
         if vectors_wanted or not (want_hidden or want_weight):
             fit = 0
         kept: dict[int, list[Tensor]] = {}
-        sums_of = _compiled(block_sums) if compiled else block_sums
+        passes = _passes(compiled, hidden.device)
         for number, part in enumerate(blocks):
             # Rounded to the hidden states' dtype, as the model's output layer does.
             raw = [product(states, head[part].T) for states, head in heads]
-            shifts = [model.shift for model in models]
-            found = sums_of(raw, shifts, needs, final, precise=precise, with_exponentials=vectors_wanted)
-            for index, (model, block) in enumerate(zip(models, found, strict=True)):
-                shrink = model.add(block, raw[index], targets - part.start)
-                if vectors_wanted:
-                    vectors[index].mul_(shrink[:, None])
-                    add_product(vectors[index], block["exponentials"].to(hidden.dtype), weight[part])
+            columns = targets - part.start
+            found = passes.add_block(
+                models, raw, columns, needs, final, precise=precise, with_exponentials=vectors_wanted
+            )
+            _add_to_vectors(vectors, found, weight[part])
             if number >= len(blocks) - fit:
                 kept[number] = raw[:to_keep]
-            del raw, found, block  # before the next block allocates its own
+            del raw, found  # before the next block allocates its own
         for model in models:
             model.at = final.logits(model.at)
         values = _statistics(models, needs, precise=precise)
@@ -320,14 +381,15 @@ class _HeadStatistics(torch.autograd.Function):
         want_hidden, want_weight = ctx.needs_input_grad[:2]
         of_hidden = torch.zeros_like(hidden, dtype=lse.dtype) if want_hidden else None
         of_weight = torch.empty_like(weight) if want_weight else None
-        pieces = _pieces(RowStatistics({"kl_policy_ref": kl, "entropy": entropy}, lse, ref_lse), grads)
+        passes = _passes(ctx.compiled, hidden.device)
+        rows = RowStatistics({"kl_policy_ref": kl, "entropy": entropy}, lse, ref_lse)
+        pieces = passes.pieces(rows, grads)
         with_kl = any(own.keys() & KL_STATISTICS for *_, own in pieces)
         heads = [(hidden, weight), reference] if with_kl else [(hidden, weight)]
-        gradient_of = _compiled(block_gradient) if ctx.compiled else block_gradient
         for number, part in reversed(list(enumerate(ctx.blocks))):
             raw = ctx.kept.pop(number, None) or [product(states, head[part].T) for states, head in heads]
             made = [
-                gradient_of(
+                passes.block_gradient(
                     raw[0][rows],
                     raw[1][rows] if own.keys() & KL_STATISTICS else None,
                     targets[rows] - part.start,
@@ -368,6 +430,14 @@ def _pieces(
         for a, b, own in kinds
         if a < b
     ]
+
+
+def _add_to_vectors(
+    vectors: Sequence[Tensor], found: Sequence[tuple[Tensor, Tensor]], weight: Tensor
+) -> None:
+    """Add a block of the policy's head to sum_v p_v c_v W_v and sum_v q_v c_v W_v, relative to the largest logit."""
+    for vector, (shrink, powers) in zip(vectors, found, strict=True):
+        add_product(vector.mul_(shrink[:, None]), powers.to(weight.dtype), weight)
 
 
 def _from_vectors(

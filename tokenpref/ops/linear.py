@@ -49,8 +49,9 @@ def linear_token_stats(
             recomputed. It changes time and memory, and no bit of the result. None: a sixteenth of the free memory, at most
             seven times the head's weight.
         ref_logps: the reference's log-probabilities ``[B, T]`` instead of ``ref_hidden``, if no KL is needed.
-        compiled: make one kernel of the passes over a block of logits with ``torch.compile``: some ten seconds the first
-            time and, on a CPU, a C++ compiler. Numbers change by rounding only.
+        compiled: make one kernel of each pass over a block of logits, with Triton on CUDA where it is installed and with
+            ``torch.compile`` otherwise. That takes some ten seconds the first time and, on a CPU, a C++ compiler. Numbers change
+            by rounding only.
         logit_scale: factor of both models' logits, as in :func:`~tokenpref.ops.final_logits`.
         soft_cap: bound of both models' logits, as in :func:`~tokenpref.ops.final_logits`; None: no bound.
 
