@@ -267,3 +267,13 @@ def test_an_adapter_of_a_part_is_named_as_in_the_whole_model(tmp_path):
         merge_adapter(folder, tmp_path / f"merged_{len(targets)}", tmp_path / "whole")
         merged = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / f"merged_{len(targets)}")
         torch.testing.assert_close(logits_of(merged), own, rtol=0, atol=1e-5)
+
+
+def test_a_folder_whose_whole_model_cannot_be_made_has_no_names_for_adapters(tmp_path):
+    seeing_model(tmp_path)
+    config = json.loads((tmp_path / "config.json").read_text())
+    config["vision_config"]["num_attention_heads"] = 3  # does not divide the width
+    (tmp_path / "config.json").write_text(json.dumps(config))
+    causal_lm(str(tmp_path))  # without adapters the whole model does not matter
+    with pytest.raises(ConfigError, match=r"model.path: .* is a gemma3, and transformers .* makes no"):
+        causal_lm(str(tmp_path), {"rank": 4})

@@ -88,6 +88,7 @@ IMAGES = {
     "hidden_size": 16,
     "intermediate_size": 16,
     "num_hidden_layers": 1,
+    "num_attention_heads": 2,
 }
 
 

@@ -51,7 +51,9 @@ def parse_config(record: Mapping[str, Any]) -> Any:
         raise ValueError(f"it is no config of a {family} ({_said(error)})") from error
 
 
-def model_of(config: Any, where: str, mend: str, dtype: torch.dtype | None = None) -> Any:
+def model_of(
+    config: Any, where: str, mend: str, dtype: torch.dtype | None = None, *, sees: bool = False
+) -> Any:
     """The causal language model that a config describes, on PyTorch's current default device, with random weights.
 
     Args:
@@ -59,15 +61,19 @@ def model_of(config: Any, where: str, mend: str, dtype: torch.dtype | None = Non
         where: what named it, for the error.
         mend: what to do about it, for the error.
         dtype: of the weights; None: the config's.
+        sees: whether it may also be a model that writes about images.
 
     Raises:
         ConfigError: if transformers makes no causal language model of it, or if its numbers do not fit together.
     """
-    from tokenpref._transformers import VERSION, AutoModelForCausalLM
+    from tokenpref._transformers import VERSION, AutoModelForCausalLM, AutoModelForImageTextToText
 
+    maker = AutoModelForCausalLM
+    if sees and type(config) in AutoModelForImageTextToText._model_mapping:
+        maker = AutoModelForImageTextToText
     try:
         with torch.random.fork_rng(devices=[]):  # a model's constructor may draw random numbers
-            return AutoModelForCausalLM.from_config(config, dtype=dtype)
+            return maker.from_config(config, dtype=dtype)
     except Exception as error:  # numbers that do not fit together may raise nearly anything
         raise ConfigError(
             f"{where} is a {config.model_type}, and transformers {VERSION} makes no causal language model of it "

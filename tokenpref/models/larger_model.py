@@ -39,12 +39,8 @@ def larger_model_of(config: Any, where: str) -> Any:
     Raises:
         ConfigError: if it makes none.
     """
-    from tokenpref._transformers import AutoModelForImageTextToText
-
     with torch.device("meta"):
-        if type(config) in AutoModelForImageTextToText._model_mapping:
-            return AutoModelForImageTextToText.from_config(config)
-        return model_of(config, where, "name the folder of a language model")
+        return model_of(config, where, "name the folder of a language model", sees=True)
 
 
 def place_of(model: nn.Module, config: Any, where: str) -> Place | None:
