@@ -357,6 +357,33 @@ def test_a_head_that_does_more_is_refused(folder):
         ScoringModel(model).decoder.prove(padding_free=True)
 
 
+@pytest.mark.parametrize("factor", [1.0, 1.5])
+def test_the_attention_of_padded_batches_is_compared(folder, factor):
+    from transformers import AttentionInterface
+
+    def attention(module, q, k, v, mask, scaling, **_):
+        k, v = (x.repeat_interleave(q.shape[1] // x.shape[1], 1) for x in (k, v))
+        output = torch.nn.functional.scaled_dot_product_attention(
+            q, k, v, is_causal=True, scale=factor * scaling
+        )
+        return output.transpose(1, 2), None
+
+    AttentionInterface.register("careless", attention)
+    model = families.ours(folder("qwen3"), families.own_model(families.config_of("qwen3")))
+    model.set_attn_implementation("careless")
+    if factor == 1:
+        decoder_of(model).prove(padding_free=False)
+    else:
+        with pytest.raises(ConfigError, match="something else with the attention 'careless' than with eager"):
+            decoder_of(model).prove(padding_free=False)
+
+
+def test_soft_caps_are_left_to_eager_attention(folder):
+    model = families.ours(folder("gemma2"), families.own_model(families.config_of("gemma2")))
+    assert model.config._attn_implementation == "eager"
+    decoder_of(model).prove(padding_free=False)
+
+
 def test_noise_in_training_is_refused(tmp_path):
     settings = families.FAMILIES["mixtral"]
     for noise in (0.0, 0.1):

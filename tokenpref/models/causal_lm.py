@@ -72,6 +72,10 @@ def causal_lm(path: str, lora: Mapping[str, Any] | None = None) -> nn.Module:
     for parameter in model.parameters():
         if parameter.is_floating_point():  # DeepSeek's routers stay float32, and FSDP2 shards one dtype only
             parameter.data = parameter.data.to(dtype)
+    if getattr(config, "attn_logit_softcapping", None) is not None:
+        model.set_attn_implementation(
+            "eager"
+        )  # early releases of transformers 5 leave the soft cap out of the others
     if model.all_tied_weights_keys:
         tie_head(model)
     if lora is not None:
