@@ -172,8 +172,13 @@ def test_without_a_config_the_log_says_that_nothing_was_compared(other, tmp_path
     assert "holds no config.json" in caplog.text
 
 
+def names_a_builder(config):
+    """Whether a config names a builder with numbers of its own; ``causal_lm`` takes those of its checkpoint's folder."""
+    return "model:" in config and "tokenpref.models.causal_lm" not in config
+
+
 @pytest.mark.parametrize(
-    "name", sorted(name for name, file in config_files().items() if "model:" in file.read_text())
+    "name", sorted(name for name, file in config_files().items() if names_a_builder(file.read_text()))
 )
 def test_the_shipped_configs_name_the_model_of_their_checkpoint(name, tmp_path):
     config = OmegaConf.to_container(OmegaConf.load(config_files()[name]), resolve=True)
