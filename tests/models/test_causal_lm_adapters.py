@@ -11,7 +11,7 @@ from torchao.dtypes.nf4tensor import NF4Tensor, to_nf4
 from tokenpref.distributed import load_full_state_dict, single_process_world
 from tokenpref.errors import ConfigError
 from tokenpref.models import ScoringModel, causal_lm
-from tokenpref.models.adapters import adapter_names, base_tensors
+from tokenpref.models.adapters import adapter_names, adapters_off, base_tensors
 from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.merging import merge_adapter
 from tokenpref.models.peft_format import ADAPTER_CONFIG, AdapterLayout, write_adapter
@@ -277,3 +277,20 @@ def test_a_folder_whose_whole_model_cannot_be_made_has_no_names_for_adapters(tmp
     causal_lm(str(tmp_path))  # without adapters the whole model does not matter
     with pytest.raises(ConfigError, match=r"model.path: .* is a gemma3, and transformers .* makes no"):
         causal_lm(str(tmp_path), {"rank": 4})
+
+
+@DORA
+def test_compiled_layers_can_be_switched(dora, folders, tmp_path):
+    folder = write_folder(tmp_path / "one", "qwen3", num_hidden_layers=1)
+    model = adapted(folder, use_dora=dora)
+    own = logits(model)
+    with adapters_off(model):
+        base = logits(model)
+    plain = logits_of(transformers.AutoModelForCausalLM.from_pretrained(folder))
+    torch.testing.assert_close(base, plain, rtol=0, atol=1e-5)
+    for layer in decoder_of(model).layers:
+        layer.compile(backend="aot_eager")
+    for _ in range(2):
+        torch.testing.assert_close(logits(model), own, rtol=0, atol=1e-5)
+        with adapters_off(model):
+            torch.testing.assert_close(logits(model), base, rtol=0, atol=1e-5)
