@@ -1039,9 +1039,9 @@ def indexed(file: str, **entries: str) -> Prepare:
 
 
 CAUSAL_LMS = [
-    Bad("causal LM: weights that are cut off", "tdpo", "checkpointer.checkpoint_dir: .*model.safetensors is cut off or damaged.*again",
-        CAUSAL_LM, prepare=whole_model(cut(SINGLE))),
-    Bad("causal LM: header of absurd size", "tdpo", "checkpointer.checkpoint_dir: .*is cut off or damaged.*header too large", CAUSAL_LM,
+    Bad("causal LM: weights that are cut off", "tdpo", "checkpoint_dir: .*safetensors is cut off or damaged.*again", CAUSAL_LM,
+        prepare=whole_model(cut(SINGLE))),
+    Bad("causal LM: header of absurd size", "tdpo", "checkpoint_dir: .*is cut off or damaged.*header too large", CAUSAL_LM,
         prepare=model(header(2**60))),
     Bad("causal LM: pickled weights", "tdpo", "holds its weights as pytorch_model.bin, .*save_pretrained", CAUSAL_LM,
         prepare=both(other_file("pytorch_model.bin"), remove(SINGLE))),
