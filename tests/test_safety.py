@@ -23,6 +23,7 @@ MAY_UNPICKLE = {ROOT / "tokenpref/distributed/safe_reading.py"}
 MAY_RESOLVE = {ROOT / "tokenpref/training/config/written.py"}
 PICKLES = {"pickle", "cPickle", "_pickle", "dill", "cloudpickle", "joblib", "shelve", "marshal"}
 RUNS = {"eval", "exec", "compile", "__import__", "execfile"}
+ASKS = {"AutoConfig.from_pretrained"}
 PLAIN_YAML = {
     "safe_load",
     "safe_load_all",
@@ -63,8 +64,10 @@ def dangers(source: str, *, may_unpickle: bool = False, may_resolve: bool = Fals
                 yield f"{where}: torch.load without weights_only=True"
             if given.get("shell", "False") != "False":
                 yield f"{where}: {name} by way of a shell"
-            if given.get("allow_pickle", "False") != "False" or "trust_remote_code" in given:
+            if any(given.get(word, "False") != "False" for word in ("allow_pickle", "trust_remote_code")):
                 yield f"{where}: {name} with allow_pickle or trust_remote_code"
+            if name in ASKS and "trust_remote_code" not in given:
+                yield f"{where}: {name} without trust_remote_code=False may ask on the terminal whether to run code"
 
 
 @pytest.mark.parametrize(
@@ -79,6 +82,7 @@ def dangers(source: str, *, may_unpickle: bool = False, may_resolve: bool = Fals
         "import torch\ntorch.load(path, weights_only=False)",
         "np.load(path, allow_pickle=True)",
         "AutoModel.from_pretrained(name, trust_remote_code=True)",
+        "AutoConfig.from_pretrained(name)",
         "eval(text)",
         "exec(text)",
         "os.system(text)",
@@ -95,7 +99,8 @@ def test_every_danger_is_seen(source):
 def test_what_is_safe_passes():
     safe = (
         "import re, yaml, torch\nre.compile('a')\nyaml.safe_load(text)\nmodel.eval()\ntorch.load(p, weights_only=True)\n"
-        "np.load(path, allow_pickle=False)\nfrom jinja2 import nodes\nfrom yaml import YAMLError\n"
+        "np.load(path, allow_pickle=False)\n"
+        "AutoConfig.from_pretrained(path, trust_remote_code=False)\nfrom jinja2 import nodes\nfrom yaml import YAMLError\n"
     )
     assert not list(dangers(safe))
 

@@ -73,7 +73,7 @@ def model_of(
         maker = AutoModelForImageTextToText
     try:
         with torch.random.fork_rng(devices=[]):  # a model's constructor may draw random numbers
-            return maker.from_config(config, dtype=dtype)
+            return maker.from_config(config, dtype=dtype, trust_remote_code=False)
     except Exception as error:  # numbers that do not fit together may raise nearly anything
         raise ConfigError(
             f"{where} is a {config.model_type}, and transformers {VERSION} makes no causal language model of it "
