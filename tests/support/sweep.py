@@ -65,6 +65,29 @@ PROMPTS = {
 }
 COLUMNS = {COMPONENT: "tokenpref.data.ColumnScores", "kind": "weight"}
 
+TINY = "package://data/tiny/model"
+CAUSAL_LM = {
+    "model": {
+        COMPONENT: "tokenpref.models.causal_lm",
+        "path": TINY,
+        "lora": {
+            "rank": 2,
+            "alpha": 4,
+            "dropout": 0.0,
+            "target_modules": ["q_proj"],
+            "use_dora": False,
+            "quantize_base": False,
+        },
+    },
+    "checkpointer": {
+        COMPONENT: "tokenpref.models.CausalLMCheckpointer",
+        "checkpoint_dir": TINY,
+        "output_dir": "out",
+        "checkpoint_files": ["model.safetensors"],
+    },
+    "tokenizer.chat_template_kwargs": {},
+}
+
 # Name: recipe's class, config, what is changed in it.
 SETUPS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "tdpo": (PreferenceTrainer, "tiny/tdpo", FULL),
@@ -80,6 +103,7 @@ SETUPS: dict[str, tuple[Any, str, dict[str, Any]]] = {
     "contrastive_reference": (ContrastiveReference, "tiny/contrastive_reference", {}),
     "estimate_weights": (WeightEstimation, "tiny/estimate_weights", {"estimator.pair": "pair"}),
     "estimate_weights_attribution": (WeightEstimation, "tiny/estimate_weights_attribution", {}),
+    "causal_lm": (PreferenceTrainer, "tiny/dpo", CAUSAL_LM),
     "evaluate": (Evaluator, "tiny/evaluate", {}),
 }
 SCHEMAS = {

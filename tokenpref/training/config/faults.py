@@ -52,8 +52,12 @@ def checkpoint_faults(checkpointer: Component | None, model: Component | None) -
     return []
 
 
-def _weight_file_faults(checkpointer: Component, folder: Path, files: list[str] | None) -> list[str]:
+def _weight_file_faults(checkpointer: Component, folder: Path, files: Any) -> list[str]:
     """What is wrong with the files of weights, as far as their headers tell."""
+    if files is not None and not isinstance(files, list):
+        return [
+            f"{checkpointer.key}.checkpoint_files: expected a list of names, or null for all files of the folder, found {files!r}"
+        ]
     try:
         TensorFiles(folder, files)
     except ConfigError as error:
