@@ -34,7 +34,6 @@ from torchtune.modules.peft import DoRALinear, LoRALinear
 from torchtune.training import (
     ModelType,
     OffloadActivations,
-    compile_model,
     get_lr,
     set_activation_checkpointing,
     set_default_dtype,
@@ -63,7 +62,6 @@ __all__ = [
     "TiedLinear",
     "TransformerDecoder",
     "TransformerSelfAttentionLayer",
-    "compile_model",
     "component_from_path",
     "get_lr",
     "llama3_2",

@@ -5,8 +5,9 @@ import math
 import pytest
 import torch
 from support import small
+from torchtune.training import compile_model
 
-from tokenpref._torchtune import LoRALinear, TiedLinear, compile_model
+from tokenpref._torchtune import LoRALinear, TiedLinear
 from tokenpref.distributed import single_process_world
 from tokenpref.models import FrozenReference, ScoringModel, lora_tiny_llama, tiny_llama
 from tokenpref.models.activations import checkpoint_layers

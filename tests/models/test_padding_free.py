@@ -7,8 +7,9 @@ from torchtune.models.llama2 import llama2
 from torchtune.models.llama3 import llama3
 from torchtune.models.phi3 import phi3
 from torchtune.models.qwen2 import qwen2
+from torchtune.training import compile_model
 
-from tokenpref._torchtune import TransformerSelfAttentionLayer, compile_model, set_activation_checkpointing
+from tokenpref._torchtune import TransformerSelfAttentionLayer, set_activation_checkpointing
 from tokenpref.models.decoder_of import decoder_of
 from tokenpref.models.padding_free import PackedRows, Segments
 from tokenpref.models.scoring import ScoringModel, logits_of

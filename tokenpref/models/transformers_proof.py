@@ -130,7 +130,7 @@ class _Proof:
             yield
         except (TokenprefError, MemoryError, torch.OutOfMemoryError):
             raise
-        except Exception as error:
+        except Exception as error:  # the model's own code may raise nearly anything
             said = (str(error).strip().splitlines() or [""])[0]
             raise ConfigError(
                 f"model: {type(self._module).__name__} {fault} ({type(error).__name__}: {said})"
